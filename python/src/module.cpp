@@ -1,0 +1,17 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "spectralkv/version.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_core, m) {
+  m.doc() = "Bindings of libspectralkv.";
+  m.attr("__version__") = spectralkv::version();
+  m.def("built_with_cuda", &spectralkv::built_with_cuda,
+        "True when the CUDA backend was compiled in, whether or not there is a device for it.");
+  m.def("cuda_device_count", &spectralkv::cuda_device_count,
+        "CUDA devices that can be used now; 0 without backend, driver or device.");
+  m.def("cuda_status", &spectralkv::cuda_status,
+        "Why ``cuda_device_count()`` is 0; empty when it is not.");
+}

@@ -1,0 +1,13 @@
+#include <string>
+
+#include "cuda/cuda_device.h"
+
+namespace spectralkv::cuda {
+
+bool is_built() noexcept { return false; }
+
+int device_count() noexcept { return 0; }
+
+std::string status() { return "this libspectralkv was built without CUDA"; }
+
+}  // namespace spectralkv::cuda
