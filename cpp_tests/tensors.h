@@ -1,0 +1,278 @@
+// Tensors for tests: owned memory behind a view, with any strides and with poison between the
+// elements.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <numbers>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "spectralkv/tensor.h"
+
+namespace spectralkv::test {
+
+using Index = std::int64_t;
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
+inline constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+/// Unsigned view of an index, for the standard containers.
+constexpr std::size_t at(Index index) { return static_cast<std::size_t>(index); }
+
+/// Number of elements, signed.
+template <class Container>
+Index count_of(const Container& container) {
+  return static_cast<Index>(container.size());
+}
+
+/// SplitMix64: the same numbers with every standard library.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+
+  std::uint64_t bits() {
+    state_ += 0x9e3779b97f4a7c15U;
+    std::uint64_t mixed = state_;
+    mixed = (mixed ^ (mixed >> 30U)) * 0xbf58476d1ce4e5b9U;
+    mixed = (mixed ^ (mixed >> 27U)) * 0x94d049bb133111ebU;
+    return mixed ^ (mixed >> 31U);
+  }
+  /// In [0, 1).
+  double uniform() { return static_cast<double>(bits() >> 11U) * 0x1p-53; }
+  /// In [low, high].
+  Index integer(Index low, Index high) {
+    return low + static_cast<Index>(bits() % static_cast<std::uint64_t>(high - low + 1));
+  }
+  double normal() {
+    const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+    return radius * std::cos(2.0 * std::numbers::pi * uniform());
+  }
+  bool chance(double probability) { return uniform() < probability; }
+  template <class T>
+  void shuffle(std::vector<T>& values) {
+    for (Index i = count_of(values) - 1; i > 0; --i) {
+      std::swap(values[at(i)], values[at(integer(0, i))]);
+    }
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+/// A half, exactly.
+inline double half_to_double(std::uint16_t bits) {
+  const double sign = (bits & 0x8000U) != 0 ? -1.0 : 1.0;
+  const int exponent = (bits >> 10U) & 0x1f;
+  const int fraction = bits & 0x3ff;
+  if (exponent == 0x1f) return fraction != 0 ? kNan : sign * kInfinity;
+  if (exponent == 0) return sign * std::ldexp(fraction, -24);
+  return sign * std::ldexp(1024 + fraction, exponent - 25);
+}
+
+/// Nearest, ties to even.
+inline std::uint16_t double_to_half(double value) {
+  const std::uint32_t sign = std::signbit(value) ? 0x8000U : 0U;
+  if (std::isnan(value)) return 0x7e00U;
+  const double magnitude = std::abs(value);
+  if (magnitude >= 65520.0) return static_cast<std::uint16_t>(sign | 0x7c00U);
+  const int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
+  // The hidden bit carries into the exponent when rounding overflows the fraction.
+  const double steps = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
+  const auto biased = static_cast<std::uint32_t>(exponent + 14);
+  return static_cast<std::uint16_t>(sign | ((biased << 10U) + static_cast<std::uint32_t>(steps)));
+}
+
+inline double bfloat_to_double(std::uint16_t bits) {
+  return static_cast<double>(std::bit_cast<float>(std::uint32_t{bits} << 16U));
+}
+
+/// Nearest, ties to even (of the fp32 value).
+inline std::uint16_t double_to_bfloat(double value) {
+  const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
+  if (std::isnan(value)) return 0x7fc0U;
+  return static_cast<std::uint16_t>((bits + 0x7fffU + ((bits >> 16U) & 1U)) >> 16U);
+}
+
+/// Memory with a view of it. What lies between the elements is 0xff everywhere: NaN in every
+/// floating type, and easy to recognise when something was written there.
+class HostTensor {
+ public:
+  HostTensor() = default;
+
+  /// Row-major, zero.
+  HostTensor(DType dtype, const std::vector<Index>& shape) : HostTensor(dtype, shape, {}, 0) {}
+
+  /// `order` lists the axes from the outermost in memory to the innermost, which must be the last
+  /// one; empty: 0, 1, ... `gap` elements follow every run of every axis.
+  HostTensor(DType dtype, const std::vector<Index>& shape, std::vector<int> order, Index gap) {
+    if (order.empty()) {
+      order.resize(shape.size());
+      std::iota(order.begin(), order.end(), 0);
+    }
+    view_.dtype = dtype;
+    view_.rank = static_cast<int>(shape.size());
+    Index extent = 1;
+    for (auto axis = order.rbegin(); axis != order.rend(); ++axis) {
+      const auto index = static_cast<std::size_t>(*axis);
+      view_.shape[index] = shape[index];
+      view_.strides[index] = extent;
+      extent = extent * shape[index] + gap;
+    }
+    elements_ = 1;
+    for (const Index size : shape) elements_ *= size;
+    // One element more, so that an empty tensor has an address, too.
+    bytes_.assign(at((extent + 1) * size_of(dtype)), std::byte{0xff});
+    for_each([this](const std::vector<Index>& index) { set(index, 0.0); });
+  }
+
+  ConstTensorView view() const {
+    ConstTensorView result = view_;
+    result.data = bytes_.data();
+    return result;
+  }
+  TensorView view() {
+    TensorView result = view_;
+    result.data = bytes_.data();
+    return result;
+  }
+
+  DType dtype() const { return view_.dtype; }
+  Index size(int axis) const { return view_.size(axis); }
+  Index elements() const { return elements_; }
+  const std::vector<std::byte>& bytes() const { return bytes_; }
+
+  template <class Indices = std::initializer_list<Index>>
+  double get(const Indices& index) const {
+    const std::byte* address = bytes_.data() + offset(index);
+    switch (view_.dtype) {
+      case DType::f32:
+        return static_cast<double>(load<float>(address));
+      case DType::f16:
+        return half_to_double(load<std::uint16_t>(address));
+      case DType::bf16:
+        return bfloat_to_double(load<std::uint16_t>(address));
+      case DType::i32:
+        return static_cast<double>(load<std::int32_t>(address));
+      case DType::u32:
+        return static_cast<double>(load<std::uint32_t>(address));
+      case DType::u8:
+        return static_cast<double>(load<std::uint8_t>(address));
+    }
+    return kNan;
+  }
+  double get(std::initializer_list<Index> index) const {
+    return get<std::initializer_list<Index>>(index);
+  }
+  Index get_index(std::initializer_list<Index> index) const {
+    return static_cast<Index>(get(index));
+  }
+
+  template <class Indices>
+  void set(const Indices& index, double value) {
+    std::byte* address = bytes_.data() + offset(index);
+    switch (view_.dtype) {
+      case DType::f32:
+        return store(address, static_cast<float>(value));
+      case DType::f16:
+        return store(address, double_to_half(value));
+      case DType::bf16:
+        return store(address, double_to_bfloat(value));
+      case DType::i32:
+        return store(address, static_cast<std::int32_t>(value));
+      case DType::u32:
+        return store(address, static_cast<std::uint32_t>(value));
+      case DType::u8:
+        return store(address, static_cast<std::uint8_t>(value));
+    }
+  }
+  void set(std::initializer_list<Index> index, double value) {
+    set<std::initializer_list<Index>>(index, value);
+  }
+
+  /// Calls `visit(index)` for every element, the last axis fastest.
+  template <class Visit>
+  void for_each(Visit&& visit) const {
+    if (elements_ == 0) return;
+    std::vector<Index> index(at(view_.rank), 0);
+    while (true) {
+      visit(std::as_const(index));
+      int axis = view_.rank - 1;
+      while (axis >= 0 && ++index[at(axis)] == view_.size(axis)) index[at(axis--)] = 0;
+      if (axis < 0) return;
+    }
+  }
+  void fill(double value) {
+    for_each([&](const std::vector<Index>& index) { set(index, value); });
+  }
+  void fill_normal(Random& random, double scale = 1.0) {
+    for_each([&](const std::vector<Index>& index) { set(index, scale * random.normal()); });
+  }
+  /// Any bit pattern, the elements only.
+  void fill_bits(Random& random) {
+    for_each([&](const std::vector<Index>& index) {
+      const std::uint64_t bits = random.bits();
+      std::memcpy(bytes_.data() + offset(index), &bits, at(size_of(view_.dtype)));
+    });
+  }
+  /// Bits of one element.
+  std::uint32_t bits(std::initializer_list<Index> index) const {
+    std::uint32_t result = 0;
+    std::memcpy(&result, bytes_.data() + offset(index), at(size_of(view_.dtype)));
+    return result;
+  }
+  /// Whether the memory between the elements is still as it was made.
+  bool gaps_untouched() const {
+    std::vector<std::uint8_t> is_element(bytes_.size(), 0);
+    for_each([&](const std::vector<Index>& index) {
+      for (Index i = 0; i < size_of(view_.dtype); ++i) is_element[offset(index) + at(i)] = 1;
+    });
+    for (std::size_t i = 0; i < bytes_.size(); ++i) {
+      if (is_element[i] == 0 && bytes_[i] != std::byte{0xff}) return false;
+    }
+    return true;
+  }
+
+  /// The last axis at a place of the others.
+  std::vector<double> vector(std::initializer_list<Index> place) const {
+    std::vector<Index> index(place);
+    index.push_back(0);
+    std::vector<double> values(at(size(view_.rank - 1)));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      index.back() = static_cast<Index>(i);
+      values[i] = get(index);
+    }
+    return values;
+  }
+
+ private:
+  template <class T>
+  static T load(const std::byte* address) {
+    T value;
+    std::memcpy(&value, address, sizeof(T));
+    return value;
+  }
+  template <class T>
+  static void store(std::byte* address, T value) {
+    std::memcpy(address, &value, sizeof(T));
+  }
+  template <class Indices>
+  std::size_t offset(const Indices& index) const {
+    Index place = 0;
+    std::size_t axis = 0;
+    for (const Index i : index) place += i * view_.strides[axis++];
+    return at(place * size_of(view_.dtype));
+  }
+
+  TensorView view_;
+  Index elements_ = 0;
+  std::vector<std::byte> bytes_;
+};
+
+}  // namespace spectralkv::test
