@@ -32,8 +32,8 @@ struct Snapshot {
       numbers.insert(numbers.end(),
                      {manager.length(layer), manager.capacity(layer), manager.batch_size(layer)});
       for (Index b = 0; b < manager.batch_size(layer); ++b) {
-        numbers.insert(numbers.end(),
-                       {manager.tokens_seen(layer, b), manager.tokens_held(layer, b)});
+        numbers.insert(numbers.end(), {manager.tokens_seen(layer, b), manager.tokens_held(layer, b),
+                                       manager.tokens_walked(layer, b)});
       }
       tensors.push_back(read_positions(manager, layer).bytes());
       const RawRows rows = read_raw_rows(manager, layer);

@@ -142,7 +142,7 @@ inline void load_graphs(GraphManager& manager, Index layer, const Graphs& graphs
       }
     }
   }
-  manager.load_rows(layer, positions.view(), neighbors.view(), probabilities.view(), Stream{});
+  manager.load_rows(layer, positions.view(), neighbors.view(), probabilities.view());
 }
 
 /// Tokens at positions 0, 1, ... in slots of the same number, without edges.
