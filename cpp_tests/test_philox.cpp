@@ -1,10 +1,10 @@
-#include "philox.h"
-
 #include <gtest/gtest.h>
 
 #include <array>
 #include <cstdint>
 #include <set>
+
+#include "philox.h"
 
 namespace spectralkv::detail {
 namespace {

@@ -57,7 +57,8 @@ TEST_F(PhiloxGpu, DrawsWhatTheCpuDraws) {
   for (const std::int64_t blocks : {1, 3, 255, 256, 257, 100'000}) {
     for (const std::uint64_t subsequence : {0ULL, 77ULL, 1ULL << 40U}) {
       constexpr std::uint64_t kSeed = 0x123456789abcdefULL;
-      constexpr std::uint64_t kOffset = (1ULL << 34U) - 8;  // so that the low counter word overflows
+      constexpr std::uint64_t kOffset =
+          (1ULL << 34U) - 8;  // so that the low counter word overflows
       const std::vector<std::uint32_t> numbers = fill(blocks, kSeed, subsequence, kOffset);
       for (std::int64_t i = 0; i < blocks; ++i) {
         const auto expected =

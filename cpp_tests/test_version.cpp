@@ -1,8 +1,8 @@
-#include "spectralkv/version.h"
-
 #include <gtest/gtest.h>
 
 #include <regex>
+
+#include "spectralkv/version.h"
 
 namespace spectralkv {
 namespace {

@@ -1,6 +1,6 @@
 // Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011, laid out as cuRAND lays it out, so that CPU and CUDA draw the
-// same numbers.
+// numbers: as easy as 1, 2, 3", SC 2011, laid out as cuRAND lays it out, so that CPU and CUDA draw
+// the same numbers.
 #pragma once
 
 #include <array>
@@ -31,8 +31,9 @@ constexpr PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) noexcept
   return counter;
 }
 
-/// What `curand4` returns for a state made by `curand_init(seed, subsequence, 4 * block)`: the seed is
-/// the key, the block counts in the low two words of the counter, the subsequence in the high two.
+/// What `curand4` returns for a state made by `curand_init(seed, subsequence, 4 * block)`: the seed
+/// is the key, the block counts in the low two words of the counter, the subsequence in the high
+/// two.
 constexpr PhiloxBlock philox4x32_10(std::uint64_t seed, std::uint64_t subsequence,
                                     std::uint64_t block) noexcept {
   return philox4x32_10(

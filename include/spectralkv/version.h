@@ -13,7 +13,8 @@ SPECTRALKV_API const char* version() noexcept;
 /// True when the CUDA backend was compiled in, whether or not this machine has a device for it.
 SPECTRALKV_API bool built_with_cuda() noexcept;
 
-/// CUDA devices that can be used now: 0 without the CUDA backend, without a driver, without a device.
+/// CUDA devices that can be used now: 0 without the CUDA backend, without a driver, without a
+/// device.
 SPECTRALKV_API int cuda_device_count() noexcept;
 
 /// Why `cuda_device_count()` is 0; empty when it is not.

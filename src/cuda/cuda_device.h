@@ -1,5 +1,5 @@
-// The seam between the library and its CUDA backend. A build without CUDA defines the same symbols in
-// no_cuda.cpp, so callers need no #ifdef and this header names no CUDA type.
+// The seam between the library and its CUDA backend. A build without CUDA defines the same symbols
+// in no_cuda.cpp, so callers need no #ifdef and this header names no CUDA type.
 #pragma once
 
 #include <string>

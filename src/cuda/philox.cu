@@ -40,8 +40,7 @@ void launch_philox_fill(std::uint32_t* out, std::int64_t blocks, std::uint64_t s
   if (blocks == 0) {
     return;
   }
-  const auto grid =
-      static_cast<unsigned>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
+  const auto grid = static_cast<unsigned>(std::min((blocks + kThreads - 1) / kThreads, kMaxGrid));
   philox_fill_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       reinterpret_cast<uint4*>(out), blocks, seed, subsequence, offset);
   check(cudaGetLastError(), "philox_fill_kernel");

