@@ -9,12 +9,8 @@
 #include "spectralkv/monitor.h"
 #include "tensors.h"
 
-namespace spectralkv {
+namespace spectralkv::test {
 namespace {
-
-using test::expect_invalid;
-using test::kInfinity;
-using test::kNan;
 
 /// `config` with one field changed does not pass.
 template <class Config, class Change>
@@ -215,4 +211,4 @@ TEST(Config, RejectsUnknownPresets) {
 }
 
 }  // namespace
-}  // namespace spectralkv
+}  // namespace spectralkv::test

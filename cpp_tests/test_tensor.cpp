@@ -7,7 +7,7 @@
 #include "spectralkv/error.h"
 #include "spectralkv/tensor.h"
 
-namespace spectralkv {
+namespace spectralkv::test {
 namespace {
 
 static_assert(std::is_convertible_v<TensorView, ConstTensorView>);
@@ -76,4 +76,4 @@ TEST(Tensor, HasFiveAxesAtMost) {
 }
 
 }  // namespace
-}  // namespace spectralkv
+}  // namespace spectralkv::test
