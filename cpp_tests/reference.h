@@ -184,8 +184,8 @@ inline std::vector<Index> walkers_of(const WalkConfig& walk) {
   std::vector<Index> walkers;
   Index left = walk.num_walkers;
   for (const Population& population : walk.populations) {
-    const auto part =
-        static_cast<Index>(std::floor(population.share * static_cast<double>(walk.num_walkers)));
+    const auto part = static_cast<Index>(
+        std::floor(population.share * static_cast<double>(walk.num_walkers) + 1e-9));
     walkers.push_back(walkers.size() + 1 == walk.populations.size() ? left : part);
     left -= part;
   }
@@ -209,7 +209,7 @@ inline Vector restart_current(const Graph& graph) {
 inline Vector restart_recent(const Graph& graph, const Population& population, Index num_sinks) {
   const Index seen = graph.seen();
   const auto fraction =
-      static_cast<Index>(std::floor(population.recent_fraction * static_cast<double>(seen)));
+      static_cast<Index>(std::floor(population.recent_fraction * static_cast<double>(seen) + 1e-9));
   const Index newest =
       population.recent_tokens > 0 ? population.recent_tokens : std::max<Index>(1, fraction);
   Vector weights(graph.positions.size(), 0.0);
@@ -267,7 +267,8 @@ inline std::vector<Index> select_reference(const Graph& graph, Index seen, const
   }
   std::vector<Index> quotas;
   for (const Population& population : populations) {
-    quotas.push_back(static_cast<Index>(std::floor(population.share * static_cast<double>(left))));
+    quotas.push_back(
+        static_cast<Index>(std::floor(population.share * static_cast<double>(left) + 1e-9)));
   }
   quotas.front() += left - std::accumulate(quotas.begin(), quotas.end(), Index{0});
   for (std::size_t p = 0; p < populations.size(); ++p) {

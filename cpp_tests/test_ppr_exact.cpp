@@ -1,0 +1,194 @@
+#include <gtest/gtest.h>
+
+#include <numeric>
+#include <vector>
+
+#include "expect.h"
+#include "feeder.h"
+#include "graph.h"
+#include "reference.h"
+#include "spectralkv/graph_manager.h"
+#include "tensors.h"
+
+namespace spectralkv::test {
+namespace {
+
+constexpr GraphShape kShape{.slots = 64, .tokens = 50, .seen = 90};
+
+GraphConfig graph_config(EdgeLaw law, Index heads = 1) {
+  return {.num_query_heads = heads,
+          .num_kv_heads = heads,
+          .head_dim = 8,
+          .capacity = 128,
+          .edge_law = law,
+          .num_threads = 1};
+}
+
+Vector restart_of(const GraphManager& manager, int population, Index b = 0, Index g = 0) {
+  return normalized(read_restart(manager, 0, population).vector({b, g}));
+}
+
+/// Scores of one graph against power iteration, to 1e-6 of all visits.
+void expect_solution(const GraphManager& manager, const Graph& graph, Index b = 0, Index h = 0) {
+  const WalkConfig& walk = manager.walk_config();
+  const std::vector<Index> walkers = walkers_of(walk);
+  for (int p = 0; p < static_cast<int>(walkers.size()); ++p) {
+    SCOPED_TRACE(::testing::Message() << "population " << p);
+    const auto visits = static_cast<double>(walkers[at(p)] * walk.walk_length);
+    const Vector expected = stationary_visits(graph, restart_of(manager, p, b, h),
+                                              walk.restart_prob, walk.populations[at(p)].count);
+    const Vector scores = read_scores(manager, 0, p).vector({b, h});
+    double sum = 0.0;
+    for (std::size_t v = 0; v < scores.size(); ++v) {
+      EXPECT_NEAR(scores[v] / visits, expected[v], 1e-6) << "token " << v;
+      sum += scores[v];
+    }
+    if (walk.populations[at(p)].count == VisitCount::all) {
+      EXPECT_NEAR(sum / visits, 1.0, 1e-6);
+    }
+  }
+}
+
+TEST(PprExact, EqualsPowerIteration) {
+  Random random(1);
+  for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+    for (const double restart_prob : {0.05, 0.15, 0.5, 0.85, 1.0}) {
+      for (const double dead_ends : {0.0, 0.1, 0.6, 1.0}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "restart_prob " << restart_prob << ", dead ends " << dead_ends);
+        const WalkConfig walk{
+            .num_walkers = 1001,
+            .restart_prob = restart_prob,
+            .populations = {
+                {.count = VisitCount::edges, .share = 0.25},
+                {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.25},
+                {.restart = Restart::current, .count = VisitCount::all, .share = 0.25},
+                {.restart = Restart::novelty, .count = VisitCount::edges, .share = 0.25}}};
+        GraphManager manager(graph_config(law), walk);
+        GraphShape shape = kShape;
+        shape.dead_ends = dead_ends;
+        const Graph graph = random_graph(random, shape, 8, law);
+        load_graphs(manager, 0, {{graph}});
+        HostTensor keys = key_slab(manager.graph_config(), 1);
+        keys.fill_normal(random);
+        manager.update_novelty(0, keys.view(), Stream{});
+        manager.solve(0, {}, Stream{});
+        expect_solution(manager, graph);
+      }
+    }
+  }
+}
+
+TEST(PprExact, LeavesStaleEdgesOut) {
+  GraphConfig config = graph_config(EdgeLaw::weighted, 2);
+  config.batch_size = 2;
+  GraphManager manager(config, WalkConfig{.restart_prob = 0.2});
+  Feeder feeder(manager, 0, 2);
+  feeder.prefill(70);
+  std::vector<std::vector<std::vector<Index>>> kept(2, std::vector<std::vector<Index>>(2));
+  for (std::size_t b = 0; b < 2; ++b) {
+    for (std::size_t h = 0; h < 2; ++h) {
+      kept[b][h] = random_part(feeder.random, plain_graph(70).positions, 40);
+    }
+  }
+  manager.release(0, keep_tensor(kept).view(), Stream{});
+  for (int i = 0; i < 15; ++i) feeder.reuse();
+  manager.update_novelty(0, feeder.keys.view(), Stream{});
+  manager.solve(0, {}, Stream{});
+  const Graphs graphs = read_graphs(manager, 0);
+  for (Index b = 0; b < 2; ++b) {
+    for (Index h = 0; h < 2; ++h) {
+      expect_sound(graphs[at(b)][at(h)], config.num_sinks);
+      expect_solution(manager, graphs[at(b)][at(h)], b, h);
+    }
+  }
+}
+
+TEST(PprExact, IsBitwiseDeterministic) {
+  GraphManager manager(graph_config(EdgeLaw::weighted), WalkConfig{});
+  Feeder feeder(manager, 0, 3);
+  feeder.prefill(120);
+  manager.update_novelty(0, feeder.keys.view(), Stream{});
+  manager.solve(0, {}, Stream{});
+  const HostTensor first = read_scores(manager, 0, -1);
+  manager.solve(0, {}, Stream{});
+  EXPECT_EQ(first.bytes(), read_scores(manager, 0, -1).bytes());
+  manager.walk(0, {}, Stream{});
+  manager.solve(0, {}, Stream{});
+  EXPECT_EQ(first.bytes(), read_scores(manager, 0, -1).bytes());
+  EXPECT_EQ(manager.statistics().solves, 3);
+  EXPECT_EQ(manager.statistics().walks, 1);
+}
+
+TEST(PprExact, DecaysAsWalksDo) {
+  const WalkConfig walk{.decay = 0.5, .populations = {{.recent_tokens = 20}}};
+  GraphManager manager(graph_config(EdgeLaw::weighted), walk);
+  Random random(4);
+  load_graphs(manager, 0, {{random_graph(random, kShape, 8, EdgeLaw::weighted)}});
+  manager.solve(0, {}, Stream{});
+  const Vector first = read_scores(manager, 0, 0).vector({0, 0});
+  manager.solve(0, {}, Stream{});
+  const Vector second = read_scores(manager, 0, 0).vector({0, 0});
+  for (std::size_t v = 0; v < first.size(); ++v) {
+    EXPECT_NEAR(second[v], 1.5 * first[v], 1e-5 * first[v]);
+  }
+}
+
+TEST(PprExact, SolvesTheMarkedSequences) {
+  GraphConfig config = graph_config(EdgeLaw::weighted);
+  config.batch_size = 3;
+  GraphManager manager(config, WalkConfig{.populations = {{.recent_tokens = 20}}});
+  Random random(5);
+  const Graph graph = random_graph(random, kShape, 8, EdgeLaw::weighted);
+  load_graphs(manager, 0, {{graph}, {graph}, {graph}});
+  manager.solve(0, std::vector<std::uint8_t>{1, 0, 255}, Stream{});
+  const HostTensor scores = read_scores(manager, 0, 0);
+  const Vector first = scores.vector({0, 0});
+  EXPECT_GT(std::accumulate(first.begin(), first.end(), 0.0), 0.0);
+  EXPECT_EQ(scores.vector({1, 0}), Vector(first.size(), 0.0));
+  EXPECT_EQ(scores.vector({2, 0}), first);
+  EXPECT_EQ(manager.statistics().solves, 2);
+  EXPECT_EQ(manager.tokens_walked(0, 0), 90);
+  EXPECT_EQ(manager.tokens_walked(0, 1), -1);
+}
+
+TEST(PprExact, SharesTheGraphOfALayer) {
+  GraphConfig config = graph_config(EdgeLaw::weighted, 4);
+  config.scope = GraphScope::layer;
+  GraphManager manager(config, WalkConfig{.populations = {{.recent_tokens = 20}}});
+  Random random(6);
+  const Graph graph = random_graph(random, kShape, 8, EdgeLaw::weighted);
+  load_graphs(manager, 0, {{graph}});
+  manager.solve(0, {}, Stream{});
+  expect_solution(manager, graph);
+  const HostTensor scores = read_scores(manager, 0, 0);
+  for (Index h = 1; h < 4; ++h) EXPECT_EQ(scores.vector({0, h}), scores.vector({0, 0}));
+}
+
+TEST(PprExact, IsTheOnlyPossibleWayOfAChain) {
+  // 5 -> 4 -> 3 -> 2 -> 1 -> 0, restart at 5: y halves at every hop.
+  GraphConfig config = graph_config(EdgeLaw::uniform);
+  config.num_sinks = 0;
+  const WalkConfig walk{
+      .num_walkers = 10,
+      .walk_length = 10,
+      .restart_prob = 0.5,
+      .populations = {{.restart = Restart::current, .count = VisitCount::all, .share = 0.5},
+                      {.restart = Restart::current, .count = VisitCount::edges, .share = 0.5}}};
+  GraphManager manager(config, walk);
+  Graph chain = plain_graph(6);
+  for (Index slot = 1; slot < 6; ++slot) chain.rows[at(slot)] = {{slot - 1, 1.0}};
+  load_graphs(manager, 0, {{chain}});
+  manager.solve(0, {}, Stream{});
+  const double sum = 1.0 + 0.5 + 0.25 + 0.125 + 0.0625 + 0.03125;
+  const Vector all = read_scores(manager, 0, 0).vector({0, 0});
+  const Vector edges = read_scores(manager, 0, 1).vector({0, 0});
+  for (int slot = 0; slot < 6; ++slot) {
+    const double expected = 50.0 * std::ldexp(1.0, slot - 5) / sum;
+    EXPECT_NEAR(all[at(slot)], expected, 1e-5);
+    EXPECT_NEAR(edges[at(slot)], slot == 5 ? 0.0 : expected, 1e-5);
+  }
+}
+
+}  // namespace
+}  // namespace spectralkv::test
