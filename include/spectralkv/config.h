@@ -1,0 +1,100 @@
+// What a graph, its walks and an eviction are made of.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "spectralkv/export.h"
+#include "spectralkv/tensor.h"
+
+namespace spectralkv {
+
+/// How a token's row stores its neighbours.
+enum class EdgeLaw : std::uint8_t {
+  uniform,   ///< top_k slots, each followed with the same probability
+  weighted,  ///< top_k slots with their cumulative probabilities
+};
+
+/// Which heads share a graph.
+enum class GraphScope : std::uint8_t {
+  head,   ///< one graph for each KV head
+  layer,  ///< one graph for all KV heads of a layer
+};
+
+/// Shape and memory of the graphs of one model. A graph is one (layer, sequence, KV head).
+struct SPECTRALKV_API GraphConfig {
+  std::int64_t num_layers = 1;
+  std::int64_t batch_size = 1;
+  std::int64_t num_query_heads = 1;  ///< a multiple of num_kv_heads
+  std::int64_t num_kv_heads = 1;
+  std::int64_t head_dim = 64;
+  std::int64_t capacity = 0;  ///< slots a graph; GraphManager::reserve changes it later
+  int top_k = 8;              ///< neighbours a token: 4, 8, 16 or 32
+  EdgeLaw edge_law = EdgeLaw::weighted;
+  GraphScope scope = GraphScope::head;
+  std::int64_t num_sinks = 4;  ///< tokens at positions below this get no edges and no restarts
+  std::uint64_t seed = 0;
+  std::int64_t head_offset = 0;     ///< first KV head here, counted over all ranks (tensor parallel)
+  std::int64_t total_kv_heads = 0;  ///< KV heads over all ranks; 0: num_kv_heads
+  Device device{};
+  int num_threads = 0;  ///< threads of the CPU backend; 0: one for each processor we may run on
+
+  /// Throws InvalidArgument that names the field, what was expected and what came.
+  void validate() const;
+};
+
+/// Where a walker goes when it restarts.
+enum class Restart : std::uint8_t {
+  current,  ///< the newest token
+  recent,   ///< a token among the newest, each alike
+  novelty,  ///< a token by softmax of the z-scored distance of its key from the mean key direction
+};
+
+/// Which arrivals a visit counts.
+enum class VisitCount : std::uint8_t {
+  edges,  ///< arrivals over an edge
+  all,    ///< arrivals by restart, too
+};
+
+/// A part of the walkers that restarts and counts in one way, and its part of the budget.
+struct Population {
+  Restart restart = Restart::recent;
+  VisitCount count = VisitCount::edges;
+  double share = 1.0;            ///< of walkers and of the budget; the shares of a config sum to 1
+  double recent_fraction = 0.1;  ///< Restart::recent: this part of the tokens seen ...
+  std::int64_t recent_tokens = 0;  ///< ... or, when positive, this many tokens
+};
+
+/// Most populations a walk can have.
+inline constexpr int kMaxPopulations = 4;
+
+/// Personalized PageRank by random walks. restart_prob is 1 - damping in PageRank's words.
+struct SPECTRALKV_API WalkConfig {
+  std::int64_t num_walkers = 1024;  ///< a graph, over all its populations
+  std::int64_t walk_length = 20;    ///< steps a walker
+  double restart_prob = 0.5;        ///< in (0, 1]
+  double decay = 0.0;  ///< scores = decay * scores + visits; 0: each walk anew, 1: never forget
+  std::vector<Population> populations{
+      {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.5},
+      {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.5},
+  };
+
+  void validate() const;
+  bool needs_novelty() const;
+};
+
+/// When a cache is cut, and what always stays.
+struct SPECTRALKV_API EvictionConfig {
+  std::int64_t budget = 0;     ///< tokens kept a head, sinks and window included
+  std::int64_t interval = 32;  ///< a sequence is cut when it holds budget + interval tokens
+  std::int64_t window = 50;    ///< newest tokens that always stay
+  std::int64_t sinks = 4;      ///< oldest tokens that always stay
+
+  void validate() const;
+};
+
+/// Sets edge law, top_k and the walk to a named choice: "default", "uniform32" or "weighted4".
+SPECTRALKV_API void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk);
+
+}  // namespace spectralkv

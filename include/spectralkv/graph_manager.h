@@ -1,0 +1,194 @@
+// The attention graphs of a model: who attended to whom, and what that says about whom to keep.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "spectralkv/config.h"
+#include "spectralkv/export.h"
+#include "spectralkv/stream.h"
+#include "spectralkv/tensor.h"
+
+namespace spectralkv {
+
+/// Means "every layer" where a layer is asked for.
+inline constexpr std::int64_t kAllLayers = -1;
+
+/// How the model turns dot products into attention.
+struct ScoreOptions {
+  double scale = 0.0;    ///< factor of the dot products; 0: 1 / sqrt(head_dim)
+  double softcap = 0.0;  ///< scores become softcap * tanh(score / softcap); 0: as they are
+};
+
+/// Options of a block of prompt rows.
+struct RowOptions {
+  ScoreOptions score{};
+  /// u8 (B, Q): 0 marks padding, which takes a slot but no position. Empty view: all are tokens.
+  ConstTensorView valid{};
+  /// Rows are drawn for every row_stride-th token, counted from the newest backwards.
+  std::int64_t row_stride = 1;
+};
+
+struct Statistics {
+  std::int64_t rows_written = 0;    ///< rows drawn, over layers, sequences and graphs
+  std::int64_t rows_nonfinite = 0;  ///< rows left empty: the token's query or key is not finite
+  std::int64_t walks = 0;           ///< graphs walked
+  std::int64_t solves = 0;          ///< graphs solved exactly
+  std::int64_t evicted = 0;         ///< tokens let go, over layers, sequences and heads
+};
+
+struct MemoryUse {
+  std::int64_t graph_bytes = 0;    ///< rows, positions, visits and scores
+  std::int64_t scratch_bytes = 0;  ///< buffers that hold nothing between calls
+};
+
+/// Holds one graph for each layer, sequence and KV head (or layer, see GraphScope).
+///
+/// A *slot* is where a token's key lies in the cache; its *position* is where it stands in the text.
+/// Slots [0, length) are in use; an empty one among them (padding, or freed) has position -1.
+/// Shapes: L layers, B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim,
+/// K neighbours, P populations. Keys and queries are f32, f16 or bf16; the last axis is contiguous,
+/// the others have any stride. Keys are read up to `length` slots only, so S may be a whole slab.
+///
+/// Every method throws InvalidArgument before it changes anything. Calls on one manager must not
+/// overlap; two managers are independent. On the CPU every call has finished when it returns.
+class SPECTRALKV_API GraphManager {
+ public:
+  GraphManager(const GraphConfig& graph, const WalkConfig& walk);
+  ~GraphManager();
+  GraphManager(GraphManager&&) noexcept;
+  GraphManager& operator=(GraphManager&&) noexcept;
+  GraphManager(const GraphManager&) = delete;
+  GraphManager& operator=(const GraphManager&) = delete;
+
+  // -- growing the graph
+
+  /// One new token a sequence: draws its row from its attention over the cache.
+  /// `query` (B, Hq, D); `keys` (B, Hkv, S, D) with the new token's key already in its slot.
+  /// `slots` i32 (B, Hkv), each a free slot (see next_slots); empty view: slot `length`, appended.
+  void update(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
+              const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
+
+  /// Q new tokens a sequence, appended at slots [length, length + Q): a prompt, a chunk of one, or a
+  /// draft. Each sees the tokens up to itself. `queries` (B, Hq, Q, D); `keys` (B, Hkv, S, D).
+  void update_rows(std::int64_t layer, const ConstTensorView& queries, const ConstTensorView& keys,
+                   const RowOptions& options, Stream stream);
+
+  // -- importance
+
+  /// Renews the restart weights of novelty populations from the keys (B, Hkv, S, D).
+  void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream);
+
+  /// Random walks. `sequences` marks which take part (B entries, nonzero: yes); empty: all.
+  void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
+
+  /// The same scores without noise: one sweep from the newest token to the oldest, in units of
+  /// visits. Bitwise deterministic.
+  void solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
+
+  /// update, update_novelty where a population needs it, and walk.
+  void update_and_step(std::int64_t layer, const ConstTensorView& query,
+                       const ConstTensorView& keys, const ConstTensorView& slots,
+                       const ScoreOptions& options, Stream stream);
+
+  /// Writes f32 (B, Hkv, length): decayed visits of a population, or their sum (population -1).
+  void scores(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
+
+  /// Writes u32 (B, Hkv, length): visits of a population in the last walk.
+  void visits(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
+
+  // -- eviction
+
+  /// Whether any sequence holds budget + interval tokens or more.
+  bool is_full(std::int64_t layer, const EvictionConfig& eviction) const;
+
+  /// Which sequences do: one entry each, nonzero for those.
+  std::vector<std::uint8_t> full_sequences(std::int64_t layer,
+                                           const EvictionConfig& eviction) const;
+
+  /// Slots a head needs after every full sequence (`force`: every one above the budget) is cut.
+  std::int64_t kept_length(std::int64_t layer, const EvictionConfig& eviction, bool force) const;
+
+  /// Writes i32 (B, Hkv, kept_length): the slots that stay, ascending, right-aligned behind -1.
+  /// A full sequence keeps its sinks, its window and, each population its share, the highest scores;
+  /// of equal scores the newer token stays. Other sequences keep all they have.
+  void select(std::int64_t layer, const EvictionConfig& eviction, bool force, const TensorView& out,
+              Stream stream) const;
+
+  /// Writes u8 (B, Hkv, length): 1 where a token may go: it is not among the best `top_fraction` of
+  /// its head's scores and outside sinks and window.
+  void safety_mask(std::int64_t layer, const EvictionConfig& eviction, double top_fraction,
+                   const TensorView& out, Stream stream) const;
+
+  /// Moves the kept slots to the front, in place: of `keys` (B, Hkv, S, D) and `values`
+  /// (B, Hkv, S, Dv), of any dtype, and of the graph. `keep` i32 (B, Hkv, M) as select writes it;
+  /// every head of a sequence keeps the same number. Empty views: there is nothing to move.
+  void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
+               const TensorView& values, Stream stream);
+
+  /// Frees every slot that is not in `keep` i32 (B, Hkv, M); nothing moves.
+  void release(std::int64_t layer, const ConstTensorView& keep, Stream stream);
+
+  /// Writes i32 (B, Hkv): a free slot of each head, the lowest one.
+  void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const;
+
+  // -- sequences
+
+  /// Forgets the newest `count` tokens (slots, where nothing was released). They must all be there.
+  void truncate(std::int64_t layer, std::int64_t count);
+
+  /// Sequence i becomes a copy of what sequences[i] was: beams, repeats, early finish.
+  void select_batch(std::int64_t layer, std::span<const std::int64_t> sequences);
+
+  /// Forgets all tokens of a layer, or of one sequence of it. Random numbers go on, never back.
+  void reset(std::int64_t layer, std::optional<std::int64_t> sequence = std::nullopt);
+
+  /// Gives a layer room for `capacity` slots; no less than its length. Takes or returns memory.
+  void reserve(std::int64_t layer, std::int64_t capacity);
+
+  /// Waits for the device's work of this manager.
+  void synchronize() const;
+
+  // -- inspection
+
+  const GraphConfig& graph_config() const noexcept;
+  const WalkConfig& walk_config() const noexcept;
+  std::int64_t length(std::int64_t layer) const;
+  std::int64_t capacity(std::int64_t layer) const;
+  std::int64_t batch_size(std::int64_t layer) const;
+  /// Graphs a sequence has in a layer: Hkv, or 1 when a layer shares one.
+  std::int64_t graphs_per_sequence() const noexcept;
+  /// Tokens seen by a sequence, evicted ones included.
+  std::int64_t tokens_seen(std::int64_t layer, std::int64_t sequence) const;
+  /// Tokens each head of a sequence holds.
+  std::int64_t tokens_held(std::int64_t layer, std::int64_t sequence) const;
+  /// tokens_seen at the sequence's last walk or solve; -1 if there was none, or if tokens that it
+  /// covered were truncated since.
+  std::int64_t tokens_walked(std::int64_t layer, std::int64_t sequence) const;
+  /// Writes i32 (B, Hkv, length): the position of the token in each slot, -1 if empty.
+  void positions(std::int64_t layer, const TensorView& out, Stream stream) const;
+  /// Writes the rows: neighbours i32 and probabilities f32, both (B, G, length, K) with
+  /// G = graphs_per_sequence(). Absent and stale edges: -1 and 0, the others as walks follow them.
+  void rows(std::int64_t layer, const TensorView& neighbors, const TensorView& probabilities,
+            Stream stream) const;
+  /// Replaces the graphs of a layer: `positions` i32 (B, G, S), `neighbors` i32 and `probabilities`
+  /// f32 (B, G, S, K). Positions of a graph are unique where not -1, an edge points to an older
+  /// token, a row's probabilities sum to 1 or to 0; S becomes the length.
+  void load_rows(std::int64_t layer, const ConstTensorView& positions,
+                 const ConstTensorView& neighbors, const ConstTensorView& probabilities);
+  /// Writes f32 (B, G, length): the restart distribution of a population.
+  void restart_distribution(std::int64_t layer, int population, const TensorView& out,
+                            Stream stream) const;
+
+  Statistics statistics() const;
+  MemoryUse memory_use() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace spectralkv

@@ -1,0 +1,84 @@
+// The controller for an engine's loop: feed it queries and keys, ask it what may go.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "spectralkv/config.h"
+#include "spectralkv/export.h"
+#include "spectralkv/graph_manager.h"
+#include "spectralkv/stream.h"
+#include "spectralkv/tensor.h"
+
+namespace spectralkv {
+
+enum class Solver : std::uint8_t {
+  walk,   ///< random walks
+  exact,  ///< GraphManager::solve
+};
+
+struct SPECTRALKV_API MonitorConfig {
+  EvictionConfig eviction{};
+  Solver solver = Solver::walk;
+  /// A sequence's importance is renewed every walk_interval tokens; 0: only when it is cut.
+  std::int64_t walk_interval = 0;
+  double top_fraction = 0.2;  ///< the part of a head's tokens that safety_mask protects
+  std::int64_t row_stride = 1;  ///< of prompt rows, see RowOptions
+
+  void validate() const;
+};
+
+/// Decides when the graphs are walked and when the cache is cut. One Monitor serves one batch:
+///
+///     on_prefill (per layer and chunk) ... on_prefill_end
+///     every step: on_step (per layer); if is_full(layer): keep(layer), then compact or release
+///     on_finish
+///
+/// Each sequence keeps its own schedule, so that a sequence is treated in a batch as it would be
+/// alone.
+class SPECTRALKV_API Monitor {
+ public:
+  Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor);
+  ~Monitor();
+  Monitor(Monitor&&) noexcept;
+  Monitor& operator=(Monitor&&) noexcept;
+
+  /// A chunk of prompt, as GraphManager::update_rows takes it.
+  void on_prefill(std::int64_t layer, const ConstTensorView& queries, const ConstTensorView& keys,
+                  const ScoreOptions& options, const ConstTensorView& valid, Stream stream);
+
+  /// The prompt is complete: renews the importance of all sequences of a layer.
+  void on_prefill_end(std::int64_t layer, const ConstTensorView& keys, Stream stream);
+
+  /// One new token a sequence, as GraphManager::update takes it; renews the importance of the
+  /// sequences whose walk_interval is over.
+  void on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
+               const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
+
+  /// A sequence has ended: its slots are free for the next one.
+  void on_finish(std::int64_t sequence);
+
+  /// Whether a sequence of the layer has reached budget + interval.
+  bool is_full(std::int64_t layer) const;
+
+  /// Length of what keep writes.
+  std::int64_t kept_length(std::int64_t layer) const;
+
+  /// Writes i32 (B, Hkv, kept_length(layer)): the slots that stay (GraphManager::select). First
+  /// renews the importance of the full sequences where tokens came since their last walk.
+  void keep(std::int64_t layer, const ConstTensorView& keys, const TensorView& out, Stream stream);
+
+  /// GraphManager::safety_mask with this monitor's settings.
+  void safety_mask(std::int64_t layer, const TensorView& out, Stream stream) const;
+
+  const MonitorConfig& config() const noexcept;
+  GraphManager& graph() noexcept;
+  const GraphManager& graph() const noexcept;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace spectralkv

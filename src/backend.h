@@ -1,0 +1,157 @@
+// The inner interface: what a device does for GraphManager, one method a stage.
+//
+// GraphManager has checked shapes, dtypes and devices before it calls; a backend checks what only the
+// device's memory tells (free slots, kept slots) and throws before it changes anything.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "spectralkv/config.h"
+#include "spectralkv/graph_manager.h"
+#include "spectralkv/stream.h"
+#include "spectralkv/tensor.h"
+
+namespace spectralkv::detail {
+
+/// What the host knows of a layer. GraphManager keeps it and backends read it.
+struct LayerState {
+  std::int64_t batch = 0;
+  std::int64_t capacity = 0;
+  std::int64_t length = 0;  ///< slots [0, length) are in use
+  /// Positions ascend with slots. Holds until a slot is released or reused.
+  bool ordered = true;
+  bool has_novelty = false;  ///< restart weights of novelty populations were computed
+  // One entry a sequence:
+  std::vector<std::int64_t> seen;         ///< tokens seen, the next token's position
+  std::vector<std::int64_t> held;         ///< tokens held by each head
+  std::vector<std::int64_t> walked_at;    ///< `seen` at the last walk or solve, -1: never
+  std::vector<std::uint64_t> walk_block;  ///< Philox block at which the next walk starts
+};
+
+struct UpdateArgs {
+  ConstTensorView queries;   ///< (B, Hq, Q, D)
+  ConstTensorView keys;      ///< (B, Hkv, S, D)
+  ConstTensorView slots;     ///< i32 (B, Hkv) or empty: the slots from `first_slot` on
+  ConstTensorView valid;     ///< u8 (B, Q) or empty
+  std::int64_t first_slot = 0;
+  std::int64_t length = 0;  ///< length of the layer once the tokens are in
+  double scale = 1.0;
+  double softcap = 0.0;
+  std::int64_t row_stride = 1;
+};
+
+/// A sequence's plan at an eviction.
+struct CutArgs {
+  EvictionConfig eviction;
+  std::vector<std::uint8_t> cut;  ///< one entry a sequence, nonzero: cut it to the budget
+  std::int64_t kept_length = 0;
+};
+
+/// Where new tokens go.
+struct SlotPlan {
+  std::int64_t length = 0;  ///< of the layer once they are there
+  bool appended = true;     ///< every slot lies behind all others
+};
+
+struct BackendStatistics {
+  std::int64_t rows_written = 0;
+  std::int64_t rows_nonfinite = 0;
+};
+
+struct TruncatePlan {
+  std::int64_t length = 0;            ///< of the layer afterwards
+  std::vector<std::int64_t> dropped;  ///< tokens to forget, one entry a sequence
+};
+
+/// What a loaded graph holds, one entry a sequence.
+struct LoadResult {
+  std::vector<std::int64_t> seen;
+  std::vector<std::int64_t> held;
+  bool ordered = true;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// Gives a layer memory for `batch` sequences of `capacity` slots; sequence i of the new memory is
+  /// a copy of sequences[i] of the old.
+  virtual void resize(std::int64_t layer, std::int64_t capacity,
+                      std::span<const std::int64_t> sequences) = 0;
+
+  /// Checks the slots i32 (B, Hkv) of new tokens; precedes `update`.
+  virtual SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots) const = 0;
+
+  /// Returns the tokens that each sequence gained.
+  virtual std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
+                                           Stream stream) = 0;
+  virtual void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) = 0;
+  virtual void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream) = 0;
+  virtual void solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
+                     Stream stream) = 0;
+
+  virtual void scores(std::int64_t layer, int population, const TensorView& out,
+                      Stream stream) const = 0;
+  virtual void visits(std::int64_t layer, int population, const TensorView& out,
+                      Stream stream) const = 0;
+  virtual void select(std::int64_t layer, const CutArgs& args, const TensorView& out,
+                      Stream stream) const = 0;
+  virtual void safety_mask(std::int64_t layer, const EvictionConfig& eviction, double top_fraction,
+                           const TensorView& out, Stream stream) const = 0;
+  virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
+
+  /// Checks a list of kept slots; returns how many a head of each sequence keeps.
+  virtual std::vector<std::int64_t> check_keep(std::int64_t layer,
+                                               const ConstTensorView& keep) const = 0;
+  virtual void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
+                       const TensorView& values, Stream stream) = 0;
+  virtual void release(std::int64_t layer, const ConstTensorView& keep, Stream stream) = 0;
+
+  /// What forgetting the newest `count` slots (tokens where the layer is not ordered) would do; throws
+  /// when these are not the newest tokens.
+  virtual TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const = 0;
+  virtual void truncate(std::int64_t layer, const TruncatePlan& plan) = 0;
+  virtual void reset(std::int64_t layer, std::int64_t sequence) = 0;
+
+  virtual void positions(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
+  virtual void rows(std::int64_t layer, const TensorView& neighbors,
+                    const TensorView& probabilities, Stream stream) const = 0;
+  virtual LoadResult load_rows(std::int64_t layer, const ConstTensorView& positions,
+                               const ConstTensorView& neighbors,
+                               const ConstTensorView& probabilities) = 0;
+  virtual void restart_distribution(std::int64_t layer, int population, const TensorView& out,
+                                    Stream stream) const = 0;
+
+  virtual void synchronize() const = 0;
+  virtual BackendStatistics statistics() const = 0;
+  virtual MemoryUse memory_use() const = 0;
+};
+
+/// `layers` outlives the backend and holds the host's view of every layer.
+std::unique_ptr<Backend> make_cpu_backend(const GraphConfig& graph, const WalkConfig& walk,
+                                          const std::vector<LayerState>& layers);
+/// Throws BackendUnavailable where there is none.
+std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
+                                           const std::vector<LayerState>& layers);
+
+/// Walkers of a population and the number of the first: its share, the last one takes the rest.
+struct WalkerRange {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+WalkerRange walkers_of(const WalkConfig& walk, int population);
+
+/// Philox blocks that one walk takes from each walker's stream: two numbers for the start and for
+/// every step, four in a block.
+constexpr std::uint64_t blocks_of_walk(std::int64_t walk_length) {
+  return (static_cast<std::uint64_t>(walk_length) + 2) / 2;
+}
+
+/// Oldest position of a `Restart::recent` population.
+std::int64_t first_recent_position(const Population& population, std::int64_t seen,
+                                   std::int64_t num_sinks);
+
+}  // namespace spectralkv::detail

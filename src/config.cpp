@@ -1,0 +1,117 @@
+#include "spectralkv/config.h"
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "spectralkv/error.h"
+#include "validate.h"
+
+namespace spectralkv {
+namespace {
+
+using detail::check_range;
+using detail::throw_invalid;
+
+// Slots and positions are 32-bit integers throughout.
+constexpr std::int64_t kMaxSlots = std::numeric_limits<std::int32_t>::max();
+
+void check_fraction(std::string_view operation, std::string_view what, double value, bool zero_ok) {
+  if ((zero_ok ? value >= 0.0 : value > 0.0) && value <= 1.0) return;
+  throw_invalid(operation, what, zero_ok ? "in [0, 1]" : "in (0, 1]", std::to_string(value));
+}
+
+}  // namespace
+
+void GraphConfig::validate() const {
+  constexpr std::string_view kOperation = "GraphConfig";
+  check_range(kOperation, "num_layers", num_layers, 1, 1 << 20);
+  check_range(kOperation, "batch_size", batch_size, 1, 1 << 20);
+  check_range(kOperation, "num_kv_heads", num_kv_heads, 1, 1 << 20);
+  check_range(kOperation, "num_query_heads", num_query_heads, 1, 1 << 20);
+  if (num_query_heads % num_kv_heads != 0) {
+    throw_invalid(kOperation, "num_query_heads",
+                  "a multiple of num_kv_heads (" + std::to_string(num_kv_heads) + ")",
+                  std::to_string(num_query_heads));
+  }
+  check_range(kOperation, "head_dim", head_dim, 1, 1 << 16);
+  check_range(kOperation, "capacity", capacity, 0, kMaxSlots);
+  if (top_k != 4 && top_k != 8 && top_k != 16 && top_k != 32) {
+    throw_invalid(kOperation, "top_k", "4, 8, 16 or 32", std::to_string(top_k));
+  }
+  check_range(kOperation, "num_sinks", num_sinks, 0, kMaxSlots);
+  check_range(kOperation, "total_kv_heads", total_kv_heads, 0, 1 << 20);
+  const std::int64_t total = total_kv_heads == 0 ? num_kv_heads : total_kv_heads;
+  check_range(kOperation, "head_offset", head_offset, 0, total - num_kv_heads);
+  check_range(kOperation, "num_threads", num_threads, 0, 4096);
+  check_range(kOperation, "device.index", device.index, 0, 4096);
+}
+
+void WalkConfig::validate() const {
+  constexpr std::string_view kOperation = "WalkConfig";
+  check_range(kOperation, "num_walkers", num_walkers, 1, std::int64_t{1} << 30);
+  check_range(kOperation, "walk_length", walk_length, 1, 1 << 20);
+  check_fraction(kOperation, "restart_prob", restart_prob, false);
+  check_fraction(kOperation, "decay", decay, true);
+  check_range(kOperation, "the number of populations",
+              static_cast<std::int64_t>(populations.size()), 1, kMaxPopulations);
+  double total = 0.0;
+  for (const Population& population : populations) {
+    check_fraction(kOperation, "share", population.share, false);
+    check_fraction(kOperation, "recent_fraction", population.recent_fraction, false);
+    check_range(kOperation, "recent_tokens", population.recent_tokens, 0, kMaxSlots);
+    total += population.share;
+  }
+  if (std::abs(total - 1.0) > 1e-6) {
+    throw_invalid(kOperation, "the sum of shares", "1", std::to_string(total));
+  }
+  check_range(kOperation, "num_walkers", num_walkers,
+              static_cast<std::int64_t>(populations.size()), std::int64_t{1} << 30);
+}
+
+bool WalkConfig::needs_novelty() const {
+  for (const Population& population : populations) {
+    if (population.restart == Restart::novelty) return true;
+  }
+  return false;
+}
+
+void EvictionConfig::validate() const {
+  constexpr std::string_view kOperation = "EvictionConfig";
+  check_range(kOperation, "window", window, 0, kMaxSlots);
+  check_range(kOperation, "sinks", sinks, 0, kMaxSlots);
+  check_range(kOperation, "interval", interval, 1, kMaxSlots);
+  const std::int64_t least = sinks + window + 1;
+  if (budget < least) {
+    throw_invalid(kOperation, "budget",
+                  "at least sinks + window + 1 = " + std::to_string(least), std::to_string(budget));
+  }
+  check_range(kOperation, "budget", budget, least, kMaxSlots - interval);
+}
+
+void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
+  const WalkConfig defaults;
+  const auto set = [&](EdgeLaw law, int top_k, double restart_prob, double decay,
+                       std::vector<Population> populations) {
+    graph.edge_law = law;
+    graph.top_k = top_k;
+    walk.restart_prob = restart_prob;
+    walk.decay = decay;
+    walk.populations = std::move(populations);
+  };
+  if (name == "default") {
+    set(EdgeLaw::weighted, GraphConfig{}.top_k, defaults.restart_prob, defaults.decay,
+        defaults.populations);
+  } else if (name == "uniform32") {
+    set(EdgeLaw::uniform, 32, 0.85, 1.0,
+        {{.restart = Restart::current, .count = VisitCount::all}});
+  } else if (name == "weighted4") {
+    set(EdgeLaw::weighted, 4, 0.15, 0.0,
+        {{.restart = Restart::recent, .count = VisitCount::edges}});
+  } else {
+    throw_invalid("apply_preset", "name", "\"default\", \"uniform32\" or \"weighted4\"",
+                  "\"" + std::string(name) + "\"");
+  }
+}
+
+}  // namespace spectralkv

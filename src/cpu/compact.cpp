@@ -1,0 +1,108 @@
+// Moves kept slots to the front, in place.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/layer.h"
+#include "thread_pool.h"
+
+namespace spectralkv::detail {
+namespace {
+
+/// A run of slots that move by the same distance.
+struct Move {
+  std::int64_t to;
+  std::int64_t from;
+  std::int64_t count;
+};
+
+/// Runs in an order in which none overwrites what a later one reads. Kept slots ascend, so moves to
+/// the left are safe in ascending order and moves to the right in descending order, and the two kinds
+/// never touch each other's slots: where a slot moves left, no slot behind it that moves right can
+/// start before where it goes.
+std::vector<Move> plan_moves(const std::int32_t* keep, std::int64_t count) {
+  std::vector<Move> left;
+  std::vector<Move> right;
+  for (std::int64_t i = 0; i < count;) {
+    const std::int64_t from = keep[i];
+    std::int64_t run = 1;
+    while (i + run < count && keep[i + run] == from + run) ++run;
+    if (from >= 0 && from != i) (from > i ? left : right).push_back({i, from, run});
+    i += run;
+  }
+  left.insert(left.end(), right.rbegin(), right.rend());
+  return left;
+}
+
+void move_slots(const TensorView& view, std::int64_t b, std::int64_t h,
+                const std::vector<Move>& moves) {
+  std::byte* const base = head_pointer(view, b, h);
+  const std::int64_t element = size_of(view.dtype);
+  const std::int64_t stride = view.stride(2) * element;
+  const std::int64_t width = view.size(3) * element;
+  for (const Move& move : moves) {
+    if (stride == width) {
+      std::memmove(base + move.to * stride, base + move.from * stride,
+                   static_cast<std::size_t>(move.count * width));
+      continue;
+    }
+    for (std::int64_t i = 0; i < move.count; ++i) {
+      const std::int64_t k = move.to < move.from ? i : move.count - 1 - i;
+      std::memcpy(base + (move.to + k) * stride, base + (move.from + k) * stride,
+                  static_cast<std::size_t>(width));
+    }
+  }
+}
+
+void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
+                const std::int32_t* keep, std::int64_t count, std::int64_t length,
+                const std::vector<Move>& moves) {
+  const int top_k = context.graph.top_k;
+  std::vector<std::int32_t> new_slot(static_cast<std::size_t>(length), -1);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (keep[i] >= 0) new_slot[static_cast<std::size_t>(keep[i])] = static_cast<std::int32_t>(i);
+  }
+  // Rows are rewritten where they are, while positions still say which edges live, then moved.
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (keep[i] < 0) continue;
+    remap_row(layer.row(b, g, keep[i]), top_k, layer.positions(b, g), keep[i], new_slot.data());
+  }
+  const std::size_t row_bytes = sizeof(std::int32_t) * static_cast<std::size_t>(top_k) *
+                                (context.graph.edge_law == EdgeLaw::weighted ? 2 : 1);
+  for (const Move& move : moves) {
+    for (std::int64_t i = 0; i < move.count; ++i) {
+      const std::int64_t k = move.to < move.from ? i : move.count - 1 - i;
+      std::memcpy(layer.row(b, g, move.to + k).neighbors,
+                  layer.row(b, g, move.from + k).neighbors, row_bytes);
+      layer.copy_slot(b, g, move.to + k, move.from + k);
+    }
+  }
+  for (std::int64_t i = 0; i < count && keep[i] < 0; ++i) layer.clear(b, g, i);
+  for (std::int64_t slot = count; slot < length; ++slot) layer.clear(b, g, slot);
+}
+
+}  // namespace
+
+void compact(const CpuContext& context, CpuLayer& layer, std::int64_t length,
+             const ConstTensorView& keep, const TensorView& keys, const TensorView& values) {
+  const std::int64_t count = keep.size(2);
+  const std::int64_t width = keys.empty() ? 1 : keys.size(3) * 2;
+  const std::int64_t heads = context.graph.num_kv_heads;
+  const int threads = context.threads_for(layer.batch() * heads * count * width);
+  parallel_for(layer.batch() * heads, threads, [&](std::int64_t task, int) {
+    const std::int64_t b = task / heads;
+    const std::int64_t h = task % heads;
+    const auto* slots =
+        element_pointer<std::int32_t>(keep, b * keep.stride(0) + h * keep.stride(1));
+    const std::vector<Move> moves = plan_moves(slots, count);
+    if (!keys.empty()) move_slots(keys, b, h, moves);
+    if (!values.empty()) move_slots(values, b, h, moves);
+    const std::int64_t g = context.graph_of(h);
+    if (h == context.first_head(g)) {
+      move_graph(context, layer, b, g, slots, count, length, moves);
+    }
+  });
+}
+
+}  // namespace spectralkv::detail

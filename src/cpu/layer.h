@@ -1,0 +1,307 @@
+// The CPU backend's memory of one layer, and what all its stages share.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/simd.h"
+#include "spectralkv/config.h"
+#include "spectralkv/tensor.h"
+
+namespace spectralkv::detail {
+
+/// Zeroed memory that starts on a cache line, so that a row of 64 bytes lies in one.
+template <class T>
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  explicit AlignedBuffer(std::int64_t size, T value = T{})
+      : size_(size),
+        data_(static_cast<T*>(::operator new[](static_cast<std::size_t>(size) * sizeof(T),
+                                               std::align_val_t{kAlignment}))) {
+    std::uninitialized_fill_n(data_.get(), size, value);
+  }
+
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  std::int64_t bytes() const { return size_ * static_cast<std::int64_t>(sizeof(T)); }
+
+  /// Grows without keeping the contents.
+  T* at_least(std::int64_t size) {
+    if (size > size_) *this = AlignedBuffer(size);
+    return data();
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{kAlignment}); }
+  };
+  std::int64_t size_ = 0;
+  std::unique_ptr<T[], Free> data_;
+};
+
+/// A row is top_k neighbours (slots, -1 where there are none) and, under EdgeLaw::weighted, top_k
+/// thresholds: the cumulative probabilities in units of 2^-32, so that a 32-bit random number r takes
+/// the first edge with r < threshold. The last edge's threshold is 2^32 - 1, not 2^32: a number above
+/// it is drawn again, as one that hits a stale edge is.
+struct ConstRow {
+  const std::int32_t* neighbors;
+  const std::uint32_t* thresholds;  ///< null under EdgeLaw::uniform
+};
+struct Row {
+  std::int32_t* neighbors;
+  std::uint32_t* thresholds;
+
+  operator ConstRow() const { return {neighbors, thresholds}; }  // NOLINT(*-explicit-*)
+};
+
+/// Arrays of a layer; the leading axes are (sequence, graph of the sequence).
+class CpuLayer {
+ public:
+  CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t batch,
+           std::int64_t capacity);
+
+  std::int64_t batch() const { return batch_; }
+  std::int64_t capacity() const { return capacity_; }
+  std::int64_t graphs() const { return graphs_; }
+
+  std::int32_t* positions(std::int64_t b, std::int64_t g) {
+    return positions_.data() + index(b, g) * capacity_;
+  }
+  const std::int32_t* positions(std::int64_t b, std::int64_t g) const {
+    return positions_.data() + index(b, g) * capacity_;
+  }
+  Row row(std::int64_t b, std::int64_t g, std::int64_t slot) {
+    std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
+    return {words, weighted_ ? reinterpret_cast<std::uint32_t*>(words + top_k_) : nullptr};
+  }
+  ConstRow row(std::int64_t b, std::int64_t g, std::int64_t slot) const {
+    const std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
+    return {words, weighted_ ? reinterpret_cast<const std::uint32_t*>(words + top_k_) : nullptr};
+  }
+  float* scores(std::int64_t b, std::int64_t g, int population) {
+    return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
+  }
+  const float* scores(std::int64_t b, std::int64_t g, int population) const {
+    return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
+  }
+  /// Whether visits are kept beside the scores. They are the scores where nothing is accumulated and
+  /// f32 holds every count.
+  bool has_visits() const { return visits_.bytes() > 0; }
+  std::uint32_t* visits(std::int64_t b, std::int64_t g, int population) {
+    return visits_.data() + (index(b, g) * populations_ + population) * capacity_;
+  }
+  const std::uint32_t* visits(std::int64_t b, std::int64_t g, int population) const {
+    return visits_.data() + (index(b, g) * populations_ + population) * capacity_;
+  }
+  /// Restart weights of novelty populations.
+  std::uint32_t* novelty(std::int64_t b, std::int64_t g) {
+    return novelty_.data() + index(b, g) * capacity_;
+  }
+  const std::uint32_t* novelty(std::int64_t b, std::int64_t g) const {
+    return novelty_.data() + index(b, g) * capacity_;
+  }
+
+  /// Empties a slot: no token, no edges, no score.
+  void clear(std::int64_t b, std::int64_t g, std::int64_t slot);
+
+  /// Moves what a slot holds, its row excepted, to another and leaves the old one as it is.
+  void copy_slot(std::int64_t b, std::int64_t g, std::int64_t to, std::int64_t from);
+
+  /// Takes over one sequence of another layer of the same shape but for batch and capacity.
+  void copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
+                     std::int64_t length);
+
+  std::int64_t bytes() const;
+
+ private:
+  std::int64_t index(std::int64_t b, std::int64_t g) const { return b * graphs_ + g; }
+
+  std::int64_t batch_;
+  std::int64_t graphs_;
+  std::int64_t capacity_;
+  std::int64_t top_k_;
+  std::int64_t row_words_;
+  std::int64_t populations_;
+  bool weighted_;
+  AlignedBuffer<std::int32_t> positions_;
+  AlignedBuffer<std::int32_t> rows_;
+  AlignedBuffer<float> scores_;
+  AlignedBuffer<std::uint32_t> visits_;
+  AlignedBuffer<std::uint32_t> novelty_;
+};
+
+/// What the stages read besides the layer.
+struct CpuContext {
+  const GraphConfig& graph;
+  const WalkConfig& walk;
+  const SimdKernels& simd;
+  int threads;
+
+  std::int64_t group() const { return graph.num_query_heads / graph.num_kv_heads; }
+  /// KV heads that share graph g: [first, first + count).
+  std::int64_t first_head(std::int64_t g) const { return graph.scope == GraphScope::head ? g : 0; }
+  std::int64_t head_count() const {
+    return graph.scope == GraphScope::head ? 1 : graph.num_kv_heads;
+  }
+  /// The graph of a KV head.
+  std::int64_t graph_of(std::int64_t head) const {
+    return graph.scope == GraphScope::head ? head : 0;
+  }
+  /// One thread where the work is smaller than waking others.
+  int threads_for(std::int64_t operations) const { return operations < (1 << 20) ? 1 : threads; }
+};
+
+/// Memory of one thread that holds nothing between calls.
+struct Scratch {
+  AlignedBuffer<float> scores;
+  AlignedBuffer<float> sums;
+  AlignedBuffer<float> queries;
+  AlignedBuffer<float> panel;
+  AlignedBuffer<std::uint32_t> words;
+
+  std::int64_t bytes() const {
+    return scores.bytes() + sums.bytes() + queries.bytes() + panel.bytes() + words.bytes();
+  }
+};
+
+// ---- views
+
+template <class T, class Pointer>
+auto* element_pointer(const BasicTensorView<Pointer>& view, std::int64_t offset) {
+  using Element = std::conditional_t<std::is_const_v<Pointer>, const T, T>;
+  return static_cast<Element*>(view.data) + offset;
+}
+
+/// Address of element (b, h) of a view whose first axes are (sequence, head), of any dtype.
+template <class Pointer>
+auto* head_pointer(const BasicTensorView<Pointer>& view, std::int64_t b, std::int64_t h) {
+  using Byte = std::conditional_t<std::is_const_v<Pointer>, const std::byte, std::byte>;
+  return static_cast<Byte*>(view.data) +
+         (b * view.stride(0) + h * view.stride(1)) * size_of(view.dtype);
+}
+
+// ---- stages, one file each
+
+struct UpdateCounts {
+  std::int64_t rows = 0;
+  std::int64_t nonfinite = 0;
+};
+
+/// score_topk.cpp: one new token a sequence.
+UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const UpdateArgs& args,
+                           std::vector<Scratch>& scratch);
+/// update_rows.cpp: a block of new tokens.
+UpdateCounts update_block(const CpuContext& context, CpuLayer& layer, const UpdateArgs& args,
+                          std::vector<Scratch>& scratch);
+/// softmax over n scores (raw dot products) of one query head, added to `sums` with a weight.
+void add_softmax(const CpuContext& context, const UpdateArgs& args, float* scores, std::int64_t n,
+                 const std::int32_t* positions, float weight, float* sums);
+/// Draws the row of the token in `slot` from the probabilities of the first n slots.
+void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
+              std::int64_t slot, const float* probabilities, std::int64_t n);
+bool all_finite(const float* values, std::int64_t n);
+
+/// graph_rows.cpp
+void write_row(Row row, int top_k, const std::int32_t* neighbors, const double* probabilities,
+               int count);
+inline bool is_live_edge(const std::int32_t* positions, std::int64_t from, std::int32_t to) {
+  return to >= 0 && positions[to] >= 0 && positions[to] < positions[from];
+}
+/// Probability of edge k before stale edges are left out, in units of 2^-32 (1 each if uniform).
+inline std::uint32_t edge_width(ConstRow row, int k) {
+  if (row.thresholds == nullptr) return 1;
+  return row.thresholds[k] - (k == 0 ? 0 : row.thresholds[k - 1]);
+}
+/// Calls function(neighbor, probability) for each live edge; the probabilities sum to 1.
+template <class Function>
+void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, std::int64_t slot,
+                        Function&& function) {
+  std::uint64_t total = 0;
+  for (int k = 0; k < top_k; ++k) {
+    if (is_live_edge(positions, slot, row.neighbors[k])) total += edge_width(row, k);
+  }
+  if (total == 0) return;
+  const double unit = 1.0 / static_cast<double>(total);
+  for (int k = 0; k < top_k; ++k) {
+    const std::uint32_t width = edge_width(row, k);
+    if (width == 0 || !is_live_edge(positions, slot, row.neighbors[k])) continue;
+    function(row.neighbors[k], static_cast<double>(width) * unit);
+  }
+}
+/// Rewrites a row for slots that move: new_slot[j] is where slot j goes, -1 where its token does not
+/// stay. Edges to tokens that go are dropped, the others keep their proportions.
+void remap_row(Row row, int top_k, const std::int32_t* positions, std::int64_t slot,
+               const std::int32_t* new_slot);
+
+/// novelty.cpp
+void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTensorView& keys,
+                    std::int64_t length, std::vector<Scratch>& scratch);
+
+/// restart.cpp: where walkers of one population of one graph restart.
+class RestartTable {
+ public:
+  RestartTable(const CpuContext& context, const CpuLayer& layer, const LayerState& state,
+               std::int64_t b, std::int64_t g, int population);
+
+  bool empty() const { return slots_.empty(); }
+  /// The slot that a 32-bit random number means.
+  std::int32_t draw(std::uint32_t random) const {
+    if (cumulative_.empty()) return slots_[scaled(slots_.size(), random)];
+    const std::uint64_t target = scaled(cumulative_.back(), random);
+    std::size_t i = guide_[random >> guide_shift_];
+    while (cumulative_[i] <= target) ++i;
+    return slots_[i];
+  }
+  /// Calls function(slot, probability).
+  template <class Function>
+  void for_each(Function&& function) const {
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      const double weight = cumulative_.empty()
+                                ? 1.0
+                                : static_cast<double>(cumulative_[i] - (i == 0 ? 0 : cumulative_[i - 1]));
+      const double total = cumulative_.empty() ? static_cast<double>(slots_.size())
+                                               : static_cast<double>(cumulative_.back());
+      function(slots_[i], weight / total);
+    }
+  }
+
+ private:
+  __extension__ using Wide = unsigned __int128;
+  /// floor(total * random / 2^32)
+  static std::uint64_t scaled(std::uint64_t total, std::uint32_t random) {
+    return static_cast<std::uint64_t>((static_cast<Wide>(total) * random) >> 32U);
+  }
+
+  std::vector<std::int32_t> slots_;
+  std::vector<std::uint64_t> cumulative_;  ///< weights; empty: all alike
+  std::vector<std::uint32_t> guide_;       ///< where to start looking, by the number's high bits
+  unsigned guide_shift_ = 0;
+};
+
+/// ppr_walk.cpp
+void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
+          std::int64_t layer_index, std::span<const std::uint8_t> sequences,
+          std::vector<Scratch>& scratch);
+/// ppr_exact.cpp
+void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
+           std::span<const std::uint8_t> sequences);
+/// select.cpp
+void select(const CpuContext& context, const CpuLayer& layer, const LayerState& state,
+            const CutArgs& args, const TensorView& out);
+void safety_mask(const CpuContext& context, const CpuLayer& layer, const LayerState& state,
+                 const EvictionConfig& eviction, double top_fraction, const TensorView& out);
+/// compact.cpp
+void compact(const CpuContext& context, CpuLayer& layer, std::int64_t length,
+             const ConstTensorView& keep, const TensorView& keys, const TensorView& values);
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,92 @@
+// Restart weights of novelty populations: how far a key points from where the keys of its head point
+// on average.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/layer.h"
+#include "thread_pool.h"
+
+namespace spectralkv::detail {
+namespace {
+
+/// The weight of the most novel token. Integers make restarts exact and equal on every device.
+constexpr double kUnit = 0x1p20;
+
+/// Adds to `sums` the z-scores of -cos(key, mean direction) of one head; -inf where there is no
+/// finite key.
+void add_z_scores(const CpuContext& context, const std::byte* keys, DType dtype,
+                  std::int64_t stride, std::int64_t length, const std::int32_t* positions,
+                  Scratch& scratch, double* sums) {
+  const std::int64_t dim = context.graph.head_dim;
+  float* const inverse_norms = scratch.sums.at_least(length);
+  float* const mean = scratch.queries.at_least(dim);
+  float* const distance = scratch.scores.at_least(length);
+  std::fill_n(mean, dim, 0.0F);
+  context.simd.sum_directions(keys, dtype, stride, length, dim, positions, mean, inverse_norms);
+  double norm2 = 0.0;
+  for (std::int64_t d = 0; d < dim; ++d) norm2 += static_cast<double>(mean[d]) * mean[d];
+  const float inverse = norm2 > 0.0 ? static_cast<float>(1.0 / std::sqrt(norm2)) : 0.0F;
+  for (std::int64_t d = 0; d < dim; ++d) mean[d] *= inverse;
+  context.simd.dot_keys(keys, dtype, stride, length, dim, mean, 1, distance, length);
+
+  double sum = 0.0;
+  std::int64_t count = 0;
+  for (std::int64_t j = 0; j < length; ++j) {
+    if (inverse_norms[j] < 0.0F) continue;
+    distance[j] *= -inverse_norms[j];
+    sum += distance[j];
+    ++count;
+  }
+  const double average = count > 0 ? sum / static_cast<double>(count) : 0.0;
+  double squares = 0.0;
+  for (std::int64_t j = 0; j < length; ++j) {
+    if (inverse_norms[j] < 0.0F) continue;
+    squares += (distance[j] - average) * (distance[j] - average);
+  }
+  const double deviation = count > 1 ? std::sqrt(squares / static_cast<double>(count - 1)) : 0.0;
+  for (std::int64_t j = 0; j < length; ++j) {
+    if (inverse_norms[j] < 0.0F) {
+      sums[j] = -std::numeric_limits<double>::infinity();
+    } else if (deviation > 1e-6) {
+      sums[j] += (distance[j] - average) / deviation;
+    }
+  }
+}
+
+}  // namespace
+
+void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTensorView& keys,
+                    std::int64_t length, std::vector<Scratch>& scratch) {
+  const int threads = context.threads_for(layer.batch() * context.graph.num_kv_heads * length *
+                                          context.graph.head_dim * 2);
+  parallel_for(layer.batch() * layer.graphs(), threads, [&](std::int64_t task, int worker) {
+    const std::int64_t b = task / layer.graphs();
+    const std::int64_t g = task % layer.graphs();
+    const std::int32_t* positions = layer.positions(b, g);
+    Scratch& mine = scratch[static_cast<std::size_t>(worker)];
+    auto* const z = reinterpret_cast<double*>(mine.words.at_least(2 * length));
+    std::fill_n(z, length, 0.0);
+    for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
+         ++h) {
+      add_z_scores(context, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length,
+                   positions, mine, z);
+    }
+    const double heads = static_cast<double>(context.head_count());
+    double highest = -std::numeric_limits<double>::infinity();
+    const auto may_restart = [&](std::int64_t j) {
+      return positions[j] >= context.graph.num_sinks && std::isfinite(z[j]);
+    };
+    for (std::int64_t j = 0; j < length; ++j) {
+      if (may_restart(j)) highest = std::max(highest, z[j]);
+    }
+    std::uint32_t* weights = layer.novelty(b, g);
+    for (std::int64_t j = 0; j < length; ++j) {
+      weights[j] = may_restart(j) ? static_cast<std::uint32_t>(
+                                        std::lround(kUnit * std::exp((z[j] - highest) / heads)))
+                                  : 0;
+    }
+  });
+}
+
+}  // namespace spectralkv::detail

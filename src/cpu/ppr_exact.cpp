@@ -1,0 +1,79 @@
+// Personalized PageRank without noise. Edges point to older tokens only, so one sweep from the newest
+// token to the oldest sums all paths: y(v) = r(v) + (1 - restart_prob) * sum over u -> v of y(u) p(u, v),
+// with r the restart distribution. Restarts, dead ends included, all return to r, so y is PageRank up to
+// its sum.
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "cpu/layer.h"
+#include "thread_pool.h"
+
+namespace spectralkv::detail {
+namespace {
+
+/// Slots with a token, newest first.
+std::vector<std::int32_t> newest_first(const std::int32_t* positions, std::int64_t length) {
+  std::vector<std::int32_t> order;
+  order.reserve(static_cast<std::size_t>(length));
+  for (std::int64_t slot = length; slot-- > 0;) {
+    if (positions[slot] >= 0) order.push_back(static_cast<std::int32_t>(slot));
+  }
+  const auto newer = [&](std::int32_t a, std::int32_t b) { return positions[a] > positions[b]; };
+  if (!std::is_sorted(order.begin(), order.end(), newer)) {
+    std::sort(order.begin(), order.end(), newer);
+  }
+  return order;
+}
+
+}  // namespace
+
+void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
+           std::span<const std::uint8_t> sequences) {
+  const WalkConfig& config = context.walk;
+  const auto populations = static_cast<std::int64_t>(config.populations.size());
+  const int top_k = context.graph.top_k;
+  const int threads = context.threads_for(layer.batch() * layer.graphs() * populations *
+                                          state.length * top_k * 4);
+
+  parallel_for(layer.batch() * layer.graphs() * populations, threads, [&](std::int64_t task, int) {
+    const std::int64_t b = task / (layer.graphs() * populations);
+    const std::int64_t g = task / populations % layer.graphs();
+    const auto p = static_cast<int>(task % populations);
+    if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
+    const RestartTable restarts(context, layer, state, b, g, p);
+    if (restarts.empty()) return;
+
+    const auto length = static_cast<std::size_t>(state.length);
+    std::vector<double> restart(length, 0.0);
+    std::vector<double> arriving(length, 0.0);  // over edges
+    restarts.for_each([&](std::int32_t slot, double probability) {
+      restart[static_cast<std::size_t>(slot)] = probability;
+    });
+    const std::int32_t* positions = layer.positions(b, g);
+    double total = 0.0;
+    for (const std::int32_t slot : newest_first(positions, state.length)) {
+      const auto i = static_cast<std::size_t>(slot);
+      const double mass = restart[i] + arriving[i];
+      if (mass == 0.0) continue;
+      total += mass;
+      const double sent = mass * (1.0 - config.restart_prob);
+      for_each_live_edge(layer.row(b, g, slot), top_k, positions, slot,
+                         [&](std::int32_t neighbor, double probability) {
+                           arriving[static_cast<std::size_t>(neighbor)] += sent * probability;
+                         });
+    }
+
+    const bool all = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all;
+    const double steps =
+        static_cast<double>(walkers_of(config, p).count * config.walk_length);
+    float* const scores = layer.scores(b, g, p);
+    for (std::size_t i = 0; i < length; ++i) {
+      const double visits = steps * (arriving[i] + (all ? restart[i] : 0.0)) / total;
+      scores[i] = static_cast<float>(config.decay * static_cast<double>(scores[i]) + visits);
+    }
+  });
+}
+
+}  // namespace spectralkv::detail

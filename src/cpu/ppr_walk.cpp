@@ -1,0 +1,193 @@
+// Personalized PageRank by random walks.
+//
+// Every walker reads its own Philox stream, two numbers for its start and two for each step, whatever
+// happens in the step: the visits depend on the seed alone, not on threads, devices or batching.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "cpu/layer.h"
+#include "thread_pool.h"
+
+namespace spectralkv::detail {
+namespace {
+
+struct Graph {
+  const std::int32_t* positions;
+  const std::int32_t* rows;  ///< see Row
+};
+
+constexpr std::int32_t kNone = -1;
+
+/// floor(total * random / 2^32) for a total below 2^32
+inline std::uint32_t scaled(std::uint64_t total, std::uint32_t random) {
+  return static_cast<std::uint32_t>((total * random) >> 32U);
+}
+
+template <int kTopK, bool kWeighted>
+struct Edges {
+  static constexpr std::int64_t kRowWords = kWeighted ? 2 * kTopK : kTopK;
+
+  const Graph graph;
+
+  ConstRow row(std::int32_t slot) const {
+    const std::int32_t* words = graph.rows + slot * kRowWords;
+    return {words, kWeighted ? reinterpret_cast<const std::uint32_t*>(words + kTopK) : nullptr};
+  }
+
+  /// The edge that a number means, stale or not; kNone: the number lies above all edges.
+  std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
+    const ConstRow edges = row(slot);
+    if constexpr (kWeighted) {
+      int k = 0;
+      for (int i = 0; i < kTopK; ++i) k += random >= edges.thresholds[i] ? 1 : 0;
+      return k < kTopK ? edges.neighbors[k] : kNone;
+    } else {
+      return edges.neighbors[scaled(kTopK, random)];
+    }
+  }
+
+  /// A draw among the live edges only; kNone: there are none.
+  std::int32_t draw_live(std::int32_t slot, std::uint32_t random) const {
+    const ConstRow edges = row(slot);
+    std::uint64_t total = 0;
+    for (int k = 0; k < kTopK; ++k) {
+      if (is_live_edge(graph.positions, slot, edges.neighbors[k])) total += edge_width(edges, k);
+    }
+    if (total == 0) return kNone;
+    const std::uint32_t target = scaled(total, random);
+    std::uint64_t sum = 0;
+    for (int k = 0; k < kTopK; ++k) {
+      if (!is_live_edge(graph.positions, slot, edges.neighbors[k])) continue;
+      sum += edge_width(edges, k);
+      if (target < sum) return edges.neighbors[k];
+    }
+    return kNone;
+  }
+};
+
+struct WalkRules {
+  std::uint64_t seed;
+  std::uint64_t first_block;
+  std::int64_t walk_length;
+  std::uint64_t restart_threshold;  ///< restart_prob in units of 2^-32
+  bool count_restarts;
+};
+
+/// Walks kWalkerLanes walkers side by side, so that their memory accesses overlap; `active` of them
+/// are counted.
+template <int kTopK, bool kWeighted>
+void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restarts,
+                const WalkRules& rules, const std::uint32_t* random, int active,
+                std::uint32_t* visits) {
+  std::array<std::int32_t, kWalkerLanes> node;
+  for (int lane = 0; lane < active; ++lane) {
+    node[static_cast<std::size_t>(lane)] = restarts.draw(random[kWalkerLanes + lane]);
+  }
+  const std::uint64_t follow_range = (std::uint64_t{1} << 32U) - rules.restart_threshold;
+  for (std::int64_t step = 0; step < rules.walk_length; ++step) {
+    const std::uint32_t* const first = random + (2 + 2 * step) * kWalkerLanes;
+    const std::uint32_t* const second = first + kWalkerLanes;
+    for (int lane = 0; lane < active; ++lane) {
+      std::int32_t& at = node[static_cast<std::size_t>(lane)];
+      std::int32_t next = kNone;
+      if (first[lane] >= rules.restart_threshold) {
+        next = edges.draw(at, second[lane]);
+        if (!is_live_edge(edges.graph.positions, at, next)) {
+          // What decided to follow an edge is, rescaled, uniform again.
+          const std::uint64_t again = first[lane] - rules.restart_threshold;
+          next = edges.draw_live(at, static_cast<std::uint32_t>((again << 32U) / follow_range));
+        }
+      }
+      const bool restarted = next == kNone;
+      if (restarted) next = restarts.draw(second[lane]);
+      visits[next] += !restarted || rules.count_restarts ? 1U : 0U;
+      at = next;
+    }
+  }
+}
+
+template <int kTopK, bool kWeighted>
+void walk_graph(const CpuContext& context, const Graph& graph, const RestartTable& restarts,
+                const WalkRules& rules, std::uint64_t first_stream, std::int64_t num_walkers,
+                std::uint32_t* random, std::uint32_t* visits) {
+  const Edges<kTopK, kWeighted> edges{graph};
+  const auto blocks = static_cast<std::int64_t>(blocks_of_walk(rules.walk_length));
+  for (std::int64_t w = 0; w < num_walkers; w += kWalkerLanes) {
+    context.simd.philox_lanes(rules.seed, first_stream + static_cast<std::uint64_t>(w),
+                              rules.first_block, blocks, random);
+    const auto active = static_cast<int>(std::min<std::int64_t>(kWalkerLanes, num_walkers - w));
+    walk_lanes(edges, restarts, rules, random, active, visits);
+  }
+}
+
+using WalkGraph = void (*)(const CpuContext&, const Graph&, const RestartTable&, const WalkRules&,
+                           std::uint64_t, std::int64_t, std::uint32_t*, std::uint32_t*);
+
+WalkGraph walk_graph_for(const GraphConfig& graph) {
+  const bool weighted = graph.edge_law == EdgeLaw::weighted;
+  switch (graph.top_k) {
+    case 4:
+      return weighted ? walk_graph<4, true> : walk_graph<4, false>;
+    case 8:
+      return weighted ? walk_graph<8, true> : walk_graph<8, false>;
+    case 16:
+      return weighted ? walk_graph<16, true> : walk_graph<16, false>;
+    default:
+      return weighted ? walk_graph<32, true> : walk_graph<32, false>;
+  }
+}
+
+}  // namespace
+
+void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
+          std::int64_t layer_index, std::span<const std::uint8_t> sequences,
+          std::vector<Scratch>& scratch) {
+  const WalkConfig& config = context.walk;
+  const auto populations = static_cast<std::int64_t>(config.populations.size());
+  const WalkGraph walk_graph = walk_graph_for(context.graph);
+  const std::int64_t random_words =
+      static_cast<std::int64_t>(blocks_of_walk(config.walk_length)) * 4 * kWalkerLanes;
+  const int threads = context.threads_for(layer.batch() * layer.graphs() * config.num_walkers *
+                                          config.walk_length * 16);
+
+  parallel_for(layer.batch() * layer.graphs() * populations, threads, [&](std::int64_t task,
+                                                                          int worker) {
+    const std::int64_t b = task / (layer.graphs() * populations);
+    const std::int64_t g = task / populations % layer.graphs();
+    const auto p = static_cast<int>(task % populations);
+    if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
+    const RestartTable restarts(context, layer, state, b, g, p);
+    if (restarts.empty()) return;
+
+    Scratch& mine = scratch[static_cast<std::size_t>(worker)];
+    std::uint32_t* const random = mine.words.at_least(random_words + state.length);
+    std::uint32_t* const visits = layer.has_visits() ? layer.visits(b, g, p) : random + random_words;
+    std::fill_n(visits, state.length, 0U);
+
+    // Heads are counted over all ranks; the sequence is left out, so that a sequence walks in a batch
+    // as it would alone.
+    const std::int64_t global_head =
+        context.graph.scope == GraphScope::head ? context.graph.head_offset + g : 0;
+    const auto graph_id =
+        static_cast<std::uint64_t>(layer_index * context.graph.total_kv_heads + global_head);
+    const WalkerRange walkers = walkers_of(config, p);
+    walk_graph(context, {layer.positions(b, g), layer.row(b, g, 0).neighbors}, restarts,
+               {.seed = context.graph.seed,
+                .first_block = state.walk_block[static_cast<std::size_t>(b)],
+                .walk_length = config.walk_length,
+                .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
+                .count_restarts = config.populations[static_cast<std::size_t>(p)].count ==
+                                  VisitCount::all},
+               (graph_id << 32U) | static_cast<std::uint64_t>(walkers.first), walkers.count, random,
+               visits);
+
+    float* const scores = layer.scores(b, g, p);
+    const auto decay = static_cast<float>(config.decay);
+    for (std::int64_t j = 0; j < state.length; ++j) {
+      scores[j] = (decay == 0.0F ? 0.0F : decay * scores[j]) + static_cast<float>(visits[j]);
+    }
+  });
+}
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,8 @@
+#include "cpu/simd_kernels.inc"
+
+namespace spectralkv::detail {
+
+extern const SimdKernels kSimdAvx2;
+const SimdKernels kSimdAvx2 = make_table("avx2");
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,8 @@
+#include "cpu/simd_kernels.inc"
+
+namespace spectralkv::detail {
+
+extern const SimdKernels kSimdAvx512;
+const SimdKernels kSimdAvx512 = make_table("avx512");
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,8 @@
+#include "cpu/simd_kernels.inc"
+
+namespace spectralkv::detail {
+
+extern const SimdKernels kSimdBaseline;
+const SimdKernels kSimdBaseline = make_table("baseline");
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,658 @@
+// Validation, the host's view of the layers and the choice of the backend. Nothing else.
+#include "spectralkv/graph_manager.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "spectralkv/error.h"
+#include "validate.h"
+
+namespace spectralkv {
+
+using detail::check_range;
+using detail::check_tensor;
+using detail::kAny;
+using detail::LayerState;
+using detail::throw_invalid;
+
+namespace {
+
+/// (B, Hq, D) as (B, Hq, 1, D).
+ConstTensorView with_token_axis(ConstTensorView query) {
+  query.rank = 4;
+  query.shape[3] = query.shape[2];
+  query.strides[3] = query.strides[2];
+  query.shape[2] = 1;
+  query.strides[2] = 0;
+  return query;
+}
+
+std::int64_t resolved_heads(const GraphConfig& config) {
+  return config.scope == GraphScope::head ? config.num_kv_heads : 1;
+}
+
+}  // namespace
+
+struct GraphManager::Impl {
+  GraphConfig graph;
+  WalkConfig walk;
+  std::vector<LayerState> layers;
+  std::unique_ptr<detail::Backend> backend;
+  Statistics statistics;
+
+  Impl(const GraphConfig& graph_config, const WalkConfig& walk_config)
+      : graph(graph_config), walk(walk_config) {
+    graph.validate();
+    walk.validate();
+    if (graph.total_kv_heads == 0) graph.total_kv_heads = graph.num_kv_heads;
+    LayerState state;
+    state.batch = graph.batch_size;
+    state.capacity = graph.capacity;
+    const auto batch = static_cast<std::size_t>(graph.batch_size);
+    state.seen.assign(batch, 0);
+    state.held.assign(batch, 0);
+    state.walked_at.assign(batch, -1);
+    state.walk_block.assign(batch, 0);
+    layers.assign(static_cast<std::size_t>(graph.num_layers), state);
+    backend = graph.device.type == DeviceType::cpu
+                  ? detail::make_cpu_backend(graph, walk, layers)
+                  : detail::make_cuda_backend(graph, walk, layers);
+  }
+
+  // -- checks
+
+  LayerState& layer_state(std::string_view operation, std::int64_t layer) {
+    check_range(operation, "layer", layer, 0, graph.num_layers - 1);
+    return layers[static_cast<std::size_t>(layer)];
+  }
+  const LayerState& layer_state(std::string_view operation, std::int64_t layer) const {
+    check_range(operation, "layer", layer, 0, graph.num_layers - 1);
+    return layers[static_cast<std::size_t>(layer)];
+  }
+
+  /// Calls function(layer) for one layer or for all.
+  template <class Function>
+  void for_layers(std::string_view operation, std::int64_t layer, Function&& function) const {
+    if (layer != kAllLayers) {
+      check_range(operation, "layer", layer, kAllLayers, graph.num_layers - 1);
+      function(layer);
+      return;
+    }
+    for (std::int64_t l = 0; l < graph.num_layers; ++l) function(l);
+  }
+
+  void check_population(std::string_view operation, int population, int lowest) const {
+    check_range(operation, "population", population, lowest,
+                static_cast<std::int64_t>(walk.populations.size()) - 1);
+  }
+
+  void check_keys(std::string_view operation, const ConstTensorView& keys, const LayerState& state,
+                  std::int64_t least_slots) const {
+    check_tensor(keys, {.operation = operation,
+                        .name = "keys",
+                        .axes = "(B, Hkv, S, D)",
+                        .extents = {state.batch, graph.num_kv_heads, kAny, graph.head_dim},
+                        .dtypes = {DType::f32, DType::f16, DType::bf16},
+                        .device = graph.device});
+    if (keys.size(2) < least_slots) {
+      throw_invalid(operation, "keys' number of slots",
+                    "at least " + std::to_string(least_slots), std::to_string(keys.size(2)));
+    }
+  }
+
+  void check_slot_table(std::string_view operation, std::string_view name, DType dtype,
+                        const ConstTensorView& view, const LayerState& state, std::int64_t slots,
+                        bool writable) const {
+    check_tensor(view, {.operation = operation,
+                        .name = name,
+                        .axes = "(B, Hkv, S)",
+                        .extents = {state.batch, graph.num_kv_heads, slots},
+                        .dtypes = {dtype},
+                        .device = graph.device,
+                        .unit_last_stride = true,
+                        .writable = writable});
+  }
+
+  void check_row_table(std::string_view operation, std::string_view name, DType dtype,
+                       const ConstTensorView& view, const LayerState& state, std::int64_t slots,
+                       bool writable) const {
+    check_tensor(view, {.operation = operation,
+                        .name = name,
+                        .axes = "(B, G, S, K)",
+                        .extents = {state.batch, resolved_heads(graph), slots, graph.top_k},
+                        .dtypes = {dtype},
+                        .device = graph.device,
+                        .unit_last_stride = true,
+                        .writable = writable});
+  }
+
+  void check_sequences(std::string_view operation, std::span<const std::uint8_t> sequences,
+                       const LayerState& state) const {
+    if (!sequences.empty() && static_cast<std::int64_t>(sequences.size()) != state.batch) {
+      throw_invalid(operation, "the number of sequence marks", std::to_string(state.batch),
+                    std::to_string(sequences.size()));
+    }
+  }
+
+  void check_options(std::string_view operation, const ScoreOptions& options) const {
+    const auto check = [&](std::string_view what, double value) {
+      if (std::isfinite(value) && value >= 0.0) return;
+      throw_invalid(operation, what, "finite and non-negative", std::to_string(value));
+    };
+    check("scale", options.scale);
+    check("softcap", options.softcap);
+  }
+
+  // -- stages
+
+  /// Appends Q tokens, or puts one a sequence into free slots.
+  void add_tokens(std::string_view operation, std::int64_t layer, const ConstTensorView& queries,
+                  const ConstTensorView& keys, const ConstTensorView& slots,
+                  const RowOptions& options, Stream stream) {
+    LayerState& state = layer_state(operation, layer);
+    check_options(operation, options.score);
+    check_range(operation, "row_stride", options.row_stride, 1,
+                std::numeric_limits<std::int32_t>::max());
+    const std::int64_t count = queries.size(2);
+
+    detail::SlotPlan plan{.length = state.length + count, .appended = true};
+    if (!slots.empty()) {
+      check_tensor(slots, {.operation = operation,
+                           .name = "slots",
+                           .axes = "(B, Hkv)",
+                           .extents = {state.batch, graph.num_kv_heads},
+                           .dtypes = {DType::i32},
+                           .device = graph.device,
+                           .unit_last_stride = false});
+      plan = backend->plan_slots(layer, slots);
+    }
+    if (plan.length > state.capacity) {
+      throw_invalid(operation, "the layer's length",
+                    "at most its capacity " + std::to_string(state.capacity),
+                    std::to_string(plan.length));
+    }
+    check_keys(operation, keys, state, plan.length);
+    if (keys.dtype != queries.dtype) {
+      throw_invalid(operation, "keys' dtype", std::string(name_of(queries.dtype)) + " as queries",
+                    name_of(keys.dtype));
+    }
+    if (!options.valid.empty()) {
+      check_tensor(options.valid, {.operation = operation,
+                                   .name = "valid",
+                                   .axes = "(B, Q)",
+                                   .extents = {state.batch, count},
+                                   .dtypes = {DType::u8},
+                                   .device = graph.device,
+                                   .unit_last_stride = false});
+    }
+    if (count == 0) return;
+    const double scale = options.score.scale > 0.0
+                             ? options.score.scale
+                             : 1.0 / std::sqrt(static_cast<double>(graph.head_dim));
+    const std::vector<std::int64_t> added = backend->update(
+        layer,
+        {.queries = queries,
+         .keys = keys,
+         .slots = slots,
+         .valid = options.valid,
+         .first_slot = state.length,
+         .length = plan.length,
+         .scale = scale,
+         .softcap = options.score.softcap,
+         .row_stride = options.row_stride},
+        stream);
+    state.length = plan.length;
+    state.ordered = state.ordered && plan.appended;
+    for (std::size_t b = 0; b < added.size(); ++b) {
+      state.seen[b] += added[b];
+      state.held[b] += added[b];
+    }
+  }
+
+  void check_walk(std::string_view operation, std::int64_t layer,
+                  std::span<const std::uint8_t> sequences) const {
+    for_layers(operation, layer, [&](std::int64_t l) {
+      const LayerState& state = layers[static_cast<std::size_t>(l)];
+      check_sequences(operation, sequences, state);
+      if (walk.needs_novelty() && !state.has_novelty && state.length > 0) {
+        throw_invalid(operation, "a novelty population's restart weights",
+                      "computed by update_novelty first", "none for layer " + std::to_string(l));
+      }
+    });
+  }
+
+  /// Books a walk or a solve of the marked sequences; returns the number of graphs.
+  std::int64_t mark_walked(std::int64_t layer, std::span<const std::uint8_t> sequences,
+                           std::uint64_t blocks) {
+    LayerState& state = layers[static_cast<std::size_t>(layer)];
+    std::int64_t graphs = 0;
+    for (std::size_t b = 0; b < state.seen.size(); ++b) {
+      if (!sequences.empty() && sequences[b] == 0) continue;
+      state.walked_at[b] = state.seen[b];
+      state.walk_block[b] += blocks;
+      graphs += resolved_heads(graph);
+    }
+    return graphs;
+  }
+
+  detail::CutArgs plan_cut(std::string_view operation, std::int64_t layer,
+                           const EvictionConfig& eviction, bool force) const {
+    const LayerState& state = layer_state(operation, layer);
+    eviction.validate();
+    detail::CutArgs args{.eviction = eviction, .cut = {}, .kept_length = 0};
+    const std::int64_t limit = force ? eviction.budget + 1 : eviction.budget + eviction.interval;
+    for (const std::int64_t held : state.held) {
+      const bool cut = held >= limit;
+      args.cut.push_back(cut ? 1 : 0);
+      args.kept_length = std::max(args.kept_length, cut ? eviction.budget : held);
+    }
+    return args;
+  }
+
+  /// Checks a list of kept slots and books what it lets go.
+  std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
+                                       const ConstTensorView& keep) const {
+    const LayerState& state = layer_state(operation, layer);
+    check_slot_table(operation, "keep", DType::i32, keep, state, kAny, false);
+    check_range(operation, "keep's number of slots", keep.size(2), 0, state.length);
+    return backend->check_keep(layer, keep);
+  }
+
+  void book_kept(LayerState& state, const std::vector<std::int64_t>& kept) {
+    for (std::size_t b = 0; b < kept.size(); ++b) {
+      statistics.evicted += (state.held[b] - kept[b]) * graph.num_kv_heads;
+      state.held[b] = kept[b];
+    }
+  }
+};
+
+GraphManager::GraphManager(const GraphConfig& graph, const WalkConfig& walk)
+    : impl_(std::make_unique<Impl>(graph, walk)) {}
+GraphManager::~GraphManager() = default;
+GraphManager::GraphManager(GraphManager&&) noexcept = default;
+GraphManager& GraphManager::operator=(GraphManager&&) noexcept = default;
+
+void GraphManager::update(std::int64_t layer, const ConstTensorView& query,
+                          const ConstTensorView& keys, const ConstTensorView& slots,
+                          const ScoreOptions& options, Stream stream) {
+  const LayerState& state = impl_->layer_state("update", layer);
+  check_tensor(query, {.operation = "update",
+                       .name = "query",
+                       .axes = "(B, Hq, D)",
+                       .extents = {state.batch, impl_->graph.num_query_heads,
+                                   impl_->graph.head_dim},
+                       .dtypes = {DType::f32, DType::f16, DType::bf16},
+                       .device = impl_->graph.device});
+  impl_->add_tokens("update", layer, with_token_axis(query), keys, slots,
+                    {.score = options, .valid = {}, .row_stride = 1}, stream);
+}
+
+void GraphManager::update_rows(std::int64_t layer, const ConstTensorView& queries,
+                               const ConstTensorView& keys, const RowOptions& options,
+                               Stream stream) {
+  const LayerState& state = impl_->layer_state("update_rows", layer);
+  check_tensor(queries, {.operation = "update_rows",
+                         .name = "queries",
+                         .axes = "(B, Hq, Q, D)",
+                         .extents = {state.batch, impl_->graph.num_query_heads, kAny,
+                                     impl_->graph.head_dim},
+                         .dtypes = {DType::f32, DType::f16, DType::bf16},
+                         .device = impl_->graph.device});
+  impl_->add_tokens("update_rows", layer, queries, keys, {}, options, stream);
+}
+
+void GraphManager::update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) {
+  LayerState& state = impl_->layer_state("update_novelty", layer);
+  if (!impl_->walk.needs_novelty()) {
+    throw_invalid("update_novelty", "the walk", "one with a novelty population", "one without");
+  }
+  impl_->check_keys("update_novelty", keys, state, state.length);
+  impl_->backend->update_novelty(layer, keys, stream);
+  state.has_novelty = true;
+}
+
+void GraphManager::walk(std::int64_t layer, std::span<const std::uint8_t> sequences,
+                        Stream stream) {
+  impl_->check_walk("walk", layer, sequences);
+  impl_->for_layers("walk", layer, [&](std::int64_t l) {
+    impl_->backend->walk(l, sequences, stream);
+    impl_->statistics.walks +=
+        impl_->mark_walked(l, sequences, detail::blocks_of_walk(impl_->walk.walk_length));
+  });
+}
+
+void GraphManager::solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
+                         Stream stream) {
+  impl_->check_walk("solve", layer, sequences);
+  impl_->for_layers("solve", layer, [&](std::int64_t l) {
+    impl_->backend->solve(l, sequences, stream);
+    impl_->statistics.solves += impl_->mark_walked(l, sequences, 0);
+  });
+}
+
+void GraphManager::update_and_step(std::int64_t layer, const ConstTensorView& query,
+                                   const ConstTensorView& keys, const ConstTensorView& slots,
+                                   const ScoreOptions& options, Stream stream) {
+  update(layer, query, keys, slots, options, stream);
+  if (impl_->walk.needs_novelty()) update_novelty(layer, keys, stream);
+  walk(layer, {}, stream);
+}
+
+void GraphManager::scores(std::int64_t layer, int population, const TensorView& out,
+                          Stream stream) const {
+  const LayerState& state = impl_->layer_state("scores", layer);
+  impl_->check_population("scores", population, -1);
+  impl_->check_slot_table("scores", "out", DType::f32, out, state, state.length, true);
+  impl_->backend->scores(layer, population, out, stream);
+}
+
+void GraphManager::visits(std::int64_t layer, int population, const TensorView& out,
+                          Stream stream) const {
+  const LayerState& state = impl_->layer_state("visits", layer);
+  impl_->check_population("visits", population, 0);
+  impl_->check_slot_table("visits", "out", DType::u32, out, state, state.length, true);
+  impl_->backend->visits(layer, population, out, stream);
+}
+
+bool GraphManager::is_full(std::int64_t layer, const EvictionConfig& eviction) const {
+  const auto marks = full_sequences(layer, eviction);
+  return std::any_of(marks.begin(), marks.end(), [](std::uint8_t mark) { return mark != 0; });
+}
+
+std::vector<std::uint8_t> GraphManager::full_sequences(std::int64_t layer,
+                                                       const EvictionConfig& eviction) const {
+  return impl_->plan_cut("full_sequences", layer, eviction, false).cut;
+}
+
+std::int64_t GraphManager::kept_length(std::int64_t layer, const EvictionConfig& eviction,
+                                       bool force) const {
+  return impl_->plan_cut("kept_length", layer, eviction, force).kept_length;
+}
+
+void GraphManager::select(std::int64_t layer, const EvictionConfig& eviction, bool force,
+                          const TensorView& out, Stream stream) const {
+  const detail::CutArgs args = impl_->plan_cut("select", layer, eviction, force);
+  const LayerState& state = impl_->layer_state("select", layer);
+  impl_->check_slot_table("select", "out", DType::i32, out, state, args.kept_length, true);
+  impl_->backend->select(layer, args, out, stream);
+}
+
+void GraphManager::safety_mask(std::int64_t layer, const EvictionConfig& eviction,
+                               double top_fraction, const TensorView& out, Stream stream) const {
+  const LayerState& state = impl_->layer_state("safety_mask", layer);
+  eviction.validate();
+  if (!(top_fraction >= 0.0 && top_fraction <= 1.0)) {
+    throw_invalid("safety_mask", "top_fraction", "in [0, 1]", std::to_string(top_fraction));
+  }
+  impl_->check_slot_table("safety_mask", "out", DType::u8, out, state, state.length, true);
+  impl_->backend->safety_mask(layer, eviction, top_fraction, out, stream);
+}
+
+void GraphManager::compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
+                           const TensorView& values, Stream stream) {
+  LayerState& state = impl_->layer_state("compact", layer);
+  const auto check_moved = [&](std::string_view name, const TensorView& view) {
+    if (view.empty()) return;
+    check_tensor(view, {.operation = "compact",
+                        .name = name,
+                        .axes = "(B, Hkv, S, D)",
+                        .extents = {state.batch, impl_->graph.num_kv_heads, kAny, kAny},
+                        .dtypes = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u32,
+                                   DType::u8},
+                        .device = impl_->graph.device,
+                        .unit_last_stride = true,
+                        .writable = true});
+    if (view.size(2) < state.length) {
+      throw_invalid("compact", std::string(name) + "' number of slots",
+                    "at least " + std::to_string(state.length), std::to_string(view.size(2)));
+    }
+  };
+  check_moved("keys", keys);
+  check_moved("values", values);
+  const auto kept = impl_->check_keep("compact", layer, keep);
+  impl_->backend->compact(layer, keep, keys, values, stream);
+  impl_->book_kept(state, kept);
+  state.length = keep.size(2);
+}
+
+void GraphManager::release(std::int64_t layer, const ConstTensorView& keep, Stream stream) {
+  LayerState& state = impl_->layer_state("release", layer);
+  const auto kept = impl_->check_keep("release", layer, keep);
+  impl_->backend->release(layer, keep, stream);
+  impl_->book_kept(state, kept);
+  state.ordered = false;
+}
+
+void GraphManager::next_slots(std::int64_t layer, const TensorView& out, Stream stream) const {
+  const LayerState& state = impl_->layer_state("next_slots", layer);
+  check_tensor(out, {.operation = "next_slots",
+                     .name = "out",
+                     .axes = "(B, Hkv)",
+                     .extents = {state.batch, impl_->graph.num_kv_heads},
+                     .dtypes = {DType::i32},
+                     .device = impl_->graph.device,
+                     .unit_last_stride = false,
+                     .writable = true});
+  impl_->backend->next_slots(layer, out, stream);
+}
+
+void GraphManager::truncate(std::int64_t layer, std::int64_t count) {
+  std::vector<detail::TruncatePlan> plans;
+  impl_->for_layers("truncate", layer, [&](std::int64_t l) {
+    check_range("truncate", "count", count, 0, impl_->layers[static_cast<std::size_t>(l)].length);
+    plans.push_back(impl_->backend->plan_truncate(l, count));
+  });
+  std::size_t next = 0;
+  impl_->for_layers("truncate", layer, [&](std::int64_t l) {
+    LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
+    const detail::TruncatePlan& plan = plans[next++];
+    impl_->backend->truncate(l, plan);
+    state.length = plan.length;
+    for (std::size_t b = 0; b < plan.dropped.size(); ++b) {
+      state.seen[b] -= plan.dropped[b];
+      state.held[b] -= plan.dropped[b];
+      if (state.walked_at[b] > state.seen[b]) state.walked_at[b] = -1;
+    }
+  });
+}
+
+void GraphManager::select_batch(std::int64_t layer, std::span<const std::int64_t> sequences) {
+  check_range("select_batch", "the number of sequences",
+              static_cast<std::int64_t>(sequences.size()), 1, 1 << 20);
+  impl_->for_layers("select_batch", layer, [&](std::int64_t l) {
+    const LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
+    for (const std::int64_t sequence : sequences) {
+      check_range("select_batch", "sequence", sequence, 0, state.batch - 1);
+    }
+  });
+  impl_->for_layers("select_batch", layer, [&](std::int64_t l) {
+    LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
+    impl_->backend->resize(l, state.capacity, sequences);
+    const auto select = [&](auto& entries) {
+      auto old = std::move(entries);
+      entries.clear();
+      for (const std::int64_t sequence : sequences) {
+        entries.push_back(old[static_cast<std::size_t>(sequence)]);
+      }
+    };
+    select(state.seen);
+    select(state.held);
+    select(state.walked_at);
+    select(state.walk_block);
+    state.batch = static_cast<std::int64_t>(sequences.size());
+  });
+}
+
+void GraphManager::reset(std::int64_t layer, std::optional<std::int64_t> sequence) {
+  impl_->for_layers("reset", layer, [&](std::int64_t l) {
+    if (!sequence) return;
+    check_range("reset", "sequence", *sequence, 0,
+                impl_->layers[static_cast<std::size_t>(l)].batch - 1);
+  });
+  impl_->for_layers("reset", layer, [&](std::int64_t l) {
+    LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
+    for (std::int64_t b = 0; b < state.batch; ++b) {
+      if (sequence && *sequence != b) continue;
+      impl_->backend->reset(l, b);
+      const auto i = static_cast<std::size_t>(b);
+      state.seen[i] = 0;
+      state.held[i] = 0;
+      state.walked_at[i] = -1;
+    }
+    if (std::all_of(state.held.begin(), state.held.end(), [](auto held) { return held == 0; })) {
+      state.length = 0;
+      state.ordered = true;
+      state.has_novelty = false;
+    }
+  });
+}
+
+void GraphManager::reserve(std::int64_t layer, std::int64_t capacity) {
+  impl_->for_layers("reserve", layer, [&](std::int64_t l) {
+    check_range("reserve", "capacity", capacity,
+                impl_->layers[static_cast<std::size_t>(l)].length,
+                std::numeric_limits<std::int32_t>::max());
+  });
+  impl_->for_layers("reserve", layer, [&](std::int64_t l) {
+    LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
+    if (capacity == state.capacity) return;
+    std::vector<std::int64_t> sequences(static_cast<std::size_t>(state.batch));
+    std::iota(sequences.begin(), sequences.end(), 0);
+    impl_->backend->resize(l, capacity, sequences);
+    state.capacity = capacity;
+  });
+}
+
+void GraphManager::synchronize() const { impl_->backend->synchronize(); }
+
+const GraphConfig& GraphManager::graph_config() const noexcept { return impl_->graph; }
+const WalkConfig& GraphManager::walk_config() const noexcept { return impl_->walk; }
+
+std::int64_t GraphManager::length(std::int64_t layer) const {
+  return impl_->layer_state("length", layer).length;
+}
+std::int64_t GraphManager::capacity(std::int64_t layer) const {
+  return impl_->layer_state("capacity", layer).capacity;
+}
+std::int64_t GraphManager::batch_size(std::int64_t layer) const {
+  return impl_->layer_state("batch_size", layer).batch;
+}
+std::int64_t GraphManager::graphs_per_sequence() const noexcept {
+  return resolved_heads(impl_->graph);
+}
+
+std::int64_t GraphManager::tokens_seen(std::int64_t layer, std::int64_t sequence) const {
+  const LayerState& state = impl_->layer_state("tokens_seen", layer);
+  check_range("tokens_seen", "sequence", sequence, 0, state.batch - 1);
+  return state.seen[static_cast<std::size_t>(sequence)];
+}
+std::int64_t GraphManager::tokens_held(std::int64_t layer, std::int64_t sequence) const {
+  const LayerState& state = impl_->layer_state("tokens_held", layer);
+  check_range("tokens_held", "sequence", sequence, 0, state.batch - 1);
+  return state.held[static_cast<std::size_t>(sequence)];
+}
+std::int64_t GraphManager::tokens_walked(std::int64_t layer, std::int64_t sequence) const {
+  const LayerState& state = impl_->layer_state("tokens_walked", layer);
+  check_range("tokens_walked", "sequence", sequence, 0, state.batch - 1);
+  return state.walked_at[static_cast<std::size_t>(sequence)];
+}
+
+void GraphManager::positions(std::int64_t layer, const TensorView& out, Stream stream) const {
+  const LayerState& state = impl_->layer_state("positions", layer);
+  impl_->check_slot_table("positions", "out", DType::i32, out, state, state.length, true);
+  impl_->backend->positions(layer, out, stream);
+}
+
+void GraphManager::rows(std::int64_t layer, const TensorView& neighbors,
+                        const TensorView& probabilities, Stream stream) const {
+  const LayerState& state = impl_->layer_state("rows", layer);
+  impl_->check_row_table("rows", "neighbors", DType::i32, neighbors, state, state.length, true);
+  impl_->check_row_table("rows", "probabilities", DType::f32, probabilities, state, state.length,
+                         true);
+  impl_->backend->rows(layer, neighbors, probabilities, stream);
+}
+
+void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& positions,
+                             const ConstTensorView& neighbors,
+                             const ConstTensorView& probabilities) {
+  LayerState& state = impl_->layer_state("load_rows", layer);
+  check_tensor(positions, {.operation = "load_rows",
+                           .name = "positions",
+                           .axes = "(B, G, S)",
+                           .extents = {state.batch, graphs_per_sequence(), kAny},
+                           .dtypes = {DType::i32},
+                           .device = impl_->graph.device});
+  const std::int64_t slots = positions.size(2);
+  check_range("load_rows", "positions' number of slots", slots, 0, state.capacity);
+  impl_->check_row_table("load_rows", "neighbors", DType::i32, neighbors, state, slots, false);
+  impl_->check_row_table("load_rows", "probabilities", DType::f32, probabilities, state, slots,
+                         false);
+  detail::LoadResult result =
+      impl_->backend->load_rows(layer, positions, neighbors, probabilities);
+  state.length = slots;
+  state.seen = std::move(result.seen);
+  state.held = std::move(result.held);
+  state.ordered = result.ordered;
+  state.has_novelty = false;
+  std::fill(state.walked_at.begin(), state.walked_at.end(), -1);
+}
+
+void GraphManager::restart_distribution(std::int64_t layer, int population, const TensorView& out,
+                                        Stream stream) const {
+  const LayerState& state = impl_->layer_state("restart_distribution", layer);
+  impl_->check_population("restart_distribution", population, 0);
+  check_tensor(out, {.operation = "restart_distribution",
+                     .name = "out",
+                     .axes = "(B, G, S)",
+                     .extents = {state.batch, graphs_per_sequence(), state.length},
+                     .dtypes = {DType::f32},
+                     .device = impl_->graph.device,
+                     .unit_last_stride = true,
+                     .writable = true});
+  impl_->check_walk("restart_distribution", layer, {});
+  impl_->backend->restart_distribution(layer, population, out, stream);
+}
+
+Statistics GraphManager::statistics() const {
+  Statistics statistics = impl_->statistics;
+  const detail::BackendStatistics counted = impl_->backend->statistics();
+  statistics.rows_written = counted.rows_written;
+  statistics.rows_nonfinite = counted.rows_nonfinite;
+  return statistics;
+}
+
+MemoryUse GraphManager::memory_use() const { return impl_->backend->memory_use(); }
+
+namespace detail {
+
+WalkerRange walkers_of(const WalkConfig& walk, int population) {
+  WalkerRange range;
+  for (int p = 0; p <= population; ++p) {
+    range.first += range.count;
+    const bool last = p + 1 == static_cast<int>(walk.populations.size());
+    // A share of 0.3 times 10 walkers must not become 2 by rounding in binary.
+    const double share = walk.populations[static_cast<std::size_t>(p)].share;
+    range.count = last ? walk.num_walkers - range.first
+                       : static_cast<std::int64_t>(
+                             std::floor(share * static_cast<double>(walk.num_walkers) + 1e-9));
+  }
+  return range;
+}
+
+std::int64_t first_recent_position(const Population& population, std::int64_t seen,
+                                   std::int64_t num_sinks) {
+  const std::int64_t by_fraction = std::max<std::int64_t>(
+      1, static_cast<std::int64_t>(
+             std::floor(population.recent_fraction * static_cast<double>(seen) + 1e-9)));
+  const std::int64_t tokens = population.recent_tokens > 0 ? population.recent_tokens : by_fraction;
+  return std::max(num_sinks, seen - tokens);
+}
+
+}  // namespace detail
+}  // namespace spectralkv

@@ -1,0 +1,96 @@
+#include "validate.h"
+
+#include <string>
+
+namespace spectralkv::detail {
+namespace {
+
+std::string dtype_list(std::initializer_list<DType> dtypes) {
+  std::string text;
+  std::size_t count = 0;
+  for (const DType dtype : dtypes) {
+    if (count != 0) text += count + 1 == dtypes.size() ? " or " : ", ";
+    text += name_of(dtype);
+    ++count;
+  }
+  return text;
+}
+
+/// "(B, Hkv, S, D) = (1, 2, any, 64)"
+std::string expected_shape(const TensorSpec& spec) {
+  std::string text{spec.axes};
+  text += " = (";
+  bool first = true;
+  for (const std::int64_t extent : spec.extents) {
+    if (!first) text += ", ";
+    first = false;
+    text += extent == kAny ? std::string("any") : std::to_string(extent);
+  }
+  return text + ")";
+}
+
+}  // namespace
+
+void throw_invalid(std::string_view operation, std::string_view what, std::string_view expected,
+                   std::string_view got) {
+  std::string message = "[";
+  message.append(operation).append("] ").append(what).append(" must be ").append(expected);
+  message.append(", got ").append(got);
+  throw InvalidArgument(message);
+}
+
+std::string shape_string(std::initializer_list<std::int64_t> extents) {
+  std::string text = "(";
+  bool first = true;
+  for (const std::int64_t extent : extents) {
+    if (!first) text += ", ";
+    first = false;
+    text += std::to_string(extent);
+  }
+  return text + ")";
+}
+
+void check_tensor(const ConstTensorView& view, const TensorSpec& spec) {
+  const auto invalid = [&](std::string_view aspect, const std::string& expected,
+                           const std::string& got) {
+    throw_invalid(spec.operation, std::string(spec.name).append(aspect), expected, got);
+  };
+  bool shape_ok = view.rank == static_cast<int>(spec.extents.size());
+  std::int64_t elements = 1;
+  int axis = 0;
+  for (const std::int64_t extent : spec.extents) {
+    if (!shape_ok) break;
+    const std::int64_t size = view.size(axis++);
+    shape_ok = extent == kAny ? size >= 0 : size == extent;
+    elements *= size;
+  }
+  if (!shape_ok) invalid("", expected_shape(spec), shape_string(view));
+  bool dtype_ok = false;
+  for (const DType dtype : spec.dtypes) dtype_ok = dtype_ok || dtype == view.dtype;
+  if (!dtype_ok) invalid("'s dtype", dtype_list(spec.dtypes), name_of(view.dtype));
+  if (view.device != spec.device) {
+    invalid("'s device", name_of(spec.device), name_of(view.device));
+  }
+  if (elements == 0) return;
+  if (view.data == nullptr) invalid("'s data", "a valid pointer", "null");
+  const int last = view.rank - 1;
+  if (spec.unit_last_stride && view.size(last) > 1 && view.stride(last) != 1) {
+    invalid("'s last stride", "1", std::to_string(view.stride(last)));
+  }
+  for (int a = 0; a < view.rank; ++a) {
+    const bool broadcast = view.stride(a) == 0 && view.size(a) > 1;
+    if (view.stride(a) < 0 || (spec.writable && broadcast)) {
+      invalid("'s strides", spec.writable ? "positive" : "non-negative",
+              std::to_string(view.stride(a)) + " on axis " + std::to_string(a));
+    }
+  }
+}
+
+void check_range(std::string_view operation, std::string_view what, std::int64_t value,
+                 std::int64_t low, std::int64_t high) {
+  if (value >= low && value <= high) return;
+  throw_invalid(operation, what, "in [" + std::to_string(low) + ", " + std::to_string(high) + "]",
+                std::to_string(value));
+}
+
+}  // namespace spectralkv::detail
