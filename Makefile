@@ -10,6 +10,8 @@ CUDA ?= ON
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV ?= .venv
 
+# Found before the environment's own python3 comes first on PATH.
+BASE_PYTHON := $(shell command -v $(PYTHON))
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(VENV)/stamps
 PRESET := $(if $(filter OFF,$(CUDA)),cpu,ci)
@@ -48,10 +50,11 @@ demo: $(STAMPS)/runtime $(STAMPS)/model ## A real model that keeps a fifth of it
 
 $(STAMPS)/venv:
 	$(step) 'Python environment in $(VENV)'
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(PYTHON) is " + sys.version)'
+	@[[ -n '$(BASE_PYTHON)' ]] || { echo 'there is no $(PYTHON): name a Python 3.10 or later with PYTHON=...'; exit 1; }
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, $(BASE_PYTHON) is " + sys.version)'
 	@# Debian splits ensurepip off: then the machine's own pip fills the environment.
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null && $(PYTHON) -m venv $(VENV) || \
-	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; }
+	@if $(BASE_PYTHON) -c 'import ensurepip' 2>/dev/null; then $(BASE_PYTHON) -m venv --clear $(VENV); \
+	  else $(BASE_PYTHON) -m venv --clear --without-pip $(VENV); $(BASE_PYTHON) -m pip -qq --python $(BIN)/python install pip; fi
 	@$(BIN)/python -m pip -qq install --upgrade 'pip>=25.1'
 	@mkdir -p $(@D) && touch $@
 
@@ -122,7 +125,7 @@ tidy: $(BUILD)/build.ninja $(STAMPS)/dev ## clang-tidy over the C++ sources
 
 bench: $(STAMPS)/build ## Build and run the C++ benchmarks
 	@if [[ ! -e /usr/include/benchmark && ! -e $(DEBS)/usr/include/benchmark ]] && command -v apt-get dpkg >/dev/null; then \
-	  echo '==> Google Benchmark'; tools/fetch_debs.sh $(DEBS) libbenchmark-dev libbenchmark1 || echo 'apt has none: left to CMake'; fi
+	  echo '==> Google Benchmark'; tools/fetch_debs.sh $(DEBS) libbenchmark-dev || echo 'apt has none: left to CMake'; fi
 	$(step) 'build bench'
 	@cmake --preset bench -DCMAKE_PREFIX_PATH=$(CURDIR)/$(DEBS)/usr >/dev/null
 	@cmake --build --preset bench --parallel $(JOBS) -- --quiet

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# fetch_debs.sh FOLDER PACKAGE...: unpacks Debian packages into FOLDER. Nothing is installed and no root is needed: apt
-# works on lists and a cache of its own.
+# fetch_debs.sh FOLDER PACKAGE...: unpacks Debian packages, and those they need that this machine lacks, into FOLDER.
+# Nothing is installed and no root is needed: apt works on lists and a cache of its own.
 set -euo pipefail
 
 folder=$1
@@ -13,12 +13,11 @@ mkdir -p "$work/state/lists/partial" "$work/cache/archives/partial"
 
 apt() {
   apt-get -qq -o Dir::State="$work/state" -o Dir::State::status=/var/lib/dpkg/status -o Dir::Cache="$work/cache" \
-    -o APT::Sandbox::User="$(id -un)" "$@"
+    -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1 "$@"
 }
 
-cd "$work"
 apt update
-apt download "$@"
-for deb in ./*.deb; do
+apt install --download-only --no-install-recommends "$@"
+for deb in "$work"/cache/archives/*.deb; do
   dpkg -x "$deb" "$folder"
 done
