@@ -76,9 +76,9 @@ TEST_F(PhiloxGpu, QueuesNothingForNoBlocks) {
   EXPECT_NO_THROW(launch_philox_fill(nullptr, 0, 1, 0, 0, stream_));
 }
 
-TEST_F(PhiloxGpu, RefusesBadArguments) {
-  EXPECT_THROW(launch_philox_fill(nullptr, -1, 1, 0, 0, stream_), InvalidArgument);
-  EXPECT_THROW(launch_philox_fill(nullptr, 1, 1, 0, 2, stream_), InvalidArgument);
+TEST(PhiloxLauncher, RefusesBadArgumentsBeforeItNeedsADevice) {
+  EXPECT_THROW(launch_philox_fill(nullptr, -1, 1, 0, 0, nullptr), InvalidArgument);
+  EXPECT_THROW(launch_philox_fill(nullptr, 1, 1, 0, 2, nullptr), InvalidArgument);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The package as others get it: one version, complete files, a C++ project that builds against it."""
+"""The package as others get it: one version, complete files, a C++ project that builds on it."""
 
 from __future__ import annotations
 
