@@ -1,0 +1,48 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from spectralkv.cli.demo import demo
+from spectralkv.cli.evaluate import perplexity
+from spectralkv.cli.generate import generate
+from spectralkv.cli.info import info
+from spectralkv.cli.inspect import inspect
+
+app = typer.Typer(
+    help="Keep a fixed budget of a transformer's KV cache, and see what it costs.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(help="Measure what a policy and a budget cost.", no_args_is_help=True)
+
+app.command()(demo)
+app.command()(generate)
+app.add_typer(evaluate, name="evaluate")
+evaluate.command()(perplexity)
+app.command()(inspect)
+app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from spectralkv import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,160 @@
+"""What the commands share: consoles, progress bars, formats, and the options' declarations."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from rich.console import Console
+
+    from spectralkv.evaluation import Budget, CacheSettings, LoadedModel, PolicySpec
+    from spectralkv.evaluation.progress import Progress
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A hub name, a folder or a .gguf file; 'demo' is SmolLM2-135M-Instruct.",
+    ),
+]
+GgufFileOption = Annotated[
+    str, typer.Option("--gguf-file", help="The GGUF file inside a model's folder or repository.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="Weights in memory: float32, float16 or bfloat16.")
+]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="Name, or name:option=value,option=value.")
+]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", help="Tokens to keep a head (409), or a share of the text (0.2).")
+]
+IntervalOption = Annotated[
+    int, typer.Option("--interval", help="Tokens that gather above the budget before an eviction.")
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Most recent tokens that always stay.",
+        show_default="the policy's own; spectral: 50",
+    ),
+]
+SinksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sinks",
+        help="First tokens that always stay.",
+        show_default="the policy's own; spectral: 4",
+    ),
+]
+ChunkOption = Annotated[int, typer.Option("--chunk", help="Tokens fed in one forward pass.")]
+LengthOption = Annotated[int, typer.Option("--length", help="Tokens of the text to read.")]
+
+DEMO_MODEL = "demo"
+
+
+def console() -> Console:
+    """Return the console for what is told beside the result: standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def usage_error_type() -> type[Any]:
+    """Return the class of click's own errors, wherever this typer has it from."""
+    # BadParameter -> UsageError -> ClickException; typer bundles click from 0.26 on.
+    return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show a bar for each thing that runs; it goes when all is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something without a measure is under way."""
+    with console().status(what):
+        yield
+
+
+def settings_of(interval: int, window: int | None, sinks: int | None) -> CacheSettings:
+    """Check the three settings.
+
+    Raises
+    ------
+    EvaluationError
+        One of them is out of range.
+    """
+    from spectralkv.evaluation import CacheSettings
+
+    return CacheSettings(interval=interval, window=window, sinks=sinks)
+
+
+def check_budgets(
+    specs: Iterable[PolicySpec], budgets: Iterable[Budget], settings: CacheSettings
+) -> None:
+    """Refuse bad options, and budgets given in tokens, before a model is loaded for nothing.
+
+    Raises
+    ------
+    EvaluationError
+        A policy refuses its arguments.
+    """
+    from spectralkv.evaluation import create_policy
+
+    for spec in specs:
+        for budget in budgets:
+            if budget.tokens is not None:
+                create_policy(spec, budget.tokens, settings)
+
+
+def load(model: str, *, gguf_file: str, dtype: str, device: str) -> LoadedModel:
+    """Load the model that the options name.
+
+    Raises
+    ------
+    EvaluationError
+        There is no such model or device, or a package is missing.
+    """
+    from spectralkv.evaluation import load_demo_model, load_model
+
+    with working(f"loading {model}"):
+        if model == DEMO_MODEL:
+            return load_demo_model(device=device)
+        return load_model(model, gguf_file=gguf_file or None, dtype=dtype, device=device)
+
+
+def size(count: int) -> str:
+    """Return bytes for a reader: ``"45.0 MiB"``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

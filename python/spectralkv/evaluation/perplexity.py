@@ -1,0 +1,502 @@
+"""Streaming perplexity: a text goes through a cache that really evicts.
+
+The tokens are fed `chunk` at a time, as a decoder would meet them. Every chunk attends to itself
+and to what earlier evictions left, so the loss of a forgotten token shows in all that follows.
+
+Which tokens are scored is fixed once for all runs of a comparison: those at positions
+``max(budgets)`` and later, the first that do not fit into the largest budget. So each scored token
+comes after every run's budget has filled, and every policy, budget and the full cache are scored on
+the same tokens. (Scoring from the smallest budget on would mix, for the larger budgets, tokens in
+that were predicted from an uncut cache, and make their loss look smaller than it is.)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from spectralkv.evaluation.caches import CacheSettings, create_cache, create_policy
+from spectralkv.evaluation.errors import EvaluationError
+from spectralkv.evaluation.specs import FULL, PolicySpec
+from spectralkv.evaluation.statistics import PairedDifference, paired_difference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from spectralkv.evaluation.progress import Progress
+    from spectralkv.hf import EvictingCache, EvictionEvent
+    from spectralkv.policies import Policy
+
+#: Below this many scored tokens a run is refused: its perplexity would say nothing.
+MIN_SCORED_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """What feeding one token sequence through a cache gave.
+
+    Attributes
+    ----------
+    nll : tuple of float
+        Negative log-likelihood in nats of tokens 1 .. N-1, each given the tokens before it.
+    next_logits : torch.Tensor
+        Logits (V,) of the token after the last one.
+    seconds : float
+        Wall-clock time of the model's and the cache's work.
+    """
+
+    nll: tuple[float, ...]
+    next_logits: Any
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRun:
+    """One policy at one budget on one sequence.
+
+    Attributes
+    ----------
+    nll : tuple of float
+        Nats of tokens 1 .. N-1.
+    kv_bytes, graph_bytes : int
+        Bytes of keys and values, and of the policy's graph, when the last token had been fed.
+    tokens_seen, tokens_kept : int
+        Tokens fed, and tokens still in the cache, a layer and KV head.
+    evictions : int
+        Evictions, as the cache counts them.
+    seconds : float
+        Wall-clock time.
+    """
+
+    nll: tuple[float, ...]
+    kv_bytes: int
+    graph_bytes: int
+    tokens_seen: int
+    tokens_kept: int
+    evictions: int
+    seconds: float
+
+    def scored(self, first: int) -> tuple[float, ...]:
+        """Return the nats of the tokens at positions `first` and later."""
+        return self.nll[first - 1 :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRun:
+    """One policy at one budget on all sequences.
+
+    Attributes
+    ----------
+    policy : str
+        Label of the policy.
+    budget : int or None
+        Tokens kept a layer and KV head; None for the full cache.
+    window, sinks : int
+        Newest and oldest tokens that this policy never let go; 0 for the full cache.
+    perplexity : float
+        exp of the mean nats over the scored tokens of all sequences.
+    sequences : tuple of SequenceRun
+        The runs.
+    """
+
+    policy: str
+    budget: int | None
+    window: int
+    sinks: int
+    perplexity: float
+    sequences: tuple[SequenceRun, ...]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Largest `SequenceRun.kv_bytes`."""
+        return max(run.kv_bytes for run in self.sequences)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Largest `SequenceRun.graph_bytes`."""
+        return max(run.graph_bytes for run in self.sequences)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all sequences."""
+        return sum(run.seconds for run in self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The paired difference between two runs on the same tokens.
+
+    Attributes
+    ----------
+    policy, baseline : str
+        Labels of the policies.
+    budget : int
+        Budget of the policy's run; the baseline has the same or is the full cache.
+    difference : PairedDifference
+        Nats a token of the policy above the baseline; negative means the policy is better.
+    """
+
+    policy: str
+    baseline: str
+    budget: int
+    difference: PairedDifference
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityResult:
+    """Streaming perplexity of several policies and budgets on the same tokens.
+
+    Attributes
+    ----------
+    model : str
+        Name of the model.
+    chunk : int
+        Tokens fed at a time.
+    settings : CacheSettings
+        What all policies shared; a window or sinks of None were each policy's own.
+    first_scored : int
+        Position of the first scored token, in every sequence.
+    scored_tokens : int
+        Scored tokens over all sequences.
+    sequence_lengths : tuple of int
+        Tokens of each sequence.
+    runs : tuple of PolicyRun
+        The full cache first.
+    comparisons : tuple of Comparison
+        Each run against the full cache, then each against the others at its budget.
+    """
+
+    model: str
+    chunk: int
+    settings: CacheSettings
+    first_scored: int
+    scored_tokens: int
+    sequence_lengths: tuple[int, ...]
+    runs: tuple[PolicyRun, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def full(self) -> PolicyRun:
+        """The run with the full cache."""
+        return self.runs[0]
+
+    @property
+    def sample_note(self) -> str:
+        """One sentence on how far the numbers carry."""
+        return sample_note(len(self.sequence_lengths), self.scored_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dictionaries, lists and numbers."""
+        return {
+            "model": self.model,
+            "chunk": self.chunk,
+            "interval": self.settings.interval,
+            "first_scored": self.first_scored,
+            "scored_tokens": self.scored_tokens,
+            "sequence_lengths": list(self.sequence_lengths),
+            "sample_note": self.sample_note,
+            "runs": [
+                {
+                    "policy": run.policy,
+                    "budget": run.budget,
+                    "window": run.window,
+                    "sinks": run.sinks,
+                    "ppl": run.perplexity,
+                    "kv_bytes": run.kv_bytes,
+                    "graph_bytes": run.graph_bytes,
+                    "seconds": run.seconds,
+                    "sequences": [
+                        {**asdict(sequence), "nll": [round(x, 6) for x in sequence.nll]}
+                        for sequence in run.sequences
+                    ],
+                }
+                for run in self.runs
+            ],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+        }
+
+
+def sample_note(sequences: int, scored_tokens: int) -> str:
+    """Say in one sentence how far a perplexity of so many sequences and tokens carries."""
+    if sequences == 1:
+        return (
+            f"One document, {scored_tokens:,} scored tokens: a small sample. It shows what happens "
+            "on this text; it does not rank policies in general."
+        )
+    if sequences < 30:
+        return (
+            f"{sequences} sequences, {scored_tokens:,} scored tokens: a small sample; read the "
+            "intervals, not the last digit."
+        )
+    return f"{sequences} sequences, {scored_tokens:,} scored tokens."
+
+
+def stream(
+    model: Any,
+    token_ids: Sequence[int],
+    cache: EvictingCache,
+    *,
+    chunk: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Stream:
+    """Feed a token sequence through a cache and keep every token's likelihood.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    token_ids : sequence of int
+        N >= 1 token ids.
+    cache : spectralkv.hf.EvictingCache
+        Mutated: it ends up having seen all N tokens.
+    chunk : int
+        Tokens a forward pass.
+    on_progress : callable, optional
+        Called with (tokens fed, N) after each pass.
+
+    Returns
+    -------
+    Stream
+        N - 1 likelihoods, and the logits after the last token.
+
+    Raises
+    ------
+    EvaluationError
+        There are no tokens, or `chunk` is below 1.
+    """
+    import torch
+
+    if chunk < 1:
+        raise EvaluationError(f"chunk must be at least 1 token, got {chunk}")
+    if not token_ids:
+        raise EvaluationError("there are no tokens to feed")
+    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
+    total = ids.shape[1]
+    nll: list[float] = []
+    logits = None
+    start = time.perf_counter()
+    with torch.no_grad():
+        for begin in range(0, total, chunk):
+            end = min(begin + chunk, total)
+            logits = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
+            logits = logits.logits[0].float()  # (chunk, V); row i predicts token begin + i + 1
+            targets = ids[0, begin + 1 : end + 1]
+            rows = logits[: targets.shape[0]]
+            nll += torch.nn.functional.cross_entropy(rows, targets, reduction="none").tolist()
+            if on_progress is not None:
+                on_progress(end, total)
+    if logits is None:  # pragma: no cover - the loop above runs at least once
+        raise RuntimeError("no forward pass was made")
+    return Stream(nll=tuple(nll), next_logits=logits[-1], seconds=time.perf_counter() - start)
+
+
+def exact_budget_check(label: str, budget: int | None) -> Callable[[EvictionEvent], None]:
+    """Return an eviction callback that refuses a policy which keeps more or less than its budget.
+
+    A tie that lets one policy keep a token more than the others would pass for a better policy.
+
+    Parameters
+    ----------
+    label : str
+        Name of the policy in the error.
+    budget : int or None
+        Slots that every eviction must keep, ascending and unique; None if none may happen.
+    """
+
+    def check(event: EvictionEvent) -> None:
+        keep = event.keep
+        kept = int(keep.shape[-1])
+        ordered = kept < 2 or bool((keep[..., 1:] > keep[..., :-1]).all())
+        if kept != budget or not ordered:
+            raise RuntimeError(
+                f"[perplexity] policy {label!r} must keep {budget} ascending, unique slots at "
+                f"layer {event.layer}, kept {kept}{'' if ordered else ' out of order'}; "
+                "this is a bug in the policy or the cache"
+            )
+
+    return check
+
+
+def scored_range(lengths: Sequence[int], budgets: Sequence[int]) -> int:
+    """Return the position of the first scored token of a comparison.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each sequence.
+    budgets : sequence of int
+        All budgets that will be compared; empty for the full cache alone.
+
+    Returns
+    -------
+    int
+        ``max(budgets)``, and at least 1, since nothing predicts token 0.
+
+    Raises
+    ------
+    EvaluationError
+        A sequence is too short to leave `MIN_SCORED_TOKENS` tokens.
+    """
+    first = max(1, *budgets) if budgets else 1
+    shortest = min(lengths)
+    if shortest - first < MIN_SCORED_TOKENS:
+        raise EvaluationError(
+            f"the text is too short: {shortest} tokens leave {max(0, shortest - first)} to score "
+            f"after a budget of {first} tokens has filled, at least {MIN_SCORED_TOKENS} are needed"
+        )
+    return first
+
+
+def evaluate_perplexity(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    policies: Sequence[PolicySpec],
+    budgets: Sequence[int],
+    *,
+    name: str,
+    chunk: int = 32,
+    settings: CacheSettings | None = None,
+    on_progress: Progress | None = None,
+) -> PerplexityResult:
+    """Measure streaming perplexity for every policy at every budget, and the full cache.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    sequences : sequence of sequence of int
+        Token ids; each sequence gets a fresh cache.
+    policies : sequence of PolicySpec
+        Policies; ``full`` is run once whether or not it is among them.
+    budgets : sequence of int
+        Tokens to keep a layer and KV head.
+    name : str
+        Name of the model for the report.
+    chunk : int
+        Tokens fed at a time.
+    settings : CacheSettings, optional
+        Interval, window and sinks of every policy.
+    on_progress : Progress, optional
+        Called with (what runs, tokens fed, tokens of the run).
+
+    Returns
+    -------
+    PerplexityResult
+        All runs on the same scored tokens.
+
+    Raises
+    ------
+    EvaluationError
+        The texts are too short, or a policy refuses its arguments.
+    """
+    settings = settings if settings is not None else CacheSettings()
+    evicting = [spec for spec in policies if spec.name != FULL]
+    specs: list[tuple[PolicySpec, int | None]] = [(PolicySpec(name=FULL), None)]
+    specs += [(spec, budget) for spec in evicting for budget in budgets]
+    lengths = [len(sequence) for sequence in sequences]
+    first = scored_range(lengths, budgets if evicting else ())
+    # All policies first: a bad argument is refused before the first minute is spent.
+    plan = [(spec.label, create_policy(spec, budget, settings)) for spec, budget in specs]
+    runs = tuple(
+        _run(model, sequences, label, policy, chunk, first, on_progress) for label, policy in plan
+    )
+    return PerplexityResult(
+        model=name,
+        chunk=chunk,
+        settings=settings,
+        first_scored=first,
+        scored_tokens=sum(length - first for length in lengths),
+        sequence_lengths=tuple(lengths),
+        runs=runs,
+        comparisons=compare(runs, first),
+    )
+
+
+def collect(stream_result: Stream, cache: EvictingCache) -> SequenceRun:
+    """Put a finished stream and its cache's statistics into one record."""
+    stats = cache.stats()
+    return SequenceRun(
+        nll=stream_result.nll,
+        kv_bytes=int(stats.kv_bytes),
+        graph_bytes=int(stats.graph_bytes),
+        tokens_seen=int(stats.tokens_seen),
+        tokens_kept=int(stats.tokens_kept),
+        evictions=int(stats.evictions),
+        seconds=stream_result.seconds,
+    )
+
+
+def policy_run(
+    label: str, policy: Policy, sequences: Sequence[SequenceRun], first: int
+) -> PolicyRun:
+    """Sum up the sequences of one policy at one budget."""
+    scored = [nats for sequence in sequences for nats in sequence.scored(first)]
+    return PolicyRun(
+        policy=label,
+        budget=policy.budget,
+        window=0 if policy.budget is None else policy.protected_window,
+        sinks=0 if policy.budget is None else policy.sinks,
+        perplexity=math.exp(math.fsum(scored) / len(scored)),
+        sequences=tuple(sequences),
+    )
+
+
+def compare(runs: Sequence[PolicyRun], first: int) -> tuple[Comparison, ...]:
+    """Return the paired differences of each run to the full cache and to its rivals.
+
+    Parameters
+    ----------
+    runs : sequence of PolicyRun
+        The full cache first.
+    first : int
+        Position of the first scored token.
+    """
+    full, evicting = runs[0], [run for run in runs[1:] if run.budget is not None]
+    pairs = [(run, full) for run in evicting]
+    pairs += [
+        (run, rival)
+        for i, run in enumerate(evicting)
+        for rival in evicting[i + 1 :]
+        if rival.budget == run.budget
+    ]
+    return tuple(
+        Comparison(
+            policy=run.policy,
+            baseline=rival.policy,
+            budget=run.budget,
+            difference=paired_difference(
+                [sequence.scored(first) for sequence in run.sequences],
+                [sequence.scored(first) for sequence in rival.sequences],
+            ),
+        )
+        for run, rival in pairs
+        if run.budget is not None
+    )
+
+
+def _run(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    label: str,
+    policy: Policy,
+    chunk: int,
+    first: int,
+    on_progress: Progress | None,
+) -> PolicyRun:
+    title = label if policy.budget is None else f"{label} at {policy.budget}"
+    total = sum(len(sequence) for sequence in sequences)
+    check = exact_budget_check(label, policy.budget)
+    records, before = [], 0
+    for sequence in sequences:
+
+        def report(done: int, _: int, before: int = before) -> None:
+            if on_progress is not None:
+                on_progress(title, before + done, total)
+
+        cache = create_cache(model, policy, on_evict=check)
+        result = stream(model, sequence, cache, chunk=chunk, on_progress=report)
+        records.append(collect(result, cache))
+        before += len(sequence)
+    return policy_run(label, policy, records, first)
