@@ -2,7 +2,9 @@
 
 #include <string>
 
+#include "cpu/simd.h"
 #include "cuda/cuda_device.h"
+#include "thread_pool.h"
 
 namespace spectralkv {
 
@@ -13,5 +15,9 @@ bool built_with_cuda() noexcept { return cuda::is_built(); }
 int cuda_device_count() noexcept { return cuda::device_count(); }
 
 std::string cuda_status() { return cuda::status(); }
+
+const char* cpu_simd() noexcept { return detail::simd_kernels().name; }
+
+int cpu_threads() noexcept { return detail::available_processors(); }
 
 }  // namespace spectralkv

@@ -20,4 +20,10 @@ SPECTRALKV_API int cuda_device_count() noexcept;
 /// Why `cuda_device_count()` is 0; empty when it is not.
 SPECTRALKV_API std::string cuda_status();
 
+/// Instruction set that the CPU backend uses here: "avx512", "avx2" or "baseline".
+SPECTRALKV_API const char* cpu_simd() noexcept;
+
+/// Threads that the CPU backend uses unless told otherwise: processors this process may run on.
+SPECTRALKV_API int cpu_threads() noexcept;
+
 }  // namespace spectralkv

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
-from spectralkv._core import __version__, built_with_cuda, cuda_device_count, cuda_status
+from spectralkv._core import (
+    BackendUnavailable,
+    CudaError,
+    InvalidArgument,
+    SpectralKVError,
+    __version__,
+    built_with_cuda,
+    cpu_simd,
+    cpu_threads,
+    cuda_device_count,
+    cuda_status,
+)
 from spectralkv._paths import get_cmake_dir, get_include
+from spectralkv.config import (
+    EvictionConfig,
+    GraphConfig,
+    MonitorConfig,
+    Population,
+    WalkConfig,
+    apply_preset,
+)
+from spectralkv.graph import SpectralGraph
+from spectralkv.manager import ALL_LAYERS, GraphManager
+from spectralkv.monitor import Monitor
 
 __all__ = [
+    "ALL_LAYERS",
+    "BackendUnavailable",
+    "CudaError",
+    "EvictionConfig",
+    "GraphConfig",
+    "GraphManager",
+    "InvalidArgument",
+    "Monitor",
+    "MonitorConfig",
+    "Population",
+    "SpectralGraph",
+    "SpectralKVError",
+    "WalkConfig",
     "__version__",
+    "apply_preset",
     "built_with_cuda",
+    "cpu_simd",
+    "cpu_threads",
     "cuda_device_count",
     "cuda_status",
     "get_cmake_dir",

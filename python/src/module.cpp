@@ -1,6 +1,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "bindings.h"
+#include "spectralkv/error.h"
 #include "spectralkv/version.h"
 
 namespace nb = nanobind;
@@ -14,4 +16,17 @@ NB_MODULE(_core, m) {
         "CUDA devices that can be used now; 0 without backend, driver or device.");
   m.def("cuda_status", &spectralkv::cuda_status,
         "Why ``cuda_device_count()`` is 0; empty when it is not.");
+  m.def("cpu_simd", &spectralkv::cpu_simd, "Instruction set that the CPU backend uses here.");
+  m.def("cpu_threads", &spectralkv::cpu_threads,
+        "Threads that the CPU backend uses unless told otherwise.");
+
+  // nanobind asks the newest translator first: the base class comes first.
+  nb::exception<spectralkv::Error>(m, "SpectralKVError", PyExc_RuntimeError);
+  nb::exception<spectralkv::InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
+  nb::exception<spectralkv::BackendUnavailable>(m, "BackendUnavailable", PyExc_RuntimeError);
+  nb::exception<spectralkv::CudaError>(m, "CudaError", PyExc_RuntimeError);
+
+  init_config(m);
+  init_graph_manager(m);
+  init_monitor(m);
 }

@@ -1,0 +1,327 @@
+"""Configuration of graphs, walks, evictions and monitors.
+
+Each class mirrors one of ``spectralkv/config.h`` and is checked by the same C++ code when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from spectralkv import _core
+
+__all__ = [
+    "EvictionConfig",
+    "GraphConfig",
+    "MonitorConfig",
+    "Population",
+    "WalkConfig",
+    "apply_preset",
+]
+
+EdgeLaw = Literal["uniform", "weighted"]
+GraphScope = Literal["head", "layer"]
+Restart = Literal["current", "recent", "novelty"]
+VisitCount = Literal["edges", "all"]
+Solver = Literal["walk", "exact"]
+Preset = Literal["default", "uniform32", "weighted4"]
+
+
+def _member(enum: Any, name: str, what: str) -> Any:
+    members = [member for member in dir(enum) if not member.startswith("_")]
+    if name not in members:
+        choices = ", ".join(repr(member) for member in sorted(members))
+        raise _core.InvalidArgument(f"[config] {what} must be one of {choices}, got {name!r}")
+    return getattr(enum, name)
+
+
+def _parse_device(device: str) -> _core.Device:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise _core.InvalidArgument(
+            f"[config] device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}"
+        )
+    return _core.Device(_member(_core.DeviceType, kind, "device"), int(index or 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """Shape and memory of the graphs of one model.
+
+    A graph is one (layer, sequence, KV head), or one (layer, sequence) with ``scope="layer"``.
+
+    Parameters
+    ----------
+    num_layers, batch_size, num_query_heads, num_kv_heads, head_dim
+        Shape of the model; ``num_query_heads`` is a multiple of ``num_kv_heads``.
+    capacity
+        Slots a graph.
+    top_k
+        Neighbours a token: 4, 8, 16 or 32.
+    edge_law
+        ``"uniform"``: each neighbour is followed alike; ``"weighted"``: by its attention.
+    scope
+        ``"head"``: a graph for each KV head; ``"layer"``: the heads of a layer share one.
+    num_sinks
+        Tokens at positions below this get no edges and no restarts.
+    seed
+        Of all random numbers.
+    head_offset, total_kv_heads
+        First KV head here and KV heads over all ranks, for tensor parallelism (0: ``num_kv_heads``).
+    device
+        ``"cpu"`` or ``"cuda:N"``.
+    num_threads
+        Of the CPU backend; 0: one for each processor the process may run on.
+
+    Raises
+    ------
+    InvalidArgument
+        A ``ValueError`` that names the field, what was expected and what came.
+    """
+
+    num_layers: int = 1
+    batch_size: int = 1
+    num_query_heads: int = 1
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    capacity: int = 0
+    top_k: int = 8
+    edge_law: EdgeLaw = "weighted"
+    scope: GraphScope = "head"
+    num_sinks: int = 4
+    seed: int = 0
+    head_offset: int = 0
+    total_kv_heads: int = 0
+    device: str = "cpu"
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        self._to_core().validate()
+
+    def _to_core(self) -> _core.GraphConfig:
+        core = _core.GraphConfig()
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "edge_law":
+                value = _member(_core.EdgeLaw, value, "edge_law")
+            elif entry.name == "scope":
+                value = _member(_core.GraphScope, value, "scope")
+            elif entry.name == "device":
+                value = _parse_device(value)
+            setattr(core, entry.name, value)
+        return core
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """A part of the walkers that restarts and counts in one way, and its part of the budget.
+
+    Parameters
+    ----------
+    restart
+        ``"current"``: the newest token; ``"recent"``: one of the newest; ``"novelty"``: by softmax of
+        the z-scored distance of a key from the mean key direction of its head.
+    count
+        ``"edges"``: visits are arrivals over an edge; ``"all"``: restarts count, too.
+    share
+        Of walkers and budget, in (0, 1]; the shares of a walk sum to 1.
+    recent_fraction, recent_tokens
+        How many tokens are recent: this part of the tokens seen or, when positive, this many.
+    """
+
+    restart: Restart = "recent"
+    count: VisitCount = "edges"
+    share: float = 1.0
+    recent_fraction: float = 0.1
+    recent_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._to_core()
+
+    def _to_core(self) -> _core.Population:
+        core = _core.Population()
+        core.restart = _member(_core.Restart, self.restart, "restart")
+        core.count = _member(_core.VisitCount, self.count, "count")
+        core.share = self.share
+        core.recent_fraction = self.recent_fraction
+        core.recent_tokens = self.recent_tokens
+        return core
+
+    @classmethod
+    def _from_core(cls, core: _core.Population) -> Population:
+        return cls(
+            restart=core.restart.name,
+            count=core.count.name,
+            share=core.share,
+            recent_fraction=core.recent_fraction,
+            recent_tokens=core.recent_tokens,
+        )
+
+
+def _default_populations() -> tuple[Population, ...]:
+    return tuple(Population._from_core(core) for core in _core.WalkConfig().populations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+    """Personalized PageRank by random walks.
+
+    Parameters
+    ----------
+    num_walkers
+        A graph, over all populations.
+    walk_length
+        Steps a walker.
+    restart_prob
+        In (0, 1]: probability of a restart at each step, 1 - damping in PageRank's words.
+    decay
+        ``scores = decay * scores + visits`` at each walk, in [0, 1].
+    populations
+        One to four, see :class:`Population`.
+
+    Raises
+    ------
+    InvalidArgument
+        A ``ValueError`` that names the field, what was expected and what came.
+    """
+
+    num_walkers: int = 1024
+    walk_length: int = 20
+    restart_prob: float = 0.5
+    decay: float = 0.0
+    populations: tuple[Population, ...] = field(default_factory=_default_populations)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "populations", tuple(self.populations))
+        self._to_core().validate()
+
+    def _to_core(self) -> _core.WalkConfig:
+        core = _core.WalkConfig()
+        core.num_walkers = self.num_walkers
+        core.walk_length = self.walk_length
+        core.restart_prob = self.restart_prob
+        core.decay = self.decay
+        core.populations = [population._to_core() for population in self.populations]
+        return core
+
+    @property
+    def needs_novelty(self) -> bool:
+        """Whether a population restarts from novel keys, for which walks need the keys."""
+        return any(population.restart == "novelty" for population in self.populations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionConfig:
+    """When a sequence's cache is cut, and what always stays.
+
+    Parameters
+    ----------
+    budget
+        Tokens kept a head, sinks and window included; at least ``sinks + window + 1``.
+    interval
+        A sequence is cut when it holds ``budget + interval`` tokens.
+    window, sinks
+        Newest and oldest tokens that always stay.
+
+    Raises
+    ------
+    InvalidArgument
+        A ``ValueError`` that names the field, what was expected and what came.
+    """
+
+    budget: int
+    interval: int = 32
+    window: int = 50
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        self._to_core().validate()
+
+    def _to_core(self) -> _core.EvictionConfig:
+        core = _core.EvictionConfig()
+        core.budget = self.budget
+        core.interval = self.interval
+        core.window = self.window
+        core.sinks = self.sinks
+        return core
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Settings of a :class:`spectralkv.Monitor`.
+
+    Parameters
+    ----------
+    eviction
+        See :class:`EvictionConfig`.
+    solver
+        ``"walk"``: random walks; ``"exact"``: one noiseless sweep.
+    walk_interval
+        A sequence's importance is renewed every so many tokens; 0: only when it is cut.
+    top_fraction
+        The part of a head's tokens that the safety mask protects, in [0, 1].
+    row_stride
+        Every how many prompt tokens a row of the graph is drawn.
+
+    Raises
+    ------
+    InvalidArgument
+        A ``ValueError`` that names the field, what was expected and what came.
+    """
+
+    eviction: EvictionConfig
+    solver: Solver = "walk"
+    walk_interval: int = 0
+    top_fraction: float = 0.2
+    row_stride: int = 1
+
+    def __post_init__(self) -> None:
+        self._to_core().validate()
+
+    def _to_core(self) -> _core.MonitorConfig:
+        core = _core.MonitorConfig()
+        core.eviction = self.eviction._to_core()
+        core.solver = _member(_core.Solver, self.solver, "solver")
+        core.walk_interval = self.walk_interval
+        core.top_fraction = self.top_fraction
+        core.row_stride = self.row_stride
+        return core
+
+
+def apply_preset(
+    name: Preset | str, graph: GraphConfig, walk: WalkConfig | None = None
+) -> tuple[GraphConfig, WalkConfig]:
+    """Set edge law, top_k and the walk to a named choice.
+
+    Parameters
+    ----------
+    name
+        ``"default"``, ``"uniform32"`` or ``"weighted4"``.
+    graph, walk
+        Configurations to start from; what the preset does not name stays.
+
+    Returns
+    -------
+    tuple of GraphConfig and WalkConfig
+
+    Raises
+    ------
+    InvalidArgument
+        The name is not a preset's.
+    """
+    core_graph = graph._to_core()
+    core_walk = (walk or WalkConfig())._to_core()
+    _core.apply_preset(name, core_graph, core_walk)
+    return (
+        dataclasses.replace(
+            graph, top_k=core_graph.top_k, edge_law=core_graph.edge_law.name
+        ),
+        WalkConfig(
+            num_walkers=core_walk.num_walkers,
+            walk_length=core_walk.walk_length,
+            restart_prob=core_walk.restart_prob,
+            decay=core_walk.decay,
+            populations=tuple(Population._from_core(p) for p in core_walk.populations),
+        ),
+    )

@@ -1,0 +1,374 @@
+"""The graphs of a model, over tensors of any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spectralkv import _core
+from spectralkv._arrays import Array, filled, readable
+from spectralkv._core import ALL_LAYERS, MemoryUse, Statistics
+from spectralkv.config import EvictionConfig, GraphConfig, WalkConfig
+
+__all__ = ["ALL_LAYERS", "GraphManager"]
+
+
+class GraphManager:
+    """One graph for each layer, sequence and KV head.
+
+    A *slot* is where a token's key lies in the cache, its *position* where it stands in the text.
+    Slots ``[0, length)`` are in use. Tensors are of any DLPack framework (torch, numpy, cupy, jax);
+    axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim, K neighbours.
+    Keys and queries are float32, float16 or bfloat16 with a contiguous last axis; nothing is copied.
+
+    Parameters
+    ----------
+    graph, walk
+        Configurations.
+
+    Raises
+    ------
+    InvalidArgument
+        A ``ValueError``; the manager is as it was before the call.
+    BackendUnavailable
+        A ``RuntimeError``: there is no backend for ``graph.device`` here.
+    """
+
+    def __init__(self, graph: GraphConfig, walk: WalkConfig | None = None) -> None:
+        self._graph_config = graph
+        self._walk_config = walk or WalkConfig()
+        self._core = _core.GraphManager(graph._to_core(), self._walk_config._to_core())
+
+    @classmethod
+    def _wrap(cls, core: _core.GraphManager, graph: GraphConfig, walk: WalkConfig) -> GraphManager:
+        self = cls.__new__(cls)
+        self._graph_config = graph
+        self._walk_config = walk
+        self._core = core
+        return self
+
+    @property
+    def graph_config(self) -> GraphConfig:
+        """Configuration of the graphs."""
+        return self._graph_config
+
+    @property
+    def walk_config(self) -> WalkConfig:
+        """Configuration of the walks."""
+        return self._walk_config
+
+    # -- growing the graph
+
+    def update(
+        self,
+        layer: int,
+        query: Array,
+        keys: Array,
+        *,
+        slots: Array | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Draw the row of one new token a sequence.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        query
+            (B, Hq, D), with its rotary position.
+        keys
+            (B, Hkv, S, D), the new token's key already in its slot.
+        slots
+            int32 (B, Hkv): a free slot of each head (see `next_slots`); None: the slot ``length``.
+        scale, softcap
+            How the model scales and caps scores; None: ``1 / sqrt(D)`` and no cap.
+        """
+        self._core.update(
+            layer, readable(query), readable(keys), slots, scale or 0.0, softcap or 0.0
+        )
+
+    def update_rows(
+        self,
+        layer: int,
+        queries: Array,
+        keys: Array,
+        *,
+        valid: Array | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        row_stride: int = 1,
+    ) -> None:
+        """Draw the rows of Q new tokens a sequence, appended at slots ``[length, length + Q)``.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        queries
+            (B, Hq, Q, D); each token sees the tokens up to itself.
+        keys
+            (B, Hkv, S, D) with the new tokens' keys in their slots.
+        valid
+            bool or uint8 (B, Q): False marks padding, which takes a slot but no position.
+        scale, softcap
+            As in `update`.
+        row_stride
+            Only every so many tokens, counted from the newest, get a row.
+        """
+        self._core.update_rows(
+            layer,
+            readable(queries),
+            readable(keys),
+            valid,
+            scale or 0.0,
+            softcap or 0.0,
+            row_stride,
+        )
+
+    # -- importance
+
+    def update_novelty(self, layer: int, keys: Array) -> None:
+        """Renew the restart weights of novelty populations from the keys (B, Hkv, S, D)."""
+        self._core.update_novelty(layer, readable(keys))
+
+    def walk(self, layer: int = ALL_LAYERS, sequences: Sequence[bool] = ()) -> None:
+        """Walk the graphs of a layer, or of all; of the marked sequences, or of all."""
+        self._core.walk(layer, [int(mark) for mark in sequences])
+
+    def solve(self, layer: int = ALL_LAYERS, sequences: Sequence[bool] = ()) -> None:
+        """Compute the same scores without noise, in units of visits."""
+        self._core.solve(layer, [int(mark) for mark in sequences])
+
+    def update_and_step(
+        self,
+        layer: int,
+        query: Array,
+        keys: Array,
+        *,
+        slots: Array | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """`update`, `update_novelty` where the walk needs it, and `walk`."""
+        self._core.update_and_step(
+            layer, readable(query), readable(keys), slots, scale or 0.0, softcap or 0.0
+        )
+
+    def scores(self, layer: int, *, like: Array, population: int = -1) -> Array:
+        """Decayed visits of a population, or of all together: float32 (B, Hkv, length)."""
+        return filled(
+            like,
+            self._slot_shape(layer),
+            "float32",
+            lambda out: self._core.scores(layer, out, population),
+        )
+
+    def visits(self, layer: int, *, like: Array, population: int = 0) -> Array:
+        """Visits of a population in the last walk: uint32 (B, Hkv, length)."""
+        return filled(
+            like,
+            self._slot_shape(layer),
+            "uint32",
+            lambda out: self._core.visits(layer, out, population),
+        )
+
+    # -- eviction
+
+    def is_full(self, layer: int, eviction: EvictionConfig) -> bool:
+        """Whether any sequence holds ``budget + interval`` tokens or more."""
+        return self._core.is_full(layer, eviction._to_core())
+
+    def select(
+        self, layer: int, eviction: EvictionConfig, *, like: Array, force: bool = False
+    ) -> Array:
+        """Slots that stay: int32 (B, Hkv, M), ascending, right-aligned behind -1.
+
+        A sequence that is full (``force``: that holds more than the budget) keeps its sinks, its
+        window and, each population its share, the highest scores; of equal scores the newer token
+        stays. Other sequences keep all they have. M is what the longest one keeps.
+        """
+        core = eviction._to_core()
+        batch, heads, _ = self._slot_shape(layer)
+        return filled(
+            like,
+            (batch, heads, self._core.kept_length(layer, core, force)),
+            "int32",
+            lambda out: self._core.select(layer, core, force, out),
+        )
+
+    def safety_mask(
+        self, layer: int, eviction: EvictionConfig, top_fraction: float, *, like: Array
+    ) -> Array:
+        """Which tokens may go: uint8 (B, Hkv, length).
+
+        1 where a token is not among the best ``top_fraction`` of its head's scores and lies outside
+        sinks and window.
+        """
+        core = eviction._to_core()
+        return filled(
+            like,
+            self._slot_shape(layer),
+            "uint8",
+            lambda out: self._core.safety_mask(layer, core, top_fraction, out),
+        )
+
+    def compact(
+        self,
+        layer: int,
+        keep: Array,
+        keys: Array | None = None,
+        values: Array | None = None,
+    ) -> None:
+        """Move the kept slots to the front, in place.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        keep
+            int32 (B, Hkv, M) as `select` returns it.
+        keys, values
+            (B, Hkv, S, D) of any dtype, mutated; None: only the graph moves.
+        """
+        self._core.compact(
+            layer,
+            keep,
+            None if keys is None else readable(keys),
+            None if values is None else readable(values),
+        )
+
+    def release(self, layer: int, keep: Array) -> None:
+        """Free every slot that is not in ``keep`` int32 (B, Hkv, M); nothing moves."""
+        self._core.release(layer, keep)
+
+    def next_slots(self, layer: int, *, like: Array) -> Array:
+        """The lowest free slot of each head: int32 (B, Hkv)."""
+        return filled(
+            like,
+            self._slot_shape(layer)[:2],
+            "int32",
+            lambda out: self._core.next_slots(layer, out),
+        )
+
+    # -- sequences
+
+    def truncate(self, layer: int, count: int) -> None:
+        """Forget the newest ``count`` tokens; all of them must still be there."""
+        self._core.truncate(layer, count)
+
+    def select_batch(self, layer: int, sequences: Sequence[int]) -> None:
+        """Make sequence i a copy of what ``sequences[i]`` was."""
+        self._core.select_batch(layer, list(sequences))
+
+    def reset(self, layer: int = ALL_LAYERS, sequence: int | None = None) -> None:
+        """Forget all tokens; random numbers go on."""
+        self._core.reset(layer, sequence)
+
+    def reserve(self, layer: int, capacity: int) -> None:
+        """Give a layer room for ``capacity`` slots, no less than its length."""
+        self._core.reserve(layer, capacity)
+
+    def synchronize(self) -> None:
+        """Wait for the device's work of this manager."""
+        self._core.synchronize()
+
+    # -- inspection
+
+    def length(self, layer: int) -> int:
+        """Slots in use."""
+        return self._core.length(layer)
+
+    def capacity(self, layer: int) -> int:
+        """Slots there is room for."""
+        return self._core.capacity(layer)
+
+    def batch_size(self, layer: int) -> int:
+        """Sequences of a layer."""
+        return self._core.batch_size(layer)
+
+    def tokens_seen(self, layer: int, sequence: int = 0) -> int:
+        """Tokens a sequence has seen, evicted ones included."""
+        return self._core.tokens_seen(layer, sequence)
+
+    def tokens_held(self, layer: int, sequence: int = 0) -> int:
+        """Tokens each head of a sequence holds."""
+        return self._core.tokens_held(layer, sequence)
+
+    def positions(self, layer: int, *, like: Array) -> Array:
+        """Position of the token in each slot, -1 if empty: int32 (B, Hkv, length)."""
+        return filled(
+            like,
+            self._slot_shape(layer),
+            "int32",
+            lambda out: self._core.positions(layer, out),
+        )
+
+    def rows(self, layer: int, *, like: Array) -> tuple[Array, Array]:
+        """Neighbours int32 and probabilities float32, both (B, G, length, K).
+
+        G is the number of graphs a sequence. Absent and stale edges are -1 and 0; the others are as
+        walks follow them.
+        """
+        batch, _, length = self._slot_shape(layer)
+        shape = (
+            batch,
+            self._core.graphs_per_sequence(),
+            length,
+            self._graph_config.top_k,
+        )
+        probabilities: list[Array] = []
+
+        def write(neighbors: Array) -> None:
+            probabilities.append(
+                filled(
+                    like,
+                    shape,
+                    "float32",
+                    lambda out: self._core.rows(layer, neighbors, out),
+                )
+            )
+
+        neighbors = filled(like, shape, "int32", write)
+        return neighbors, probabilities[0]
+
+    def load_rows(
+        self, layer: int, positions: Array, neighbors: Array, probabilities: Array
+    ) -> None:
+        """Replace the graphs of a layer.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        positions
+            int32 (B, G, S), unique in a graph where not -1.
+        neighbors, probabilities
+            int32 and float32 (B, G, S, K): edges to slots with older tokens; a row's probabilities
+            sum to 1, or to 0 where it has no edges.
+        """
+        self._core.load_rows(layer, positions, neighbors, probabilities)
+
+    def restart_distribution(self, layer: int, population: int, *, like: Array) -> Array:
+        """Where a population's walkers restart: float32 (B, G, length), sums to 1."""
+        batch, _, length = self._slot_shape(layer)
+        return filled(
+            like,
+            (batch, self._core.graphs_per_sequence(), length),
+            "float32",
+            lambda out: self._core.restart_distribution(layer, population, out),
+        )
+
+    def statistics(self) -> Statistics:
+        """Rows drawn, rows left empty because of NaN or infinity, walks, tokens evicted."""
+        return self._core.statistics()
+
+    def memory_use(self) -> MemoryUse:
+        """Bytes of the graphs and of scratch buffers."""
+        return self._core.memory_use()
+
+    def _slot_shape(self, layer: int) -> tuple[int, int, int]:
+        return (
+            self._core.batch_size(layer),
+            self._graph_config.num_kv_heads,
+            self._core.length(layer),
+        )

@@ -1,0 +1,200 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <vector>
+
+#include "bindings.h"
+#include "ndarray.h"
+#include "spectralkv/graph_manager.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace skv = spectralkv;
+using skv::python::Input;
+using skv::python::OptionalInput;
+using skv::python::Output;
+using skv::python::stream_of;
+using skv::python::view;
+using skv::python::writable;
+
+namespace {
+
+using Release = nb::call_guard<nb::gil_scoped_release>;
+using Marks = std::vector<std::uint8_t>;
+using Self = skv::GraphManager;
+
+}  // namespace
+
+void init_graph_manager(nb::module_& m) {
+  m.attr("ALL_LAYERS") = skv::kAllLayers;
+
+  nb::class_<skv::Statistics>(m, "Statistics", "Counts since construction.")
+      .def_ro("rows_written", &skv::Statistics::rows_written)
+      .def_ro("rows_nonfinite", &skv::Statistics::rows_nonfinite)
+      .def_ro("walks", &skv::Statistics::walks)
+      .def_ro("solves", &skv::Statistics::solves)
+      .def_ro("evicted", &skv::Statistics::evicted);
+
+  nb::class_<skv::MemoryUse>(m, "MemoryUse", "Bytes held by a manager.")
+      .def_ro("graph_bytes", &skv::MemoryUse::graph_bytes)
+      .def_ro("scratch_bytes", &skv::MemoryUse::scratch_bytes);
+
+  nb::class_<Self>(m, "GraphManager", "The attention graphs of a model.")
+      .def(nb::init<const skv::GraphConfig&, const skv::WalkConfig&>(), "graph"_a, "walk"_a)
+      .def(
+          "update",
+          [](Self& self, std::int64_t layer, const Input& query, const Input& keys,
+             const OptionalInput& slots, double scale, double softcap, std::uintptr_t stream) {
+            self.update(layer, view(query), view(keys), view(slots), {scale, softcap},
+                        stream_of(stream));
+          },
+          "layer"_a, "query"_a.noconvert(), "keys"_a.noconvert(),
+          "slots"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
+          "stream"_a = 0, Release())
+      .def(
+          "update_rows",
+          [](Self& self, std::int64_t layer, const Input& queries, const Input& keys,
+             const OptionalInput& valid, double scale, double softcap, std::int64_t row_stride,
+             std::uintptr_t stream) {
+            self.update_rows(layer, view(queries), view(keys),
+                             {.score = {scale, softcap}, .valid = view(valid),
+                              .row_stride = row_stride},
+                             stream_of(stream));
+          },
+          "layer"_a, "queries"_a.noconvert(), "keys"_a.noconvert(),
+          "valid"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
+          "row_stride"_a = 1, "stream"_a = 0, Release())
+      .def(
+          "update_novelty",
+          [](Self& self, std::int64_t layer, const Input& keys, std::uintptr_t stream) {
+            self.update_novelty(layer, view(keys), stream_of(stream));
+          },
+          "layer"_a, "keys"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "walk",
+          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream) {
+            self.walk(layer, sequences, stream_of(stream));
+          },
+          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, Release())
+      .def(
+          "solve",
+          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream) {
+            self.solve(layer, sequences, stream_of(stream));
+          },
+          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, Release())
+      .def(
+          "update_and_step",
+          [](Self& self, std::int64_t layer, const Input& query, const Input& keys,
+             const OptionalInput& slots, double scale, double softcap, std::uintptr_t stream) {
+            self.update_and_step(layer, view(query), view(keys), view(slots), {scale, softcap},
+                                 stream_of(stream));
+          },
+          "layer"_a, "query"_a.noconvert(), "keys"_a.noconvert(),
+          "slots"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
+          "stream"_a = 0, Release())
+      .def(
+          "scores",
+          [](const Self& self, std::int64_t layer, const Output& out, int population,
+             std::uintptr_t stream) {
+            self.scores(layer, population, writable(out), stream_of(stream));
+          },
+          "layer"_a, "out"_a.noconvert(), "population"_a = -1, "stream"_a = 0, Release())
+      .def(
+          "visits",
+          [](const Self& self, std::int64_t layer, const Output& out, int population,
+             std::uintptr_t stream) {
+            self.visits(layer, population, writable(out), stream_of(stream));
+          },
+          "layer"_a, "out"_a.noconvert(), "population"_a = 0, "stream"_a = 0, Release())
+      .def("is_full", &Self::is_full, "layer"_a, "eviction"_a)
+      .def("full_sequences", &Self::full_sequences, "layer"_a, "eviction"_a)
+      .def("kept_length", &Self::kept_length, "layer"_a, "eviction"_a, "force"_a = false)
+      .def(
+          "select",
+          [](const Self& self, std::int64_t layer, const skv::EvictionConfig& eviction, bool force,
+             const Output& out, std::uintptr_t stream) {
+            self.select(layer, eviction, force, writable(out), stream_of(stream));
+          },
+          "layer"_a, "eviction"_a, "force"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "safety_mask",
+          [](const Self& self, std::int64_t layer, const skv::EvictionConfig& eviction,
+             double top_fraction, const Output& out, std::uintptr_t stream) {
+            self.safety_mask(layer, eviction, top_fraction, writable(out), stream_of(stream));
+          },
+          "layer"_a, "eviction"_a, "top_fraction"_a, "out"_a.noconvert(), "stream"_a = 0,
+          Release())
+      .def(
+          "compact",
+          [](Self& self, std::int64_t layer, const Input& keep, const std::optional<Output>& keys,
+             const std::optional<Output>& values, std::uintptr_t stream) {
+            self.compact(layer, view(keep), keys ? writable(*keys) : skv::TensorView{},
+                         values ? writable(*values) : skv::TensorView{}, stream_of(stream));
+          },
+          "layer"_a, "keep"_a.noconvert(), "keys"_a.noconvert().none() = nb::none(),
+          "values"_a.noconvert().none() = nb::none(), "stream"_a = 0, Release())
+      .def(
+          "release",
+          [](Self& self, std::int64_t layer, const Input& keep, std::uintptr_t stream) {
+            self.release(layer, view(keep), stream_of(stream));
+          },
+          "layer"_a, "keep"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "next_slots",
+          [](const Self& self, std::int64_t layer, const Output& out, std::uintptr_t stream) {
+            self.next_slots(layer, writable(out), stream_of(stream));
+          },
+          "layer"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def("truncate", &Self::truncate, "layer"_a, "count"_a, Release())
+      .def(
+          "select_batch",
+          [](Self& self, std::int64_t layer, const std::vector<std::int64_t>& sequences) {
+            self.select_batch(layer, sequences);
+          },
+          "layer"_a, "sequences"_a, Release())
+      .def("reset", &Self::reset, "layer"_a = skv::kAllLayers, "sequence"_a = nb::none(),
+           Release())
+      .def("reserve", &Self::reserve, "layer"_a, "capacity"_a, Release())
+      .def("synchronize", &Self::synchronize, Release())
+      .def("length", &Self::length, "layer"_a)
+      .def("capacity", &Self::capacity, "layer"_a)
+      .def("batch_size", &Self::batch_size, "layer"_a)
+      .def("graphs_per_sequence", &Self::graphs_per_sequence)
+      .def("tokens_seen", &Self::tokens_seen, "layer"_a, "sequence"_a)
+      .def("tokens_held", &Self::tokens_held, "layer"_a, "sequence"_a)
+      .def("tokens_walked", &Self::tokens_walked, "layer"_a, "sequence"_a)
+      .def(
+          "positions",
+          [](const Self& self, std::int64_t layer, const Output& out, std::uintptr_t stream) {
+            self.positions(layer, writable(out), stream_of(stream));
+          },
+          "layer"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "rows",
+          [](const Self& self, std::int64_t layer, const Output& neighbors,
+             const Output& probabilities, std::uintptr_t stream) {
+            self.rows(layer, writable(neighbors), writable(probabilities), stream_of(stream));
+          },
+          "layer"_a, "neighbors"_a.noconvert(), "probabilities"_a.noconvert(), "stream"_a = 0,
+          Release())
+      .def(
+          "load_rows",
+          [](Self& self, std::int64_t layer, const Input& positions, const Input& neighbors,
+             const Input& probabilities) {
+            self.load_rows(layer, view(positions), view(neighbors), view(probabilities));
+          },
+          "layer"_a, "positions"_a.noconvert(), "neighbors"_a.noconvert(),
+          "probabilities"_a.noconvert(), Release())
+      .def(
+          "restart_distribution",
+          [](const Self& self, std::int64_t layer, int population, const Output& out,
+             std::uintptr_t stream) {
+            self.restart_distribution(layer, population, writable(out), stream_of(stream));
+          },
+          "layer"_a, "population"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def("statistics", &Self::statistics)
+      .def("memory_use", &Self::memory_use);
+}
