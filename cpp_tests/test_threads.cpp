@@ -1,0 +1,93 @@
+#include <gtest/gtest.h>
+
+#include <thread>
+#include <vector>
+
+#include "expect.h"
+#include "feeder.h"
+#include "graph.h"
+#include "spectralkv/graph_manager.h"
+#include "tensors.h"
+
+namespace spectralkv::test {
+namespace {
+
+/// Big enough that every stage is worth several threads.
+GraphConfig graph_config(int num_threads, Index batch = 4) {
+  return {.batch_size = batch,
+          .num_query_heads = 8,
+          .num_kv_heads = 4,
+          .head_dim = 64,
+          .capacity = 700,
+          .seed = 11,
+          .num_threads = num_threads};
+}
+
+/// A whole life of a layer; the state at its end and all that was selected on the way.
+std::vector<std::vector<std::byte>> run(const GraphConfig& config, const WalkConfig& walk) {
+  GraphManager manager(config, walk);
+  std::vector<std::vector<std::byte>> results;
+  const auto record = [&](const Snapshot& snapshot) {
+    results.insert(results.end(), snapshot.tensors.begin(), snapshot.tensors.end());
+  };
+  Random random(1);
+  Graphs graphs(at(config.batch_size));
+  for (auto& sequence : graphs) {
+    for (Index g = 0; g < manager.graphs_per_sequence(); ++g) {
+      sequence.push_back(random_graph(random, {.slots = 600, .tokens = 590, .seen = 900},
+                                      config.top_k, config.edge_law));
+    }
+  }
+  load_graphs(manager, 0, graphs);
+  Feeder feeder(manager, 0, 2, DType::bf16);
+  feeder.keys.fill_normal(random);
+  feeder.prefill(40);
+  feeder.append();
+  record(Snapshot(manager));
+  if (walk.needs_novelty()) manager.update_novelty(0, feeder.keys.view(), Stream{});
+  manager.walk(0, {}, Stream{});
+  manager.walk(0, {}, Stream{});
+  record(Snapshot(manager));
+  manager.solve(0, {}, Stream{});
+  record(Snapshot(manager));
+  const EvictionConfig eviction{.budget = 300, .interval = 32, .window = 50, .sinks = 4};
+  HostTensor keep(DType::i32, {config.batch_size, 4, 300});
+  manager.select(0, eviction, false, keep.view(), Stream{});
+  results.push_back(keep.bytes());
+  manager.compact(0, keep.view(), feeder.keys.view(), {}, Stream{});
+  feeder.append();
+  record(Snapshot(manager));
+  results.push_back(feeder.keys.bytes());
+  return results;
+}
+
+TEST(Threads, ChangeNothing) {
+  for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
+    GraphConfig config = graph_config(1);
+    config.scope = scope;
+    const auto expected = run(config, {});
+    for (const int num_threads : {2, 5}) {
+      config.num_threads = num_threads;
+      EXPECT_TRUE(expected == run(config, {})) << num_threads << " threads";
+    }
+  }
+}
+
+TEST(Threads, OfManagersAreIndependent) {
+  const WalkConfig walk{.decay = 0.5, .populations = {{.recent_tokens = 50}}};
+  const auto expected = run(graph_config(2, 1), walk);
+  std::vector<std::vector<std::vector<std::byte>>> results(3);
+  std::vector<std::thread> threads;
+  for (auto& result : results) {
+    threads.emplace_back([&result, &walk] { result = run(graph_config(2, 1), walk); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& result : results) EXPECT_TRUE(expected == result);
+}
+
+TEST(Threads, AreAsManyAsProcessorsByDefault) {
+  EXPECT_TRUE(run(graph_config(0, 1), {}) == run(graph_config(1, 1), {}));
+}
+
+}  // namespace
+}  // namespace spectralkv::test
