@@ -1,0 +1,236 @@
+"""Caches for transformers models that hold a budget of tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from spectralkv.hf import masks, tap
+from spectralkv.hf.layer import EvictingLayer, EvictionEvent
+from spectralkv.policies.base import Policy
+from spectralkv.policies.spectral import Spectral
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheStats:
+    """What a cache has seen and holds."""
+
+    tokens_seen: int
+    """Tokens of a sequence that were fed, padding included."""
+    tokens_kept: int
+    """Slots that each head of an evicting layer uses (of any layer, if none evicts)."""
+    kv_bytes: int
+    """Bytes of the tensors that hold keys and values, of all layers."""
+    graph_bytes: int
+    """Bytes of all that is kept beside them: the policy's state, positions, masks."""
+    evictions: int
+    """How often a layer was cut."""
+    evicting_layers: int
+    """Layers that evict."""
+    total_layers: int
+    """Layers of the model."""
+    policy: str
+    """Name of the policy."""
+
+
+class EvictingCache(Cache):
+    """A KV cache that keeps what its policy chooses. Hand it to a model as ``past_key_values``.
+
+    Each sequence of a batch is cut on its own schedule, so that it fares as it would alone,
+    whatever its padding. Layers with a sliding window, linear attention or another cache of their
+    own stay as transformers made them.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's configuration, ``model.config``.
+    policy : Policy
+        What to keep, see :mod:`spectralkv.policies`. One policy may serve many caches.
+    on_evict : callable, optional
+        Called with an :class:`EvictionEvent` before each cut of each layer.
+
+    Raises
+    ------
+    TypeError
+        `config` or `policy` is something else.
+    ValueError
+        The model cannot be served: flex attention, an encoder-decoder, or layers that read other
+        layers' keys.
+
+    Warns
+    -----
+    UserWarning
+        Some layers do not evict.
+
+    Notes
+    -----
+    For inference: gradients do not flow into cached tokens. One cache serves one thread at a time.
+
+    Examples
+    --------
+    >>> cache = EvictingCache(model.config, policies.H2O(budget=512))  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    >>> cache.stats().tokens_kept  # doctest: +SKIP
+    540
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        policy: Policy,
+        *,
+        on_evict: Callable[[EvictionEvent], None] | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                "[EvictingCache] config must be a transformers configuration (model.config), "
+                f"got {type(config).__name__}"
+            )
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"[EvictingCache] policy must be a spectralkv Policy, got {type(policy).__name__}"
+            )
+        self._policy = policy
+        self._config = config.get_text_config(decoder=True)
+        if policy.watches:
+            self._check_served()
+        # transformers chooses the kind of each layer; plain attention layers become ours.
+        layers: list[Any] = DynamicCache(config=config).layers
+        ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        trackers = policy.trackers(len(ours))
+        reader = masks.MaskReader()
+        for order, index in enumerate(ours):
+            tracker = trackers[order] if trackers else None
+            layers[index] = EvictingLayer(index, policy, tracker, reader, on_evict)
+        super().__init__(layers=layers)
+        self._ours: list[EvictingLayer] = [layers[index] for index in ours]
+        if policy.watches:
+            tap.install()
+        if policy.budget is not None and len(ours) < len(layers):
+            warnings.warn(
+                f"{len(ours)} of {len(layers)} layers of this model evict; the others have a "
+                "sliding window or a cache of their own and stay as they are",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def policy(self) -> Policy:
+        """What the cache keeps."""
+        return self._policy
+
+    @property
+    def evicting_layers(self) -> tuple[EvictingLayer, ...]:
+        """The layers whose tokens the policy chooses."""
+        return tuple(self._ours)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return length and offset of a layer's next mask.
+
+        Raises
+        ------
+        ValueError
+            The model was switched to flex attention.
+        """
+        # The first thing that a forward pass asks of its cache.
+        if self._policy.watches and self._config._attn_implementation == "flex_attention":
+            self._refuse_flex()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def stats(self) -> CacheStats:
+        """Return what the cache has seen and holds, now."""
+        ours = self._ours
+        foreign = [layer for layer in self.layers if not isinstance(layer, EvictingLayer)]
+        return CacheStats(
+            tokens_seen=max((_tokens_seen(layer) for layer in self.layers), default=0),
+            tokens_kept=max((layer.num_slots for layer in ours), default=0)
+            if ours
+            else max((_slots(layer) for layer in foreign), default=0),
+            kv_bytes=sum(layer.kv_nbytes() for layer in ours) + _storage_bytes(foreign),
+            graph_bytes=sum(layer.state_nbytes() for layer in ours),
+            evictions=sum(layer.evictions for layer in ours),
+            evicting_layers=len(ours) if self._policy.budget is not None else 0,
+            total_layers=len(self.layers),
+            policy=self._policy.name,
+        )
+
+    def _check_served(self) -> None:
+        if self._config._attn_implementation == "flex_attention":
+            self._refuse_flex()
+        if getattr(self._config, "is_encoder_decoder", False):
+            raise ValueError(
+                "[EvictingCache] the model must be a decoder, got an encoder-decoder; "
+                "its cross-attention has nothing to evict"
+            )
+        sharing = getattr(self._config, "kv_sharing_modes", None)
+        if sharing is not None and any(mode is not None for mode in sharing):
+            raise ValueError(
+                "[EvictingCache] each layer must have its own keys and values, got a model whose "
+                "layers read those of others (kv_sharing_modes)"
+            )
+
+    def _refuse_flex(self) -> None:
+        raise ValueError(
+            "[EvictingCache] attention implementation must be sdpa, eager or a flash attention, "
+            "got flex_attention: its block masks cannot follow an eviction. Load the model with "
+            "attn_implementation='sdpa'"
+        )
+
+
+class SpectralCache(EvictingCache):
+    """An :class:`EvictingCache` with the :class:`spectralkv.policies.Spectral` policy.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's configuration, ``model.config``.
+    budget : int or None
+        Tokens that each KV head keeps.
+    on_evict : callable, optional
+        See :class:`EvictingCache`.
+    **options
+        Options of :class:`spectralkv.policies.Spectral`: interval, window, sinks, top_k, seed ...
+
+    Examples
+    --------
+    >>> cache = SpectralCache(model.config, budget=512)  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        budget: int | None,
+        on_evict: Callable[[EvictionEvent], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, Spectral(budget=budget, **options), on_evict=on_evict)
+
+
+def _tokens_seen(layer: Any) -> int:
+    seen = getattr(layer, "get_seq_length", None)
+    return 0 if seen is None else int(seen())
+
+
+def _slots(layer: Any) -> int:
+    keys = getattr(layer, "keys", None)
+    return 0 if keys is None or keys.dim() < 3 else int(keys.shape[2])
+
+
+def _storage_bytes(layers: list[Any]) -> int:
+    """Return the bytes behind the layers' keys and values; shared storage counts once."""
+    storages: dict[int, int] = {}
+    for layer in layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,104 @@
+"""Eviction policies: which tokens a cache keeps.
+
+A policy is a frozen configuration; a cache asks it for trackers, the mutable state of its layers.
+Own policies derive from :class:`Policy` and :class:`ScoreTracker` and need no registration: hand
+them to the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from spectralkv.policies.base import (
+    Observation,
+    Policy,
+    ScoreTracker,
+    Tracker,
+    select_slots,
+)
+from spectralkv.policies.full import Full
+from spectralkv.policies.h2o import H2O
+from spectralkv.policies.keydiff import KeyDiff
+from spectralkv.policies.random_choice import Random
+from spectralkv.policies.rkv import RKV
+from spectralkv.policies.snapkv import SnapKV
+from spectralkv.policies.spectral import Spectral
+from spectralkv.policies.streaming_llm import StreamingLLM
+from spectralkv.policies.tova import TOVA
+
+__all__ = [
+    "H2O",
+    "RKV",
+    "TOVA",
+    "Full",
+    "KeyDiff",
+    "Observation",
+    "Policy",
+    "Random",
+    "ScoreTracker",
+    "SnapKV",
+    "Spectral",
+    "StreamingLLM",
+    "Tracker",
+    "available",
+    "create",
+    "select_slots",
+]
+
+_POLICIES: tuple[type[Policy], ...] = (
+    Spectral,
+    H2O,
+    SnapKV,
+    TOVA,
+    StreamingLLM,
+    KeyDiff,
+    RKV,
+    Random,
+    Full,
+)
+
+
+def available() -> tuple[str, ...]:
+    """Return the names that :func:`create` knows."""
+    return tuple(policy.name for policy in _POLICIES)
+
+
+def create(name: str, **options: Any) -> Policy:
+    """Make a policy by name.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`available`; case, hyphens and underscores do not matter.
+    **options
+        The policy's options, `budget` among them.
+
+    Raises
+    ------
+    ValueError
+        There is no such policy, it has no such option, or an option is out of range.
+
+    Examples
+    --------
+    >>> create("h2o", budget=512).interval
+    32
+    """
+    by_name = {_plain(policy.name): policy for policy in _POLICIES}
+    policy = by_name.get(_plain(name))
+    if policy is None:
+        raise ValueError(f"[create] policy must be one of {', '.join(available())}, got {name!r}")
+    known = {field.name: field for field in fields(policy)}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"[create] options of {policy.name} must be among {', '.join(known)}, "
+            f"got {', '.join(unknown)}"
+        )
+    if policy is not Full and "budget" not in options:
+        raise ValueError(f"[create] {policy.name} must have a budget, got none")
+    return policy(**options)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

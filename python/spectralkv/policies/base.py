@@ -1,0 +1,367 @@
+"""What every eviction policy shares: its configuration, what it sees, and the cut itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Which tokens a cache keeps. Holds the configuration only; see :meth:`trackers`.
+
+    Parameters
+    ----------
+    budget : int or None
+        Tokens that each KV head keeps, sinks and window included. None: nothing is ever let go.
+    interval : int
+        A sequence is cut back to `budget` when it holds ``budget + interval`` tokens.
+    window : int
+        Newest tokens of a sequence that always stay.
+    sinks : int
+        Oldest tokens of a sequence that always stay.
+
+    Raises
+    ------
+    ValueError
+        An option is out of range, or ``budget < sinks + window + 1``.
+    """
+
+    name: ClassVar[str]
+    #: False: the policy never looks at queries and keys, and never evicts.
+    watches: ClassVar[bool] = True
+
+    budget: int | None
+    interval: int = 32
+    window: int = 50
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        self._require_int("interval", minimum=1)
+        if self.window is not None:  # H2O derives its own
+            self._require_int("window", minimum=0)
+        self._require_int("sinks", minimum=0)
+        if self.budget is None:
+            return
+        self._require_int("budget", minimum=1)
+        least = self.sinks + self.protected_window + 1
+        self._require(
+            self.budget >= least,
+            "budget",
+            f"at least sinks + window + 1 = {self.sinks} + {self.protected_window} + 1 = {least}",
+        )
+
+    @property
+    def protected_window(self) -> int:
+        """Newest tokens that a cut never takes."""
+        return self.window
+
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers; one policy may serve many caches."""
+        return [self._tracker(layer) for layer in range(num_layers)]
+
+    @abstractmethod
+    def _tracker(self, layer: int) -> Tracker:
+        """Return fresh state for one layer."""
+
+    def _require(self, holds: bool, option: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"[{self.name}] {option} must be {expected}, got {getattr(self, option)!r}"
+            )
+
+    def _require_int(self, option: str, *, minimum: int) -> None:
+        value = getattr(self, option)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        self._require(is_int and value >= minimum, option, f"an integer of at least {minimum}")
+
+    def _require_number(self, option: str, *, minimum: float, maximum: float) -> None:
+        value = getattr(self, option)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        self._require(
+            is_number and minimum <= value <= maximum,
+            option,
+            f"a number from {minimum} to {maximum}",
+        )
+
+
+class Observation(NamedTuple):
+    """What a layer shows its policy after each forward pass.
+
+    Axes: B sequences, Hq query heads, Hkv KV heads, Q new tokens, S slots, D head_dim.
+    """
+
+    query: torch.Tensor
+    """(B, Hq, Q, D), with rotary embedding applied."""
+    keys: torch.Tensor
+    """(B, Hkv, S, D), a view of the live cache; the last Q slots are the new tokens."""
+    values: torch.Tensor
+    """(B, Hkv, S, Dv), a view of the live cache."""
+    lengths: tuple[int, ...]
+    """Tokens each sequence holds, the new ones included."""
+    valid: torch.Tensor | None
+    """Bool (B, S): False marks an empty slot (padding). None: no slot is empty."""
+    new_valid: torch.Tensor | None
+    """Bool (B, Q): False marks padding among the new tokens. None: all are tokens."""
+    scaling: float
+    """Factor of the dot products."""
+    softcap: float | None
+    """Logits become ``softcap * tanh(logits / softcap)``. None: they stay as they are."""
+
+
+class Tracker(ABC):
+    """The mutable state of a policy for one layer of one cache."""
+
+    @abstractmethod
+    def observe(self, observation: Observation) -> None:
+        """Take in the new tokens."""
+
+    @abstractmethod
+    def scores(self) -> torch.Tensor:
+        """Return float32 (B, Hkv, S): the higher, the sooner a token stays.
+
+        What stands in empty slots has no meaning. Empty slots come first, as in :meth:`keep`.
+        """
+
+    @abstractmethod
+    def keep(self) -> torch.Tensor | None:
+        """Return the slots that stay, or None when no sequence is due.
+
+        Returns
+        -------
+        torch.Tensor or None
+            int32 (B, Hkv, M): slots, ascending and unique, right-aligned behind -1 (an empty
+            slot). All heads of a sequence keep equally many. Empty slots never stay.
+        """
+
+    @abstractmethod
+    def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Move the kept slots of `keys`, `values` (in place) and of this state to the front.
+
+        Parameters
+        ----------
+        keep : torch.Tensor
+            int32 (B, Hkv, M), as :meth:`keep` returns it.
+        keys, values : torch.Tensor
+            (B, Hkv, S, ·); slots [0, M) hold the kept tokens afterwards, in order.
+        """
+
+    @abstractmethod
+    def truncate(self, count: int) -> None:
+        """Forget the newest `count` slots."""
+
+    @abstractmethod
+    def select_batch(self, indices: torch.Tensor) -> None:
+        """Make sequence i a copy of what sequence ``indices[i]`` was; `indices` is int64 (B',)."""
+
+    @abstractmethod
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` slots, and give back memory beyond that."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of this state. A part that layers share is counted by one of them."""
+
+
+PolicyT = TypeVar("PolicyT", bound=Policy)
+
+
+class ScoreTracker(Tracker, Generic[PolicyT]):
+    """A tracker that ranks tokens by :meth:`scores`. A policy adds the scores."""
+
+    def __init__(self, policy: PolicyT) -> None:
+        self._policy = policy
+        self._last: Observation | None = None
+
+    def observe(self, observation: Observation) -> None:
+        """Take in the new tokens."""
+        self._last = observation
+
+    def keep(self) -> torch.Tensor | None:
+        """Return the slots that stay, or None when no sequence is due."""
+        policy = self._policy
+        if policy.budget is None or self._last is None:
+            return None
+        cut = [length >= policy.budget + policy.interval for length in self._last.lengths]
+        if not any(cut):
+            return None
+        return select_slots(
+            self.scores(),
+            self._last.lengths,
+            cut,
+            budget=policy.budget,
+            window=policy.protected_window,
+            sinks=policy.sinks,
+        )
+
+    def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Move the kept slots to the front, in place."""
+        move_slots(keys, keep)
+        move_slots(values, keep)
+        if self._last is not None:
+            size = keep.shape[-1]
+            kept = keep[:, 0] >= 0
+            lengths = tuple(kept.sum(-1).tolist())
+            self._last = self._last._replace(
+                keys=keys[:, :, :size],
+                values=values[:, :, :size],
+                lengths=lengths,
+                valid=None if min(lengths, default=size) == size else kept,
+            )
+
+    def truncate(self, count: int) -> None:  # noqa: ARG002
+        """Forget the newest `count` slots."""
+        self._last = None
+
+    def select_batch(self, indices: torch.Tensor) -> None:  # noqa: ARG002
+        """Make sequence i a copy of what sequence ``indices[i]`` was."""
+        self._last = None
+
+    def reserve(self, capacity: int) -> None:  # noqa: ARG002
+        """Drop the views of the former slab, which would keep all of it alive."""
+        self._last = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._last = None
+
+    def nbytes(self) -> int:
+        """Bytes of this state."""
+        return 0
+
+    def _observed(self) -> Observation:
+        if self._last is None:
+            raise RuntimeError(
+                f"[{self._policy.name}] scores need an observation since the cache last changed, "
+                "got none"
+            )
+        return self._last
+
+
+def select_slots(
+    scores: torch.Tensor,
+    lengths: Sequence[int],
+    cut: Sequence[bool],
+    *,
+    budget: int,
+    window: int,
+    sinks: int,
+) -> torch.Tensor:
+    """Choose the slots that stay.
+
+    A sequence that is cut keeps its `sinks` oldest and `window` newest tokens and, for the rest
+    of `budget`, those with the highest scores; of equal scores the newer token stays, a NaN ranks
+    lowest. Other sequences keep all they have.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float (B, Hkv, S). Sequence b fills the last ``lengths[b]`` slots, the others are empty.
+    lengths : sequence of int
+        Tokens each sequence holds.
+    cut : sequence of bool
+        Which sequences are cut; each of them holds `budget` tokens or more.
+    budget, window, sinks : int
+        See :class:`Policy`.
+
+    Returns
+    -------
+    torch.Tensor
+        int32 (B, Hkv, M), see :meth:`Tracker.keep`.
+    """
+    batch, heads, size = scores.shape
+    kept = [budget if is_cut else length for is_cut, length in zip(cut, lengths, strict=True)]
+    most = max(kept, default=0)
+    slot = torch.arange(size, device=scores.device)
+    first = torch.tensor([size - length for length in lengths], device=scores.device)[:, None]
+    stays = (slot < first + sinks) | (slot >= size - window)
+    extreme = torch.finfo(scores.dtype).max
+    ranked = torch.nan_to_num(scores, nan=-extreme, posinf=extreme, neginf=-extreme)
+    ranked = ranked.masked_fill(stays[:, None], float("inf"))
+    ranked = ranked.masked_fill((slot < first)[:, None], float("-inf"))
+    # Stable and ascending: of equal scores the higher slot, which is the newer token, comes later.
+    best = ranked.sort(dim=-1, stable=True).indices[..., size - most :]
+    if all(count == most for count in kept):
+        return best.sort(dim=-1).values.to(torch.int32)
+    keep = torch.full((batch, heads, most), -1, dtype=torch.int32, device=scores.device)
+    for row, count in enumerate(kept):
+        if count:
+            keep[row, :, most - count :] = best[row, :, most - count :].sort(dim=-1).values
+    return keep
+
+
+def check_keep(
+    keep: torch.Tensor, lengths: Sequence[int], policy: Policy, shape: tuple[int, int, int]
+) -> tuple[int, ...]:
+    """Check what a policy chose, and return how many tokens each sequence keeps.
+
+    Parameters
+    ----------
+    keep : torch.Tensor
+        What :meth:`Tracker.keep` returned.
+    lengths : sequence of int
+        Tokens each sequence holds, in its last slots.
+    policy : Policy
+        The policy; a sequence at ``budget + interval`` must come out with `budget` tokens.
+    shape : tuple of int
+        (B, Hkv, S).
+
+    Raises
+    ------
+    RuntimeError
+        The policy broke its contract. A cache that keeps more than its budget would look better
+        than it is, one that keeps a slot twice or an empty one would be wrong.
+    """
+    batch, heads, size = shape
+
+    def fail(expected: str, got: object) -> RuntimeError:
+        return RuntimeError(f"[{policy.name}] kept slots must be {expected}, got {got}")
+
+    if keep.dtype != torch.int32 or keep.dim() != 3 or keep.shape[:2] != (batch, heads):
+        raise fail(f"int32 ({batch}, {heads}, M)", f"{keep.dtype} {tuple(keep.shape)}")
+    budget = policy.budget
+    expected = tuple(
+        budget if budget is not None and length >= budget + policy.interval else length
+        for length in lengths
+    )
+    if keep.shape[-1] != max(expected, default=0):
+        raise fail(f"{max(expected, default=0)} a head", keep.shape[-1])
+    first_kept = torch.tensor([keep.shape[-1] - count for count in expected], device=keep.device)
+    first_live = torch.tensor([size - length for length in lengths], device=keep.device)
+    is_kept = torch.arange(keep.shape[-1], device=keep.device) >= first_kept[:, None]
+    is_kept = is_kept[:, None].expand_as(keep)
+    in_range = torch.where(
+        is_kept, (keep >= first_live[:, None, None]) & (keep < size), keep == -1
+    ).all()
+    ascending = ((keep.diff(dim=-1) > 0) | ~is_kept[..., :-1]).all()
+    if not bool(in_range & ascending):
+        raise fail(f"ascending, unique and live, {expected} of each sequence", keep.tolist())
+    return expected
+
+
+def move_slots(tensor: torch.Tensor, keep: torch.Tensor) -> None:
+    """Move the kept slots of `tensor` (B, Hkv, S) or (B, Hkv, S, D) to the front, in place.
+
+    What lands in an empty slot has no meaning.
+    """
+    index = keep.clamp_min(0).to(torch.int64)
+    if tensor.dim() == 4:
+        index = index[..., None].expand(-1, -1, -1, tensor.shape[-1])
+    tensor[:, :, : keep.shape[-1]] = tensor.gather(2, index)
+
+
+def live_slots(valid: torch.Tensor, lengths: Sequence[int], heads: int) -> torch.Tensor:
+    """Return int32 (B, heads, M): all that is not empty, as :meth:`Tracker.keep` writes it."""
+    most = max(lengths, default=0)
+    # A stable sort moves the empty slots to the front and leaves the others in order.
+    order = valid.to(torch.uint8).sort(dim=-1, stable=True).indices[:, valid.shape[1] - most :]
+    order = order.masked_fill(~valid.gather(1, order), -1)
+    return order.to(torch.int32)[:, None].expand(-1, heads, -1).contiguous()

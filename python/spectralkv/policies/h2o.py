@@ -1,0 +1,159 @@
+"""H2O: the tokens that have drawn the most attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from spectralkv.policies.attention import attention_blocks
+from spectralkv.policies.base import Observation, Policy, ScoreTracker, Tracker, move_slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    r"""Keep heavy hitters: tokens with the largest accumulated attention.
+
+    .. math:: S_j = \sum_{t \ge j} \gamma^{T - t} \; \mathrm{mean}_g \, A_{t, j}
+
+    with A the float32 softmax attention of query t on token j, averaged over the query heads g
+    that share a KV head, T the newest query and γ = `decay`. As published, half of the budget goes
+    to the heaviest tokens and half to the most recent, and there are no sinks.
+
+    Parameters
+    ----------
+    window : int or None
+        Most recent tokens that always stay. None: half of the budget, as published.
+    decay : float
+        Factor of all sums for each new token, in (0, 1]. 1: as published.
+
+    Notes
+    -----
+    After a roll-back (:meth:`Tracker.truncate`) the attention that the withdrawn queries paid to
+    older tokens stays counted.
+
+    References
+    ----------
+    Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+    Models", arXiv:2306.14048.
+    """
+
+    name: ClassVar[str] = "h2o"
+
+    window: int | None = None  # type: ignore[assignment] # readers go by protected_window
+    sinks: int = 0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require_number("decay", minimum=0, maximum=1)
+        self._require(self.decay > 0, "decay", "more than 0")
+        super().__post_init__()
+
+    @property
+    def protected_window(self) -> int:
+        """Newest tokens that a cut never takes."""
+        if self.window is not None:
+            return self.window
+        return 0 if self.budget is None else self.budget // 2
+
+    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
+        return _H2OTracker(self)
+
+
+class _H2OTracker(ScoreTracker[H2O]):
+    def __init__(self, policy: H2O) -> None:
+        super().__init__(policy)
+        self._sums: torch.Tensor | None = None  # (B, Hkv, capacity)
+        self._size = 0
+        self._capacity = 0
+
+    def observe(self, observation: Observation) -> None:
+        super().observe(observation)
+        query, keys = observation.query, observation.keys
+        size = keys.shape[2]
+        sums = self._room(observation)[:, :, :size]
+        sums[:, :, self._size :] = 0
+        self._size = size
+        weight = self._query_weights(observation)
+        if weight is not None:
+            sums *= self._decay_of_chunk(observation)
+        for block, attention in attention_blocks(
+            query,
+            keys,
+            scaling=observation.scaling,
+            softcap=observation.softcap,
+            valid=observation.valid,
+        ):
+            per_head = attention.mean(2)  # (B, Hkv, q, S)
+            if weight is not None:
+                per_head = per_head * weight[:, None, block, None]
+            sums += per_head.sum(2)
+
+    def scores(self) -> torch.Tensor:
+        """Return the accumulated attention."""
+        self._observed()
+        if self._sums is None:
+            raise RuntimeError("[h2o] there are no sums yet")
+        return self._sums[:, :, : self._size].to(torch.float32)
+
+    def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().compact(keep, keys, values)
+        if self._sums is not None:
+            move_slots(self._sums[:, :, : self._size], keep)
+        self._size = keep.shape[-1]
+
+    def truncate(self, count: int) -> None:
+        super().truncate(count)
+        self._size -= count
+
+    def select_batch(self, indices: torch.Tensor) -> None:
+        super().select_batch(indices)
+        if self._sums is not None:
+            self._sums = self._sums.index_select(0, indices)
+
+    def reserve(self, capacity: int) -> None:
+        super().reserve(capacity)
+        self._capacity = capacity
+        if self._sums is not None and self._sums.shape[2] != capacity:
+            sums = self._sums.new_zeros(*self._sums.shape[:2], capacity)
+            sums[:, :, : self._size] = self._sums[:, :, : self._size]
+            self._sums = sums
+
+    def reset(self) -> None:
+        super().reset()
+        self._sums, self._size = None, 0
+
+    def nbytes(self) -> int:
+        return 0 if self._sums is None else self._sums.nbytes
+
+    def _room(self, observation: Observation) -> torch.Tensor:
+        batch, heads, size, _ = observation.keys.shape
+        if self._sums is None:
+            dtype = torch.promote_types(observation.query.dtype, torch.float32)
+            capacity = max(self._capacity, size)
+            self._sums = observation.keys.new_zeros((batch, heads, capacity), dtype=dtype)
+        elif self._sums.shape[2] < size:
+            self.reserve(size)
+            self._last = observation
+        return self._sums
+
+    def _query_weights(self, observation: Observation) -> torch.Tensor | None:
+        """Return what each new query weighs, (B, Q) or (1, Q); None: 1."""
+        count = observation.query.shape[2]
+        if self._policy.decay == 1.0 and observation.new_valid is None:
+            return None
+        dtype = torch.promote_types(observation.query.dtype, torch.float32)
+        device = observation.query.device
+        if observation.new_valid is None:
+            newer = torch.arange(count - 1, -1, -1, dtype=dtype, device=device)[None]
+            return self._policy.decay**newer
+        real = observation.new_valid.to(dtype)
+        newer = real.flip(1).cumsum(1).flip(1) - real
+        return self._policy.decay**newer * real
+
+    def _decay_of_chunk(self, observation: Observation) -> torch.Tensor | float:
+        if observation.new_valid is None:
+            return self._policy.decay ** observation.query.shape[2]
+        tokens = observation.new_valid.sum(1).to(torch.float64)
+        return (self._policy.decay**tokens)[:, None, None]

@@ -1,0 +1,87 @@
+"""SnapKV: the tokens that the last window of queries attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch.nn import functional
+
+from spectralkv.policies.attention import attention_blocks
+from spectralkv.policies.base import Policy, Tracker
+from spectralkv.policies.queries import QueryTracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Policy):
+    r"""Keep the tokens that the last `window` queries vote for, and the window itself.
+
+    .. math:: S = \mathrm{pool}_k \Big( \sum_{t > T - w} \mathrm{mean}_g \, A_{t, :T-w} \Big)
+
+    with A the softmax attention of query t over all tokens up to itself, averaged over the query
+    heads g that share a KV head, and pool a stride-1 pooling of `kernel_size` that lets a token's
+    neighbours stay with it. Defaults are those of the published code; there are no sinks.
+
+    Parameters
+    ----------
+    window : int
+        Both the queries that vote and the newest tokens that always stay.
+    kernel_size : int
+        Width of the pooling, odd. 1: no pooling.
+    pooling : {"avg", "max"}
+        Kind of pooling.
+
+    Notes
+    -----
+    Published for the prompt alone. Here the vote is taken again at each cut; its queries attend to
+    the keys that are left then.
+
+    References
+    ----------
+    Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv:2404.14469.
+    """
+
+    name: ClassVar[str] = "snapkv"
+
+    interval: int = 128
+    window: int = 64
+    sinks: int = 0
+    kernel_size: int = 5
+    pooling: Literal["avg", "max"] = "avg"
+
+    def __post_init__(self) -> None:
+        self._require_int("window", minimum=1)
+        self._require_int("kernel_size", minimum=1)
+        self._require(self.kernel_size % 2 == 1, "kernel_size", "odd")
+        self._require(self.pooling in ("avg", "max"), "pooling", "'avg' or 'max'")
+        super().__post_init__()
+
+    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
+        return _SnapKVTracker(self, self.window)
+
+
+class _SnapKVTracker(QueryTracker[SnapKV]):
+    def scores(self) -> torch.Tensor:
+        """Return the pooled votes; 0 in the window."""
+        seen, (query, query_valid) = self._observed(), self._newest_queries()
+        batch, heads, size, _ = seen.keys.shape
+        before = max(0, size - self._policy.window)
+        votes = torch.zeros(batch, heads, size, device=seen.keys.device)
+        for block, attention in attention_blocks(
+            query, seen.keys, scaling=seen.scaling, softcap=seen.softcap, valid=seen.valid
+        ):
+            per_head = attention[..., :before].mean(2)  # (B, Hkv, q, before)
+            if query_valid is not None:
+                per_head = per_head.masked_fill(~query_valid[:, None, block, None], 0.0)
+            votes[..., :before] += per_head.sum(2)
+        if before:
+            votes[..., :before] = self._pool(votes[..., :before])
+        return votes
+
+    def _pool(self, votes: torch.Tensor) -> torch.Tensor:
+        width = self._policy.kernel_size
+        if width == 1:
+            return votes
+        pool = functional.avg_pool1d if self._policy.pooling == "avg" else functional.max_pool1d
+        return pool(votes.contiguous(), width, stride=1, padding=width // 2)

@@ -1,0 +1,255 @@
+"""Spectral: the tokens that random walks over the attention graph reach."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from spectralkv.config import EvictionConfig, GraphConfig, Population, WalkConfig, apply_preset
+from spectralkv.monitor import Monitor
+from spectralkv.policies.base import Observation, Policy, Tracker
+
+# A budget that no cache reaches.
+_NEVER = 1 << 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral(Policy):
+    r"""Keep the tokens with the highest personalized PageRank.
+
+    Each token points to the `top_k` tokens it attended to most. Walkers restart at a population's
+    tokens with `restart_prob` and else follow an edge; the more often they arrive at a token, the
+    longer it stays. By default half of the walkers, and of the budget, restart at recent tokens
+    and half at tokens with distinctive keys.
+
+    .. math:: \pi = p \, s + (1 - p) \, P^{\top} \pi
+
+    with P the rows of the graph, s the restart distribution and p = `restart_prob` (damping is
+    1 - p).
+
+    Parameters
+    ----------
+    preset : {"default", "uniform32", "weighted4"}
+        Edge law, `top_k` and walks by name; the options below override it where they are not None.
+    top_k : int or None
+        Neighbours of a token: 4, 8, 16 or 32.
+    restart_prob : float or None
+        Probability of a restart at each step, in (0, 1].
+    num_walkers, walk_length : int or None
+        Walkers of a graph and steps of a walker.
+    decay : float or None
+        Factor of the former scores at each walk. 0: each walk anew, 1: never forget.
+    populations : tuple of Population or None
+        Where walkers restart, what counts, and the share of walkers and budget.
+    scope : {"head", "layer"}
+        Whether each KV head has a graph or a layer's heads share one.
+    solver : {"walk", "exact"}
+        Random walks, or one deterministic sweep with the same expectation.
+    walk_interval : int
+        Scores are renewed every `walk_interval` tokens; 0: only at a cut.
+    row_stride : int
+        Prompt tokens that share one row of the graph; 1: each has its own.
+    seed : int
+        Seed of the walks.
+
+    Notes
+    -----
+    All layers of a cache share one :class:`spectralkv.Monitor`. Walks draw different numbers for
+    each place in the batch; with ``solver="exact"`` a sequence fares in a batch exactly as alone.
+
+    References
+    ----------
+    Page et al., "The PageRank Citation Ranking: Bringing Order to the Web", 1999.
+    Fogaras et al., "Towards Scaling Fully Personalized PageRank", 2005.
+    """
+
+    name: ClassVar[str] = "spectral"
+
+    preset: Literal["default", "uniform32", "weighted4"] = "default"
+    top_k: int | None = None
+    restart_prob: float | None = None
+    num_walkers: int | None = None
+    walk_length: int | None = None
+    decay: float | None = None
+    populations: tuple[Population, ...] | None = None
+    scope: Literal["head", "layer"] = "head"
+    solver: Literal["walk", "exact"] = "walk"
+    walk_interval: int = 0
+    row_stride: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_int("walk_interval", minimum=0)
+        self._require_int("row_stride", minimum=1)
+        self._require_int("seed", minimum=0)
+        # The core checks what it is given; a policy with a bad option must not come to be.
+        self._graph_and_walk(GraphConfig())
+
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers; they share one monitor."""
+        monitors = _Monitors(self, num_layers)
+        return [_SpectralTracker(self, layer, monitors) for layer in range(num_layers)]
+
+    def _tracker(self, layer: int) -> Tracker:
+        return self.trackers(layer + 1)[layer]
+
+    def _graph_and_walk(self, graph: GraphConfig) -> tuple[GraphConfig, WalkConfig]:
+        graph, walk = apply_preset(self.preset, graph)
+        if self.top_k is not None:
+            graph = replace(graph, top_k=self.top_k)
+        graph = replace(graph, scope=self.scope, num_sinks=self.sinks, seed=self.seed)
+        options: dict[str, Any] = {
+            "restart_prob": self.restart_prob,
+            "num_walkers": self.num_walkers,
+            "walk_length": self.walk_length,
+            "decay": self.decay,
+            "populations": self.populations,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        return graph, replace(walk, **given)
+
+
+class _Monitors:
+    """The monitors of a cache: one, unless its layers differ in shape or device."""
+
+    def __init__(self, policy: Spectral, num_layers: int) -> None:
+        self._policy = policy
+        self._num_layers = num_layers
+        self._by_shape: dict[tuple[object, ...], Monitor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, seen: Observation) -> tuple[Monitor, bool]:
+        """Return the monitor for a layer that shows `seen`, and whether it is new."""
+        batch, query_heads, _, head_dim = seen.query.shape
+        heads, device = seen.keys.shape[1], seen.keys.device
+        shape = (batch, query_heads, heads, head_dim, device)
+        with self._lock:
+            monitor = self._by_shape.get(shape)
+            if monitor is not None:
+                return monitor, False
+            monitor = self._make(batch, query_heads, heads, head_dim, device)
+            self._by_shape[shape] = monitor
+            return monitor, True
+
+    def clear(self) -> None:
+        """Forget all monitors."""
+        with self._lock:
+            self._by_shape.clear()
+
+    def _make(
+        self, batch: int, query_heads: int, heads: int, head_dim: int, device: torch.device
+    ) -> Monitor:
+        policy = self._policy
+        graph, walk = policy._graph_and_walk(
+            GraphConfig(
+                num_layers=self._num_layers,
+                batch_size=batch,
+                num_query_heads=query_heads,
+                num_kv_heads=heads,
+                head_dim=head_dim,
+                device=str(device),
+            )
+        )
+        eviction = EvictionConfig(
+            budget=_NEVER if policy.budget is None else policy.budget,
+            interval=policy.interval,
+            window=policy.window,
+            sinks=policy.sinks,
+        )
+        return Monitor(
+            graph,
+            walk,
+            eviction,
+            solver=policy.solver,
+            walk_interval=policy.walk_interval,
+            row_stride=policy.row_stride,
+        )
+
+
+class _SpectralTracker(Tracker):
+    def __init__(self, policy: Spectral, layer: int, monitors: _Monitors) -> None:
+        self._policy = policy
+        self._layer = layer
+        self._monitors = monitors
+        self._monitor: Monitor | None = None
+        self._counts_memory = False
+        self._capacity = 0
+        self._keys: torch.Tensor | None = None
+
+    def observe(self, observation: Observation) -> None:
+        if self._monitor is None:
+            self._monitor, self._counts_memory = self._monitors.get(observation)
+            self._monitor.graph.reserve(self._layer, max(self._capacity, observation.keys.shape[2]))
+        self._keys = observation.keys
+        if observation.query.shape[2] == 1 and observation.new_valid is None:
+            self._monitor.on_step(
+                self._layer,
+                observation.query[:, :, 0],
+                observation.keys,
+                scale=observation.scaling,
+                softcap=observation.softcap,
+            )
+        else:
+            self._monitor.on_prefill(
+                self._layer,
+                observation.query,
+                observation.keys,
+                valid=observation.new_valid,
+                scale=observation.scaling,
+                softcap=observation.softcap,
+            )
+
+    def scores(self) -> torch.Tensor:
+        """Return the visits of all populations together, as of the last walk."""
+        monitor, keys = self._active(), self._keys
+        if keys is None:
+            raise RuntimeError("[spectral] scores need an observation, got none")
+        scores: torch.Tensor = monitor.graph.scores(self._layer, like=keys)
+        return scores
+
+    def keep(self) -> torch.Tensor | None:
+        monitor, keys = self._active(), self._keys
+        if keys is None or not monitor.is_full(self._layer):
+            return None
+        keep: torch.Tensor = monitor.keep(self._layer, keys)
+        return keep
+
+    def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._active().graph.compact(self._layer, keep, keys, values)
+        self._keys = keys[:, :, : keep.shape[2]]
+
+    def truncate(self, count: int) -> None:
+        self._keys = None
+        if self._monitor is not None:
+            self._monitor.graph.truncate(self._layer, count)
+
+    def select_batch(self, indices: torch.Tensor) -> None:
+        self._keys = None
+        if self._monitor is not None:
+            self._monitor.graph.select_batch(self._layer, indices.tolist())
+
+    def reserve(self, capacity: int) -> None:
+        # A view of the former slab would keep all of it alive.
+        self._keys = None
+        self._capacity = capacity
+        if self._monitor is not None:
+            self._monitor.graph.reserve(self._layer, capacity)
+
+    def reset(self) -> None:
+        # Of the next batch the number of sequences may be another.
+        self._keys, self._monitor, self._counts_memory = None, None, False
+        self._monitors.clear()
+
+    def nbytes(self) -> int:
+        if self._monitor is None or not self._counts_memory:
+            return 0
+        return int(self._monitor.graph.memory_use().graph_bytes)
+
+    def _active(self) -> Monitor:
+        if self._monitor is None:
+            raise RuntimeError("[spectral] there is nothing to rank: no token was observed")
+        return self._monitor

@@ -1,0 +1,56 @@
+"""Without eviction a cache changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from spectralkv import policies
+from spectralkv.hf import EvictingCache
+from tiny_models import FAMILIES, implementations, make_model, random_ids
+
+CASES = [(family, name) for family in FAMILIES for name in implementations(family)]
+
+
+def make_cache(config: Any, policy: policies.Policy) -> EvictingCache:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sliding layers stay
+        return EvictingCache(config, policy)
+
+
+@pytest.mark.parametrize("policy", [policies.Full(), policies.H2O(budget=500)], ids=["full", "h2o"])
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_generation_without_eviction_equals_dynamic_cache(
+    family: str, implementation: str, policy: policies.Policy
+) -> None:
+    model = make_model(family, implementation, torch.float32)
+    ids = random_ids(2, 37)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    got = model.generate(ids, past_key_values=make_cache(model.config, policy), **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize(("family", "implementation"), CASES)
+def test_chunks_without_eviction_equal_dynamic_cache(family: str, implementation: str) -> None:
+    model = make_model(family, implementation)
+    ids = random_ids(2, 60)
+    caches = [DynamicCache(config=model.config), make_cache(model.config, policies.TOVA(budget=99))]
+    with torch.no_grad():
+        for chunk in ids.split([20, 1, 1, 17, 21], dim=1):
+            expected, got = (model(chunk, past_key_values=cache).logits for cache in caches)
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert [cache.get_seq_length() for cache in caches] == [60, 60]
