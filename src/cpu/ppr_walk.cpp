@@ -19,6 +19,9 @@ struct Graph {
 
 constexpr std::int32_t kNone = -1;
 
+/// Most threads that share one walk.
+constexpr std::int64_t kMostParts = 16;
+
 /// floor(total * random / 2^32) for a total below 2^32
 inline std::uint32_t scaled(std::uint64_t total, std::uint32_t random) {
   return static_cast<std::uint32_t>((total * random) >> 32U);
@@ -33,6 +36,11 @@ struct Edges {
   ConstRow row(std::int32_t slot) const {
     const std::int32_t* words = graph.rows + slot * kRowWords;
     return {words, kWeighted ? reinterpret_cast<const std::uint32_t*>(words + kTopK) : nullptr};
+  }
+
+  void prefetch(std::int32_t slot) const {
+    __builtin_prefetch(graph.rows + slot * kRowWords);
+    __builtin_prefetch(graph.positions + slot);
   }
 
   /// The edge that a number means, stale or not; kNone: the number lies above all edges.
@@ -75,34 +83,56 @@ struct WalkRules {
 };
 
 /// Walks kWalkerLanes walkers side by side, so that their memory accesses overlap; `active` of them
-/// are counted.
+/// are counted. A step first parts the walkers that follow an edge from those that restart: a branch on
+/// a fair coin would be mispredicted half the time.
 template <int kTopK, bool kWeighted>
 void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restarts,
                 const WalkRules& rules, const std::uint32_t* random, int active,
                 std::uint32_t* visits) {
   std::array<std::int32_t, kWalkerLanes> node;
+  std::array<std::uint8_t, kWalkerLanes> following;
+  std::array<std::uint8_t, 2 * kWalkerLanes> restarting;
   for (int lane = 0; lane < active; ++lane) {
     node[static_cast<std::size_t>(lane)] = restarts.draw(random[kWalkerLanes + lane]);
+    edges.prefetch(node[static_cast<std::size_t>(lane)]);
   }
   const std::uint64_t follow_range = (std::uint64_t{1} << 32U) - rules.restart_threshold;
+  const std::uint32_t restart_visit = rules.count_restarts ? 1 : 0;
   for (std::int64_t step = 0; step < rules.walk_length; ++step) {
     const std::uint32_t* const first = random + (2 + 2 * step) * kWalkerLanes;
     const std::uint32_t* const second = first + kWalkerLanes;
+    std::size_t num_following = 0;
+    std::size_t num_restarting = 0;
     for (int lane = 0; lane < active; ++lane) {
-      std::int32_t& at = node[static_cast<std::size_t>(lane)];
-      std::int32_t next = kNone;
-      if (first[lane] >= rules.restart_threshold) {
-        next = edges.draw(at, second[lane]);
-        if (!is_live_edge(edges.graph.positions, at, next)) {
-          // What decided to follow an edge is, rescaled, uniform again.
-          const std::uint64_t again = first[lane] - rules.restart_threshold;
-          next = edges.draw_live(at, static_cast<std::uint32_t>((again << 32U) / follow_range));
+      const bool follows = first[lane] >= rules.restart_threshold;
+      following[num_following] = static_cast<std::uint8_t>(lane);
+      restarting[num_restarting] = static_cast<std::uint8_t>(lane);
+      num_following += follows ? 1 : 0;
+      num_restarting += follows ? 0 : 1;
+    }
+    for (std::size_t i = 0; i < num_following; ++i) {
+      const std::size_t lane = following[i];
+      std::int32_t next = edges.draw(node[lane], second[lane]);
+      if (!is_live_edge(edges.graph.positions, node[lane], next)) {
+        // What decided to follow an edge is, rescaled, uniform again.
+        const std::uint64_t again = first[lane] - rules.restart_threshold;
+        next = edges.draw_live(node[lane],
+                               static_cast<std::uint32_t>((again << 32U) / follow_range));
+        if (next == kNone) {
+          restarting[num_restarting++] = static_cast<std::uint8_t>(lane);
+          continue;
         }
       }
-      const bool restarted = next == kNone;
-      if (restarted) next = restarts.draw(second[lane]);
-      visits[next] += !restarted || rules.count_restarts ? 1U : 0U;
-      at = next;
+      ++visits[next];
+      node[lane] = next;
+      edges.prefetch(next);
+    }
+    for (std::size_t i = 0; i < num_restarting; ++i) {
+      const std::size_t lane = restarting[i];
+      const std::int32_t next = restarts.draw(second[lane]);
+      visits[next] += restart_visit;
+      node[lane] = next;
+      edges.prefetch(next);
     }
   }
 }
@@ -150,20 +180,17 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
       static_cast<std::int64_t>(blocks_of_walk(config.walk_length)) * 4 * kWalkerLanes;
   const int threads = context.threads_for(layer.batch() * layer.graphs() * config.num_walkers *
                                           config.walk_length * 16);
+  // Where there are fewer walks than threads, the walkers of one are parted too.
+  const std::int64_t walks = layer.batch() * layer.graphs() * populations;
+  const std::int64_t parts = std::clamp<std::int64_t>(threads / walks, 1, kMostParts);
 
-  parallel_for(layer.batch() * layer.graphs() * populations, threads, [&](std::int64_t task,
-                                                                          int worker) {
+  parallel_for(walks, parts > 1 ? 1 : threads, [&](std::int64_t task, int worker) {
     const std::int64_t b = task / (layer.graphs() * populations);
     const std::int64_t g = task / populations % layer.graphs();
     const auto p = static_cast<int>(task % populations);
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
     if (restarts.empty()) return;
-
-    Scratch& mine = scratch[static_cast<std::size_t>(worker)];
-    std::uint32_t* const random = mine.words.at_least(random_words + state.length);
-    std::uint32_t* const visits = layer.has_visits() ? layer.visits(b, g, p) : random + random_words;
-    std::fill_n(visits, state.length, 0U);
 
     // Heads are counted over all ranks; the sequence is left out, so that a sequence walks in a batch
     // as it would alone.
@@ -172,16 +199,38 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const auto graph_id =
         static_cast<std::uint64_t>(layer_index * context.graph.total_kv_heads + global_head);
     const WalkerRange walkers = walkers_of(config, p);
-    walk_graph(context, {layer.positions(b, g), layer.row(b, g, 0).neighbors}, restarts,
-               {.seed = context.graph.seed,
-                .first_block = state.walk_block[static_cast<std::size_t>(b)],
-                .walk_length = config.walk_length,
-                .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
-                .count_restarts = config.populations[static_cast<std::size_t>(p)].count ==
-                                  VisitCount::all},
-               (graph_id << 32U) | static_cast<std::uint64_t>(walkers.first), walkers.count, random,
-               visits);
+    const WalkRules rules{
+        .seed = context.graph.seed,
+        .first_block = state.walk_block[static_cast<std::size_t>(b)],
+        .walk_length = config.walk_length,
+        .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
+        .count_restarts =
+            config.populations[static_cast<std::size_t>(p)].count == VisitCount::all};
+    const Graph graph{layer.positions(b, g), layer.row(b, g, 0).neighbors};
 
+    const std::int64_t per_part = (walkers.count + parts - 1) / parts;
+    std::array<std::uint32_t*, kMostParts> counts;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      Scratch& own = scratch[static_cast<std::size_t>(parts > 1 ? part : worker)];
+      std::uint32_t* const random = own.words.at_least(random_words + state.length);
+      counts[static_cast<std::size_t>(part)] = random + random_words;
+    }
+    parallel_for(parts, threads, [&](std::int64_t part, int) {
+      std::uint32_t* const visits = counts[static_cast<std::size_t>(part)];
+      std::fill_n(visits, state.length, 0U);
+      const std::int64_t first = part * per_part;
+      walk_graph(context, graph, restarts, rules,
+                 (graph_id << 32U) | static_cast<std::uint64_t>(walkers.first + first),
+                 std::min(per_part, walkers.count - first), visits - random_words, visits);
+    });
+    std::uint32_t* const visits = counts[0];
+    for (std::int64_t part = 1; part < parts; ++part) {
+      for (std::int64_t j = 0; j < state.length; ++j) {
+        visits[j] += counts[static_cast<std::size_t>(part)][j];
+      }
+    }
+
+    if (layer.has_visits()) std::copy_n(visits, state.length, layer.visits(b, g, p));
     float* const scores = layer.scores(b, g, p);
     const auto decay = static_cast<float>(config.decay);
     for (std::int64_t j = 0; j < state.length; ++j) {
