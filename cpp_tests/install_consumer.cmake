@@ -9,16 +9,20 @@ function(run)
   set(output "${output}" PARENT_SCOPE)
 endfunction()
 
+set(config "")
+if(CONFIG)
+  set(config --config "${CONFIG}")
+endif()
 set(flags "")
 if(SANITIZE)
   set(flags "-fsanitize=${SANITIZE}") # a sanitized library needs its runtime in the program
 endif()
 
-run("${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix "${prefix}" --component runtime --config "${CONFIG}")
+run("${CMAKE_COMMAND}" --install "${BUILD_DIR}" --prefix "${prefix}" --component runtime ${config})
 run("${CMAKE_COMMAND}" -S "${CONSUMER_DIR}" -B "${consumer_build}" -G "${GENERATOR}"
   "-DCMAKE_PREFIX_PATH=${prefix}" "-DCMAKE_CXX_COMPILER=${CXX_COMPILER}" "-DCMAKE_BUILD_TYPE=${CONFIG}"
   "-DCMAKE_CXX_FLAGS=${flags}")
-run("${CMAKE_COMMAND}" --build "${consumer_build}" --config "${CONFIG}")
+run("${CMAKE_COMMAND}" --build "${consumer_build}" ${config})
 
 find_program(program NAMES consumer PATHS "${consumer_build}" "${consumer_build}/${CONFIG}" NO_DEFAULT_PATH REQUIRED)
 run("${program}")

@@ -125,6 +125,19 @@ def test_a_cmake_project_builds_against_the_installed_package(version: str, tmp_
     assert version in run(tmp_path / "consumer")
 
 
+@pytest.mark.parametrize("folder", ["src", "cpp_tests", "benchmarks/cpp", "python"])
+def test_every_cpp_file_is_listed_in_the_build(folder: str) -> None:
+    listed = (ROOT / folder / "CMakeLists.txt").read_text()
+    sources = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".cpp", ".cu"}]
+    assert sources
+    unlisted = [
+        str(path.relative_to(ROOT))
+        for path in sources
+        if path.relative_to(ROOT / folder).as_posix() not in listed
+    ]
+    assert not unlisted
+
+
 def test_importing_the_package_imports_no_framework() -> None:
     code = "import spectralkv, sys; print([m for m in ('numpy', 'torch') if m in sys.modules])"
     assert run(sys.executable, "-c", code).strip() == "[]"
