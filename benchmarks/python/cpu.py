@@ -151,9 +151,7 @@ def random_graph(length: int, top_k: int) -> tuple[np.ndarray, np.ndarray, np.nd
 def loaded_manager(length: int, walk: spectralkv.WalkConfig) -> spectralkv.GraphManager:
     """Return a manager with one random graph."""
     manager = spectralkv.GraphManager(
-        spectralkv.GraphConfig(
-            capacity=length, num_sinks=0, num_threads=torch.get_num_threads()
-        ),
+        spectralkv.GraphConfig(capacity=length, num_sinks=0, num_threads=torch.get_num_threads()),
         walk,
     )
     manager.load_rows(0, *random_graph(length, 8))
@@ -357,7 +355,9 @@ def main() -> None:
     rows = []
     for length in lengths:
         for dtype, goal in ((torch.float32, 1.5), (torch.float16, 2.5), (torch.bfloat16, 2.5)):
-            rows.append(bench_update(dtype, length, goal, max(10, repeats // (1 + length // 16384))))
+            rows.append(
+                bench_update(dtype, length, goal, max(10, repeats // (1 + length // 16384)))
+            )
     for length in lengths:
         rows.append(bench_walk(length, repeats))
     for length in lengths:
@@ -369,8 +369,9 @@ def main() -> None:
 
     if arguments.output:
         report = {
-            "command": " ".join(["python", *(os.path.relpath(a) if os.path.exists(a) else a
-                                              for a in sys.argv)]),
+            "command": " ".join(
+                ["python", *(os.path.relpath(a) if os.path.exists(a) else a for a in sys.argv)]
+            ),
             "commit": commit(),
             "processor": processor(),
             "threads": torch.get_num_threads(),

@@ -314,9 +314,7 @@ def apply_preset(
     core_walk = (walk or WalkConfig())._to_core()
     _core.apply_preset(name, core_graph, core_walk)
     return (
-        dataclasses.replace(
-            graph, top_k=core_graph.top_k, edge_law=core_graph.edge_law.name
-        ),
+        dataclasses.replace(graph, top_k=core_graph.top_k, edge_law=core_graph.edge_law.name),
         WalkConfig(
             num_walkers=core_walk.num_walkers,
             walk_length=core_walk.walk_length,

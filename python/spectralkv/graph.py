@@ -189,9 +189,7 @@ class SpectralGraph:
         """Move the kept slots of keys, values and graph to the front, in place."""
         rank = len(keys.shape)
         add = (None,) * (4 - rank)
-        self._manager.compact(
-            0, keep[add], keys[add], None if values is None else values[add]
-        )
+        self._manager.compact(0, keep[add], keys[add], None if values is None else values[add])
 
     def truncate(self, count: int) -> None:
         """Forget the newest ``count`` tokens."""

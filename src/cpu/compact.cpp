@@ -26,9 +26,13 @@ std::vector<Move> plan_moves(const std::int32_t* keep, std::int64_t count) {
   std::vector<Move> right;
   for (std::int64_t i = 0; i < count;) {
     const std::int64_t from = keep[i];
+    if (from < 0) {  // stays empty
+      ++i;
+      continue;
+    }
     std::int64_t run = 1;
     while (i + run < count && keep[i + run] == from + run) ++run;
-    if (from >= 0 && from != i) (from > i ? left : right).push_back({i, from, run});
+    if (from != i) (from > i ? left : right).push_back({i, from, run});
     i += run;
   }
   left.insert(left.end(), right.rbegin(), right.rend());

@@ -1,0 +1,121 @@
+"""Monitor: schedules, what stays, and the same treatment in a batch as alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import spectralkv
+
+HEADS, DIM = 2, 16
+
+
+def _monitor(batch: int, capacity: int, **options: object) -> spectralkv.Monitor:
+    return spectralkv.Monitor(
+        spectralkv.GraphConfig(
+            batch_size=batch,
+            num_query_heads=2 * HEADS,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            capacity=capacity,
+        ),
+        spectralkv.WalkConfig(num_walkers=256),
+        spectralkv.EvictionConfig(budget=40, interval=8, window=10, sinks=4),
+        **options,
+    )
+
+
+def _run(
+    monitor: spectralkv.Monitor, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray
+) -> list[list[int]]:
+    """Feed a prompt (as long as ``valid``) and then steps; returns the positions head 0 ends with."""
+    batch, _, length, _ = keys.shape
+    slab = np.zeros((batch, HEADS, 64, DIM), dtype=np.float32)
+    prompt = valid.shape[1]
+    slab[:, :, :prompt] = keys[:, :, :prompt]
+    monitor.on_prefill(0, np.ascontiguousarray(queries[:, :, :prompt]), slab, valid=valid)
+    monitor.on_prefill_end(0, slab)
+    for t in range(prompt, length + 1):
+        if monitor.is_full(0):
+            keep = monitor.keep(0, slab)
+            monitor.graph.compact(0, keep, slab)
+        if t < length:
+            slab[:, :, monitor.graph.length(0)] = keys[:, :, t]
+            monitor.on_step(0, np.ascontiguousarray(queries[:, :, t]), slab)
+    positions = monitor.graph.positions(0, like=slab)
+    return [[int(p) for p in row if p >= 0] for row in positions[:, 0]]
+
+
+@pytest.mark.parametrize("options", [{}, {"walk_interval": 5}, {"solver": "exact"}])
+def test_a_padded_sequence_is_treated_as_alone(options: dict[str, object]) -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((2, 2 * HEADS, 130, DIM), dtype=np.float32)
+    keys = rng.standard_normal((2, HEADS, 130, DIM), dtype=np.float32)
+    for pads in (3, 30, 50):
+        valid = np.ones((2, pads + 7), dtype=bool)
+        valid[1, :pads] = False
+        together = _run(_monitor(2, 64, **options), queries, keys, valid)
+        for row, first in ((0, 0), (1, pads)):
+            alone = _run(
+                _monitor(1, 64, **options),
+                queries[row : row + 1, :, first:],
+                keys[row : row + 1, :, first:],
+                np.ones((1, pads + 7 - first), dtype=bool),
+            )
+            assert together[row] == alone[0]
+
+
+def test_the_budget_is_kept_and_sinks_and_window_stay() -> None:
+    rng = np.random.default_rng(1)
+    monitor = _monitor(1, 48)
+    slab = np.zeros((1, HEADS, 48, DIM), dtype=np.float32)
+    cuts = 0
+    for t in range(200):
+        n = monitor.graph.length(0)
+        slab[:, :, n] = rng.standard_normal((1, HEADS, DIM))
+        monitor.on_step(0, rng.standard_normal((1, 2 * HEADS, DIM), dtype=np.float32), slab)
+        assert monitor.is_full(0) == (n + 1 == 48)
+        if not monitor.is_full(0):
+            continue
+        keep = monitor.keep(0, slab)
+        assert keep.shape == (1, HEADS, 40)
+        assert (np.diff(keep, axis=-1) > 0).all()
+        before = monitor.graph.positions(0, like=slab)
+        monitor.graph.compact(0, keep, slab)
+        after = monitor.graph.positions(0, like=slab)
+        np.testing.assert_array_equal(after, np.take_along_axis(before, keep, -1))
+        for head in after[0]:
+            assert set(range(4)) <= set(head)
+            assert set(range(t - 9, t + 1)) <= set(head)
+        cuts += 1
+    assert cuts == (200 - 40) // 8
+    assert monitor.graph.statistics().evicted == cuts * 8 * HEADS
+    assert monitor.graph.tokens_seen(0) == 200
+
+
+def test_the_safety_mask_protects_the_best_the_sinks_and_the_window() -> None:
+    rng = np.random.default_rng(2)
+    monitor = _monitor(1, 47, top_fraction=0.25)
+    keys = rng.standard_normal((1, HEADS, 47, DIM), dtype=np.float32)
+    monitor.on_prefill(0, rng.standard_normal((1, 2 * HEADS, 47, DIM), dtype=np.float32), keys)
+    monitor.on_prefill_end(0, keys)
+    mask = monitor.safety_mask(0, like=keys)
+    scores = monitor.graph.scores(0, like=keys)
+    assert mask.shape == scores.shape == (1, HEADS, 47)
+    for m, s in zip(mask[0], scores[0], strict=True):
+        assert not m[:4].any()
+        assert not m[-10:].any()
+        best = np.lexsort((np.arange(47), s))[-12:]  # ceil(0.25 * 47), newer first on ties
+        assert not m[best].any()
+        others = np.setdiff1d(np.arange(4, 37), best)
+        assert m[others].all()
+
+
+def test_a_finished_sequence_makes_room() -> None:
+    monitor = _monitor(2, 20)
+    keys = np.ones((2, HEADS, 20, DIM), dtype=np.float32)
+    monitor.on_prefill(0, np.ones((2, 2 * HEADS, 12, DIM), dtype=np.float32), keys)
+    monitor.on_finish(1)
+    assert monitor.graph.tokens_held(0, 0) == 12
+    assert monitor.graph.tokens_held(0, 1) == 0
+    assert (monitor.graph.positions(0, like=keys)[1] == -1).all()
