@@ -79,6 +79,12 @@ inline Vector graph_attention(const Matrix& queries, const std::vector<Matrix>& 
 
 // -- walks
 
+inline Vector normalized(Vector weights) {
+  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+  for (double& weight : weights) weight /= sum > 0.0 ? sum : 1.0;
+  return weights;
+}
+
 /// The walk without restarts: p(u, v) over live edges, zero rows where there are none.
 inline Matrix transition_matrix(const Graph& graph) {
   Matrix matrix(graph.rows.size(), Vector(graph.rows.size(), 0.0));
@@ -172,6 +178,7 @@ inline Vector stationary_visits(const Graph& graph, const Vector& restart, doubl
       if (state[u] == 0.0) continue;
       for (std::size_t v = 0; v < n; ++v) next[v] += state[u] * matrix[u][v];
     }
+    next = normalized(std::move(next));  // rows are sums of rounded probabilities
     change = 0.0;
     for (std::size_t v = 0; v < n; ++v) change += std::abs(next[v] - state[v]);
     state = std::move(next);
@@ -193,12 +200,6 @@ inline std::vector<Index> walkers_of(const WalkConfig& walk) {
 }
 
 // -- restart distributions
-
-inline Vector normalized(Vector weights) {
-  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
-  for (double& weight : weights) weight /= sum > 0.0 ? sum : 1.0;
-  return weights;
-}
 
 inline Vector restart_current(const Graph& graph) {
   Vector weights(graph.positions.size(), 0.0);

@@ -555,6 +555,35 @@ TEST(UpdateRows, DrawsEveryNthRowFromTheNewest) {
   }
 }
 
+TEST(UpdateRows, CountsTheStrideOverTokens) {
+  // Padding on the right or in between moves no row: a sequence has the rows that it has alone.
+  Random random(13);
+  const GraphConfig config = prompt_config(GraphScope::head, EdgeLaw::weighted);
+  const Prompt prompt = make_prompt(config, DType::f32, 40, random, false);
+  HostTensor valid(DType::u8, {2, 40});
+  valid.for_each([&](const std::vector<Index>& index) {
+    valid.set(index, index[0] == 0 ? (index[1] < 33 ? 1.0 : 0.0) : (index[1] % 4 == 1 ? 0.0 : 1.0));
+  });
+  GraphManager every(config, {});
+  every.update_rows(0, prompt.queries.view(), prompt.keys.view(),
+                    {.score = {}, .valid = valid.view()}, Stream{});
+  GraphManager some(config, {});
+  some.update_rows(0, prompt.queries.view(), prompt.keys.view(),
+                   {.score = {}, .valid = valid.view(), .row_stride = 5}, Stream{});
+  const Graphs all = read_graphs(every, 0);
+  const Graphs strided = read_graphs(some, 0);
+  for (std::size_t b = 0; b < 2; ++b) {
+    for (std::size_t g = 0; g < 2; ++g) {
+      Graph expected = all[b][g];
+      for (Index slot = 0; slot < 40; ++slot) {
+        const Index position = expected.positions[at(slot)];
+        if ((expected.seen() - 1 - position) % 5 != 0) expected.rows[at(slot)].clear();
+      }
+      expect_same_graph(expected, strided[b][g], 1e-6);
+    }
+  }
+}
+
 TEST(UpdateRows, TakesNoTokens) {
   Random random(11);
   const GraphConfig config = prompt_config(GraphScope::head, EdgeLaw::weighted);
