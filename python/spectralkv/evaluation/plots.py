@@ -89,7 +89,7 @@ def plot_running(result: PerplexityResult, path: Path) -> None:
     full = np.asarray(result.full.sequences[0].scored(first))
     positions = np.arange(first, first + full.size)
     counts = np.arange(1, full.size + 1)
-    settle = min(32, full.size // 4)  # a running mean of a few tokens would only set the scale
+    settle = min(64, full.size // 8)  # a running mean of a few tokens would only set the scale
     upper.plot(
         positions[settle:],
         np.exp(np.cumsum(full) / counts)[settle:],

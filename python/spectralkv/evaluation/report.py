@@ -173,7 +173,6 @@ def heat_map_html(heat: HeatMap, *, title: str, model: str) -> str:
         model=model,
         heat=heat,
         data=data,
-        tokens=list(zip(heat.pieces, data["standing"][0], data["kept"][0], strict=True)),
         kept_anywhere=int((kept > 0).sum()),
         kept_share=float(heat.kept.mean()),
     )
