@@ -58,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("spectralkv: interrupted\n")
         return _INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

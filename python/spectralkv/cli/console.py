@@ -85,7 +85,9 @@ def progress_bar() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console(), transient=True) as bars:
+    screen = console()
+    silent = not screen.is_terminal
+    with Progress(*columns, console=screen, transient=True, disable=silent) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:

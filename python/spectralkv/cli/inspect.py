@@ -36,9 +36,12 @@ def inspect(
     from spectralkv.evaluation import plots, report
     from spectralkv.evaluation.datasets import DEMO_TITLE
     from spectralkv.evaluation.models import resolve_device
+    from spectralkv.evaluation.specs import FULL
 
     spec = evaluation.PolicySpec.parse(policy)
     wanted = evaluation.Budget.parse(budget)
+    if spec.name == FULL:
+        raise evaluation.EvaluationError("the full cache lets nothing go: inspect another policy")
     settings = shared.settings_of(interval, window, sinks)
     shared.check_budgets([spec], [wanted], settings)
     for name, value in (("--chunk", chunk), ("--length", length)):

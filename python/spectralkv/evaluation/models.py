@@ -145,7 +145,7 @@ def load_model(
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 source, gguf_file=gguf_file, dtype=getattr(torch, dtype)
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a broken file surfaces as anything, struct.error included
             raise EvaluationError(
                 f"cannot load the model {str(name_or_path)!r}: {_first_line(error)}"
             ) from error

@@ -1,0 +1,272 @@
+"""The commands as a user runs them: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import spectralkv
+from spectralkv.cli import main
+from tiny_text import make_text
+
+SMALL = ["--interval", "16", "--window", "10", "--sinks", "2"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail; return its one line."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("spectralkv: error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err.strip().removeprefix("spectralkv: error: ")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(make_text(300), encoding="utf-8")
+    return path
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == spectralkv.__version__
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in ("demo", "generate", "evaluate", "inspect", "info"):
+        assert command in shown
+    assert main(["evaluate", "perplexity", "--help"]) == 0
+    assert "--policy" in capsys.readouterr().out
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from spectralkv.cli import main; main(['--help']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'matplotlib')))"
+    )
+    best = 10.0
+    for _ in range(3):  # the machine may be busy
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    assert best < 2.0  # half a second when nothing else runs
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["spectralkv"] == spectralkv.__version__
+    assert facts["built_with_cuda"] is spectralkv.built_with_cuda()
+    assert facts["core_threads"] >= 1
+    assert "spectral" in facts["policies"]
+    assert main(["info"]) == 0
+    assert "core simd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["prompt", "file", "stdin"])
+def test_generate_streams_to_standard_output(
+    source: str,
+    model_folder: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {
+        "prompt": ["--prompt", make_text(300)],
+        "file": ["--prompt-file", str(text_file)],
+        "stdin": [],
+    }[source]
+    pipe = SimpleNamespace(buffer=io.BytesIO(make_text(300).encode()), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", pipe)
+    command = ["generate", "--model", str(model_folder), "--max-new-tokens", "12", *SMALL]
+    assert main([*command, *given]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\n")
+    assert len(captured.out) > 1
+    assert "budget" in captured.err
+    assert "60 tokens" in captured.err  # 20 % of 300
+    assert "decode tokens/s" in captured.err
+
+
+def test_generate_takes_policies_budgets_and_seeds(
+    model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[str, str]:
+        command = ["generate", "-m", str(model_folder), "--prompt-file", str(text_file)]
+        assert main([*command, "--max-new-tokens", "10", *SMALL, *options]) == 0
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    assert "70 tokens" in run("--budget", "70", "--policy", "h2o:decay=0.9")[1]
+    assert "all tokens" in run("--policy", "full")[1]
+    drawn = ["--temperature", "1.2", "--seed"]
+    assert run(*drawn, "1")[0] == run(*drawn, "1")[0]
+    assert run(*drawn, "1")[0] != run(*drawn, "2")[0]
+
+
+def test_perplexity_writes_table_curves_and_json(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "results"
+    command = ["evaluate", "perplexity", str(text_file), "-m", str(model_folder), *SMALL]
+    command += ["--policy", "spectral", "--policy", "H2O", "--policy", "h2o"]
+    command += ["--budget", "50", "--budget", "0.3", "--chunk", "16", "--output", str(output)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for word in ("spectral", "h2o", "full", "small sample", "perplexity.json"):
+        assert word in shown
+    content = json.loads((output / "perplexity.json").read_text(encoding="utf-8"))
+    runs = [(run["policy"], run["budget"]) for run in content["runs"]]
+    assert runs == [("full", None), ("spectral", 50), ("spectral", 90), ("h2o", 50), ("h2o", 90)]
+    assert content["first_scored"] == 90
+    assert content["model"] == "tiny-llama"
+    assert content["text"] == "text.txt"
+    assert {"commit", "device", "packages", "spectralkv", "threads"} <= set(content["environment"])
+    for picture in ("budgets.png", "running.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in json.dumps(content)
+
+
+def test_inspect_writes_both_heat_maps(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "seen"
+    command = ["inspect", str(text_file), "-m", str(model_folder), "--output", str(output)]
+    assert main([*command, "--policy", "snapkv", "--budget", "0.3", *SMALL]) == 0
+    assert "each head kept 90" in capsys.readouterr().out
+    assert (output / "heatmap.png").stat().st_size > 1000
+    assert "snapkv" in (output / "heatmap.html").read_text(encoding="utf-8")
+
+
+def test_demo_prints_what_run_demo_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_text import make_loaded
+
+    monkeypatch.setattr("spectralkv.cli.console.load", lambda *_, **__: make_loaded())
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--new-tokens", "3"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("spectral", "h2o", "full", "small sample", "H2O's", "report.json", "heatmap.html"):
+        assert word in shown
+    assert len(list((tmp_path / "demo").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--policy", "nope"], "unknown policy 'nope': choose from spectral, h2o"),
+        (["generate", "--budget", "0"], "budget must be at least 1 token, got 0"),
+        (["generate", "--budget", "-5"], "budget must be at least 1 token, got -5"),
+        (["generate", "--budget", "some"], "budget must be tokens (409) or a fraction"),
+        (["generate", "--budget", "54"], "sinks + window + 1 = 4 + 50 + 1 = 55, got 54"),
+        (["generate", "--policy", "h2o:heavy=1", "--budget", "99"], "heavy"),
+        (["generate", "--prompt-file", "/nowhere.txt"], "/nowhere.txt: no such file"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "not both"),
+        (
+            ["generate", "--prompt", "a", "--model", "./nowhere"],
+            "./nowhere: no such file or folder",
+        ),
+        (["generate", "--prompt", "a", "--device", "abacus"], "device must be cpu, cuda or cuda:N"),
+        (["generate", "--prompt", "a", "--chunk", "0"], "--chunk must be at least 1, got 0"),
+        (["generate", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["generate", "--temperature", "-1"], "temperature must be at least 0, got -1"),
+        (["generate", "--interval", "0"], "interval must be at least 1, got 0"),
+        (["generate", "--interval", "x"], "--interval"),
+        (["generate", "--wrong"], "--wrong"),
+        (["evaluate", "perplexity", "/nowhere.txt"], "/nowhere.txt: no such file"),
+        (["evaluate", "perplexity", "--budget", "nan"], "above 0 and at most 1, got nan"),
+        (["evaluate", "perplexity", "--length", "0"], "--length must be at least 1, got 0"),
+        (["inspect", "--policy", "full"], "the full cache lets nothing go"),
+        (["inspect", "/nowhere.txt"], "/nowhere.txt: no such file"),
+        (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_arguments_get_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_cuda_without_a_gpu_gets_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(capsys, "demo", "--device", "cuda", "--output", str(tmp_path / "demo"))
+    assert "finds no CUDA device" in line
+    assert not (tmp_path / "demo").exists()
+
+
+def test_texts_that_do_not_fit_get_one_line(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(make_text(90), encoding="utf-8")
+    model = ["-m", str(model_folder), "--output", str(tmp_path / "out")]
+    line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--budget", "80")
+    assert "too short: 90 tokens leave 10 to score" in line
+    line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--budget", "0.2")
+    assert "55, got 18" in line
+    line = refused(capsys, "inspect", str(path), *model, "--budget", "100")
+    assert "nothing was evicted" in line
+    path.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused(capsys, "inspect", str(path), *model)
+    path.write_bytes(b"")
+    assert "holds no text" in refused(capsys, "inspect", str(path), *model)
+    (tmp_path / "taken").write_text("a file")
+    path.write_text(make_text(90))
+    line = refused(capsys, "inspect", str(path), "--output", str(tmp_path / "taken"))
+    assert "cannot be made a folder" in line
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "torch", "transformers"])
+def test_a_missing_package_gets_one_line(package: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules[{package!r}] = None\n", encoding="utf-8"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code = "import sys; from spectralkv.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{package} is not installed: pip install 'spectralkv[cli]'" in done.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("spectralkv.cli.console.settings_of", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["inspect"])
+
+
+def test_an_interruption_is_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectralkv.cli.console.settings_of", interrupted)
+    assert main(["inspect"]) == 130
+    assert capsys.readouterr().err == ""

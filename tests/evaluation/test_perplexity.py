@@ -1,0 +1,221 @@
+"""Streaming perplexity: the numbers, the tokens they are over, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spectralkv.evaluation import (
+    CacheSettings,
+    EvaluationError,
+    LoadedModel,
+    PolicySpec,
+    create_cache,
+    create_policy,
+    evaluate_perplexity,
+    stream,
+)
+from spectralkv.evaluation.perplexity import MIN_SCORED_TOKENS, exact_budget_check, scored_range
+from tiny_text import make_text
+
+SETTINGS = CacheSettings(interval=16, window=10, sinks=2)
+NAMES = ("spectral", "h2o", "snapkv", "streaming_llm", "random")
+
+
+def cross_entropy(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
+    """One forward pass over the whole text: nats of tokens 1 .. N-1."""
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+
+
+def tokens_of(tiny: LoadedModel, length: int) -> tuple[int, ...]:
+    return tuple(tiny.tokenizer.encode(make_text(length)))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 500])
+@pytest.mark.parametrize("name", ["full", "spectral", "h2o"])
+def test_without_an_eviction_it_is_plain_cross_entropy(
+    tiny: LoadedModel, chunk: int, name: str
+) -> None:
+    tokens = tokens_of(tiny, 120)
+    policy = create_policy(PolicySpec(name=name), None if name == "full" else 400, SETTINGS)
+    cache = create_cache(tiny.model, policy)
+    result = stream(tiny.model, tokens, cache, chunk=chunk)
+    torch.testing.assert_close(
+        torch.tensor(result.nll), cross_entropy(tiny.model, tokens), rtol=1e-4, atol=1e-4
+    )
+    assert cache.stats().evictions == 0
+    assert result.next_logits.shape == (len(tiny.tokenizer),)
+
+
+def test_evictions_change_only_what_comes_after_the_first(tiny: LoadedModel) -> None:
+    tokens = tokens_of(tiny, 300)
+    cache = create_cache(tiny.model, create_policy(PolicySpec(name="random"), 64, SETTINGS))
+    nll = torch.tensor(stream(tiny.model, tokens, cache, chunk=16).nll)
+    plain = cross_entropy(tiny.model, tokens)
+    first_cut = 80  # the first multiple of the chunk with budget + interval tokens
+    torch.testing.assert_close(nll[:first_cut], plain[:first_cut], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(nll[first_cut:], plain[first_cut:], atol=1e-2)
+
+
+def test_every_run_is_scored_on_the_same_tokens(tiny: LoadedModel) -> None:
+    tokens = tokens_of(tiny, 240)
+    result = evaluate_perplexity(
+        tiny.model,
+        [tokens],
+        [PolicySpec(name=name) for name in NAMES],
+        [48, 96],
+        name="tiny",
+        chunk=16,
+        settings=SETTINGS,
+    )
+    assert result.first_scored == 96
+    assert result.scored_tokens == 240 - 96
+    assert [(run.policy, run.budget) for run in result.runs] == [
+        ("full", None),
+        *((name, budget) for name in NAMES for budget in (48, 96)),
+    ]
+    plain = cross_entropy(tiny.model, tokens)[95:]  # nll[i] is of token i + 1
+    assert result.full.perplexity == pytest.approx(math.exp(plain.mean()), rel=1e-4)
+    for run in result.runs:
+        (sequence,) = run.sequences
+        assert len(sequence.nll) == 239
+        assert len(sequence.scored(result.first_scored)) == result.scored_tokens
+        assert sequence.tokens_seen == 240
+        assert run.perplexity == pytest.approx(
+            math.exp(sum(sequence.nll[95:]) / result.scored_tokens)
+        )
+        if run.budget is not None:
+            assert run.budget <= sequence.tokens_kept < run.budget + SETTINGS.interval
+            assert sequence.evictions > 0
+
+
+def test_comparisons_are_paired_and_signed(tiny: LoadedModel) -> None:
+    result = evaluate_perplexity(
+        tiny.model,
+        [tokens_of(tiny, 200)],
+        [PolicySpec(name="h2o"), PolicySpec(name="random")],
+        [64],
+        name="tiny",
+        chunk=16,
+        settings=SETTINGS,
+    )
+    pairs = {(pair.policy, pair.baseline): pair.difference for pair in result.comparisons}
+    assert set(pairs) == {("h2o", "full"), ("random", "full"), ("h2o", "random")}
+    by_name = {run.policy: math.log(run.perplexity) for run in result.runs}
+    for (policy, baseline), difference in pairs.items():
+        assert difference.mean == pytest.approx(by_name[policy] - by_name[baseline], abs=1e-9)
+        assert difference.low <= difference.mean <= difference.high
+        assert difference.small_sample
+
+
+def test_several_sequences_are_pooled_by_token(tiny: LoadedModel) -> None:
+    tokens = tokens_of(tiny, 300)
+    result = evaluate_perplexity(
+        tiny.model,
+        [tokens[:150], tokens[150:]],
+        [PolicySpec(name="h2o")],
+        [60],
+        name="tiny",
+        chunk=15,
+        settings=SETTINGS,
+    )
+    assert result.scored_tokens == 2 * (150 - 60)
+    assert result.comparisons[0].difference.unit == "sequences"
+    assert result.comparisons[0].difference.units == 2
+    assert "2 sequences" in result.sample_note
+    nats = [x for run in result.full.sequences for x in run.scored(60)]
+    assert result.full.perplexity == pytest.approx(math.exp(sum(nats) / len(nats)))
+
+
+def test_the_json_is_plain_and_complete(tiny: LoadedModel) -> None:
+    result = evaluate_perplexity(
+        tiny.model,
+        [tokens_of(tiny, 150)],
+        [PolicySpec(name="spectral", options=(("seed", 3),))],
+        [64],
+        name="tiny",
+        chunk=16,
+        settings=SETTINGS,
+    )
+    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert {"model", "chunk", "interval", "first_scored", "scored_tokens", "sample_note"} <= set(
+        content
+    )
+    full, spectral = content["runs"]
+    assert full["policy"] == "full"
+    assert full["budget"] is None
+    assert spectral["policy"] == "spectral:seed=3"
+    assert (spectral["window"], spectral["sinks"]) == (10, 2)
+    assert spectral["graph_bytes"] > 0 == full["graph_bytes"]
+    assert spectral["kv_bytes"] < full["kv_bytes"]
+    assert len(spectral["sequences"][0]["nll"]) == 149
+    assert "small sample" in content["sample_note"]
+
+
+def test_progress_covers_each_run_to_its_end(tiny: LoadedModel) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    evaluate_perplexity(
+        tiny.model,
+        [tokens_of(tiny, 100)] * 2,
+        [PolicySpec(name="h2o")],
+        [60],
+        name="tiny",
+        settings=SETTINGS,
+        on_progress=lambda what, done, total: seen.__setitem__(what, (done, total)),
+    )
+    assert seen == {"full": (200, 200), "h2o at 60": (200, 200)}
+
+
+def test_too_short_a_text_is_refused() -> None:
+    assert scored_range([100], [100 - MIN_SCORED_TOKENS]) == 100 - MIN_SCORED_TOKENS
+    with pytest.raises(EvaluationError, match="too short: 100 tokens leave 10 to score"):
+        scored_range([200, 100], [20, 90])
+    with pytest.raises(EvaluationError, match="leave 0 to score"):
+        scored_range([100], [500])
+
+
+def test_a_policy_that_breaks_its_budget_is_a_bug() -> None:
+    check = exact_budget_check("greedy", 3)
+    check(SimpleNamespace(layer=0, keep=torch.tensor([[[0, 2, 5]]])))
+    for keep in ([0, 1, 2, 3], [0, 1], [0, 0, 1], [2, 1, 3]):
+        with pytest.raises(RuntimeError, match="'greedy' must keep 3"):
+            check(SimpleNamespace(layer=0, keep=torch.tensor([[keep]])))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "message"), [((), 8, "no tokens"), ((1, 2), 0, "chunk must be at least 1")]
+)
+def test_stream_refuses(
+    tiny: LoadedModel, tokens: tuple[int, ...], chunk: int, message: str
+) -> None:
+    cache = create_cache(tiny.model, create_policy(PolicySpec(name="full"), None, SETTINGS))
+    with pytest.raises(EvaluationError, match=message):
+        stream(tiny.model, tokens, cache, chunk=chunk)
+
+
+@pytest.mark.slow
+def test_the_real_model_reads_a_real_text(demo_model: LoadedModel) -> None:
+    from spectralkv.evaluation import demo_text, token_sequences
+
+    tokens = token_sequences(demo_model.tokenizer, demo_text(), length=300)
+    result = evaluate_perplexity(
+        demo_model.model,
+        tokens,
+        [PolicySpec(name="spectral"), PolicySpec(name="random")],
+        [100],
+        name=demo_model.name,
+    )
+    plain = cross_entropy(demo_model.model, tokens[0])[99:]
+    full, spectral, random = (run.perplexity for run in result.runs)
+    assert full == pytest.approx(math.exp(plain.mean()), rel=1e-3)
+    assert 5 < full < 60
+    assert full * 0.95 < spectral < full * 1.5
+    assert random < full * 2
