@@ -111,9 +111,7 @@ def kept_positions(scores: Sequence[float], *, budget: int, window: int, sinks: 
     count = len(scores)
     stay = [i for i in range(count) if i < sinks or i >= count - window]
     rest = [i for i in range(count) if i not in stay]
-    worst_first = sorted(
-        rest, key=lambda i: (scores[i] if scores[i] == scores[i] else -math.inf, i)
-    )
+    worst_first = sorted(rest, key=lambda i: (scores[i], i))
     return sorted(stay + worst_first[len(rest) - (budget - len(stay)) :])
 
 

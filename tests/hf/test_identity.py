@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import pytest
 import torch
+from helpers import make_cache
 from transformers import DynamicCache
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 CASES = [(family, name) for family in FAMILIES for name in implementations(family)]
-
-
-def make_cache(config: Any, policy: policies.Policy) -> EvictingCache:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # sliding layers stay
-        return EvictingCache(config, policy)
 
 
 @pytest.mark.parametrize("policy", [policies.Full(), policies.H2O(budget=500)], ids=["full", "h2o"])

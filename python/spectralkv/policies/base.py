@@ -258,8 +258,8 @@ def select_slots(
     """Choose the slots that stay.
 
     A sequence that is cut keeps its `sinks` oldest and `window` newest tokens and, for the rest
-    of `budget`, those with the highest scores; of equal scores the newer token stays, a NaN ranks
-    lowest. Other sequences keep all they have.
+    of `budget`, those with the highest scores; of equal scores the newer token stays, a NaN counts
+    as -inf. Other sequences keep all they have.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ from spectralkv.config import EvictionConfig, GraphConfig, Population, WalkConfi
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import Observation, Policy, Tracker
 
-# A budget that no cache reaches.
-_NEVER = 1 << 40
+# Slots are int32.
+_MOST_SLOTS = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,10 @@ class Spectral(Policy):
         self._require_int("walk_interval", minimum=0)
         self._require_int("row_stride", minimum=1)
         self._require_int("seed", minimum=0)
+        self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
         # The core checks what it is given; a policy with a bad option must not come to be.
         self._graph_and_walk(GraphConfig())
+        self._eviction()
 
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; they share one monitor."""
@@ -111,6 +113,15 @@ class Spectral(Policy):
         }
         given = {name: value for name, value in options.items() if value is not None}
         return graph, replace(walk, **given)
+
+    def _eviction(self) -> EvictionConfig:
+        never = _MOST_SLOTS - self.interval
+        return EvictionConfig(
+            budget=never if self.budget is None else self.budget,
+            interval=self.interval,
+            window=self.window,
+            sinks=self.sinks,
+        )
 
 
 class _Monitors:
@@ -154,16 +165,10 @@ class _Monitors:
                 device=str(device),
             )
         )
-        eviction = EvictionConfig(
-            budget=_NEVER if policy.budget is None else policy.budget,
-            interval=policy.interval,
-            window=policy.window,
-            sinks=policy.sinks,
-        )
         return Monitor(
             graph,
             walk,
-            eviction,
+            policy._eviction(),
             solver=policy.solver,
             walk_interval=policy.walk_interval,
             row_stride=policy.row_stride,
@@ -183,7 +188,9 @@ class _SpectralTracker(Tracker):
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
             self._monitor, self._counts_memory = self._monitors.get(observation)
-            self._monitor.graph.reserve(self._layer, max(self._capacity, observation.keys.shape[2]))
+            self.reserve(self._capacity)
+        if observation.keys.shape[2] > self._capacity:
+            self.reserve(observation.keys.shape[2])
         self._keys = observation.keys
         if observation.query.shape[2] == 1 and observation.new_valid is None:
             self._monitor.on_step(

@@ -1,0 +1,251 @@
+"""Everything that generate() does to a cache."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_cache
+from transformers import DynamicCache
+
+from spectralkv import policies
+from spectralkv.hf import SpectralCache
+from tiny_models import make_model, random_ids
+
+SHARED = {"budget": 24, "interval": 8}
+POLICIES = {
+    "h2o": policies.H2O(**SHARED),
+    "snapkv": policies.SnapKV(**SHARED, window=10),
+    "tova": policies.TOVA(**SHARED),
+    "streaming_llm": policies.StreamingLLM(**SHARED, window=10),
+    "keydiff": policies.KeyDiff(**SHARED),
+    "rkv": policies.RKV(**SHARED),
+    "random": policies.Random(**SHARED, window=4, sinks=2),
+    "spectral": policies.Spectral(**SHARED, window=6, sinks=2, solver="exact"),
+}
+
+
+def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch.Tensor:
+    defaults = {"max_new_tokens": 40, "do_sample": False}
+    return model.generate(ids, past_key_values=cache, **(defaults | options))
+
+
+def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(lengths)
+    ids, mask = random_ids(len(lengths), longest), torch.ones(len(lengths), longest).long()
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_left_padded_batch_generates_what_each_prompt_does_alone(name: str) -> None:
+    dtype = torch.float32 if name == "spectral" else torch.float64
+    model = make_model("llama", dtype=dtype)
+    lengths = [10, 70, 31, 33, 24]
+    ids, mask = left_padded(lengths)
+    cache = make_cache(model.config, POLICIES[name])
+    together = generate(model, ids, cache, attention_mask=mask)
+    for row, length in enumerate(lengths):
+        alone = make_cache(model.config, POLICIES[name])
+        own = generate(model, ids[row : row + 1, -length:], alone)
+        assert together[row, -40:].tolist() == own[0, -40:].tolist()
+        assert alone.evicting_layers[0].lengths[0] == cache.evicting_layers[0].lengths[row]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_prefill_in_chunks_by_generate(implementation: str) -> None:
+    model = make_model("llama", implementation)
+    cache = make_cache(model.config, POLICIES["snapkv"])
+    generate(model, random_ids(2, 75), cache, prefill_chunk_size=16)
+    stats = cache.stats()
+    assert stats.tokens_seen == 75 + 39
+    assert 24 <= stats.tokens_kept < 32
+    newest = cache.evicting_layers[0].positions()[:, :, -10:]
+    assert newest.tolist() == [[list(range(104, 114))] * 2] * 2
+
+
+def test_beams_follow_their_sequences() -> None:
+    model = make_model("llama")
+    ids = random_ids(2, 30)
+    options = {"num_beams": 3, "max_new_tokens": 30}
+    expected = generate(model, ids, DynamicCache(config=model.config), **options)
+    unevicted = make_cache(model.config, policies.H2O(budget=200))
+    assert torch.equal(generate(model, ids, unevicted, **options), expected)
+    cache = make_cache(model.config, POLICIES["h2o"])
+    together = generate(model, ids, cache, **options)
+    assert cache.stats().evictions > 0
+    for row in range(2):
+        own = make_cache(model.config, POLICIES["h2o"])
+        assert torch.equal(generate(model, ids[row : row + 1], own, **options)[0], together[row])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_beams_with_every_policy(name: str) -> None:
+    model = make_model("llama", dtype=torch.float32)
+    cache = make_cache(model.config, POLICIES[name])
+    output = generate(model, random_ids(1, 40), cache, num_beams=2, max_new_tokens=20)
+    assert output.shape == (1, 60)
+    assert cache.evicting_layers[0].lengths == (27, 27)
+
+
+def test_num_return_sequences() -> None:
+    model = make_model("llama")
+    ids = random_ids(1, 45)
+    cache = make_cache(model.config, POLICIES["tova"])
+    torch.manual_seed(5)
+    output = generate(model, ids, cache, do_sample=True, num_return_sequences=3)
+    assert output.shape == (3, 85)
+    assert len(cache.evicting_layers[0].lengths) == 3
+    greedy = generate(
+        model, ids, make_cache(model.config, POLICIES["tova"]), num_beams=3, num_return_sequences=3
+    )
+    assert greedy.shape == (3, 85)
+
+
+def repetitive_ids() -> torch.Tensor:
+    return torch.cat([random_ids(1, 12)] * 5, 1)
+
+
+@pytest.mark.parametrize("draft", ["prompt_lookup", "assistant"])
+def test_speculation_without_eviction_changes_nothing(draft: str) -> None:
+    model = make_model("llama")
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
+    if draft == "assistant":
+        options = {"assistant_model": make_model("llama", seed=1)}
+    expected = generate(model, repetitive_ids(), DynamicCache(config=model.config))
+    cache = make_cache(model.config, policies.H2O(budget=300))
+    assert torch.equal(generate(model, repetitive_ids(), cache, **options), expected)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_speculation_with_eviction(name: str) -> None:
+    model = make_model("llama", dtype=torch.float32)
+    cache = make_cache(model.config, POLICIES[name])
+    if POLICIES[name].protected_window == 0:  # a draft's tokens may be evicted at once
+        with pytest.raises(RuntimeError, match=r"\[crop\] layer 0: at most \d+ tokens"):
+            generate(model, repetitive_ids(), cache, prompt_lookup_num_tokens=4)
+        return
+    output = generate(model, repetitive_ids(), cache, prompt_lookup_num_tokens=4)
+    assert output.shape == (1, 100)
+    for layer in cache.evicting_layers:
+        newest = layer.positions()[0, 0, -2:].tolist()
+        assert newest == [97, 98]
+    assert cache.get_seq_length() == 99
+
+
+def test_an_assistant_may_have_an_evicting_cache_beside_it() -> None:
+    model, assistant = make_model("llama"), make_model("llama", seed=1)
+    cache = make_cache(model.config, POLICIES["snapkv"])
+    output = generate(model, random_ids(1, 40), cache, assistant_model=assistant)
+    assert output.shape == (1, 80)
+    assert cache.stats().tokens_kept < 32
+
+
+def test_two_turns() -> None:
+    model = make_model("llama")
+    cache = make_cache(model.config, POLICIES["h2o"])
+    first = generate(model, random_ids(1, 50), cache, max_new_tokens=10)
+    prompt = torch.cat((first, random_ids(1, 20, seed=9)), 1)
+    second = generate(model, prompt, cache, max_new_tokens=10)
+    assert second[:, :80].tolist() == prompt.tolist()
+    assert cache.get_seq_length() == 89
+    # The same, with the second turn fed by hand.
+    other = make_cache(model.config, POLICIES["h2o"])
+    generate(model, random_ids(1, 50), other, max_new_tokens=10)
+    with torch.no_grad():
+        logits = model(prompt[:, 59:], past_key_values=other).logits
+    assert int(logits[0, -1].argmax()) == int(second[0, 80])
+
+
+def test_two_models_in_two_threads() -> None:
+    jobs = [
+        (make_model("llama"), POLICIES["h2o"], random_ids(1, 60)),
+        (make_model("qwen3"), POLICIES["snapkv"], random_ids(2, 45, seed=2)),
+    ]
+    expected = [
+        generate(model, ids, make_cache(model.config, policy)) for model, policy, ids in jobs
+    ]
+    results: list[list[torch.Tensor]] = [[], []]
+    start = threading.Barrier(2)
+
+    def work(job: int) -> None:
+        model, policy, ids = jobs[job]
+        start.wait()
+        for _ in range(3):
+            results[job].append(generate(model, ids, make_cache(model.config, policy)))
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(results, expected, strict=True):
+        assert len(got) == 3
+        assert all(torch.equal(output, wanted) for output in got)
+
+
+def test_one_policy_serves_many_caches() -> None:
+    model = make_model("llama")
+    policy = POLICIES["h2o"]
+    ids = [random_ids(1, 50, seed=seed) for seed in range(2)]
+    caches = [make_cache(model.config, policy) for _ in range(2)]
+    alone = [generate(model, one, make_cache(model.config, policy)) for one in ids]
+    with torch.no_grad():  # interleaved, token by token
+        outputs = [
+            model(one, past_key_values=cache) for one, cache in zip(ids, caches, strict=True)
+        ]
+        tokens = [[output.logits[:, -1:].argmax(-1)] for output in outputs]
+        for _ in range(39):
+            for job, cache in enumerate(caches):
+                output = model(tokens[job][-1], past_key_values=cache)
+                tokens[job].append(output.logits[:, -1:].argmax(-1))
+    for job in range(2):
+        assert torch.cat(tokens[job], 1).tolist() == alone[job][:, 50:].tolist()
+
+
+def test_a_reset_cache_is_new() -> None:
+    model = make_model("llama", dtype=torch.float32)
+    for name, policy in POLICIES.items():
+        cache = make_cache(model.config, policy)
+        first = generate(model, random_ids(1, 50), cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert cache.stats().kv_bytes == 0
+        assert cache.stats().evictions == 0
+        again = generate(model, random_ids(1, 50), cache)
+        assert torch.equal(first, again), name
+        cache.reset()
+        assert generate(model, random_ids(3, 40), cache).shape == (3, 80)  # another batch size
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    model = make_model("llama", dtype=torch.float32)
+    ids = random_ids(1, 60)
+    for policy in POLICIES.values():
+        cache = make_cache(model.config, policy)
+        with torch.inference_mode():
+            model(ids[:, :40], past_key_values=cache)
+        with torch.no_grad():
+            model(ids[:, 40:50], past_key_values=cache)
+        with torch.inference_mode():
+            model(ids[:, 50:51], past_key_values=cache)
+        model(ids[:, 51:], past_key_values=cache)  # with gradients: they stop at the cache
+        assert cache.stats().tokens_kept < 32
+        assert not cache.evicting_layers[0].keys.requires_grad
+
+
+def test_spectral_cache_takes_options_and_a_seed() -> None:
+    model = make_model("llama", dtype=torch.float32)
+    options = {"budget": 24, "interval": 8, "window": 4, "sinks": 2, "top_k": 4}
+    outputs = [
+        generate(model, random_ids(1, 90), SpectralCache(model.config, **options, seed=seed))
+        for seed in (0, 0)
+    ]
+    assert torch.equal(*outputs)
+    cache = SpectralCache(model.config, **options, preset="uniform32")
+    generate(model, random_ids(1, 90), cache)
+    assert cache.stats().policy == "spectral"
+    assert cache.stats().graph_bytes > 0

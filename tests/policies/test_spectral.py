@@ -1,0 +1,125 @@
+"""The Spectral policy on the core's monitor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_scores import DIM, HEADS, QUERY_HEADS, SCALING, observe, tokens
+
+import spectralkv
+from spectralkv import policies
+
+OPTIONS = {"budget": 24, "interval": 8, "window": 6, "sinks": 2}
+
+
+def monitor(**options: object) -> spectralkv.Monitor:
+    graph = spectralkv.GraphConfig(
+        num_layers=1,
+        batch_size=1,
+        num_query_heads=QUERY_HEADS,
+        num_kv_heads=HEADS,
+        head_dim=DIM,
+        capacity=64,
+        num_sinks=2,
+    )
+    graph, walk = spectralkv.apply_preset("default", graph)
+    return spectralkv.Monitor(
+        graph,
+        walk,
+        spectralkv.EvictionConfig(**OPTIONS),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_it_keeps_what_the_monitor_keeps() -> None:
+    query, keys = tokens(1, 40)
+    direct = monitor(solver="exact")
+    direct.on_prefill(0, query[:, :, :30], keys[:, :, :30].contiguous(), scale=SCALING)
+    for t in range(30, 33):
+        direct.on_step(0, query[:, :, t], keys[:, :, : t + 1].contiguous(), scale=SCALING)
+    expected = direct.keep(0, keys[:, :, :33].contiguous())
+    (tracker,) = policies.Spectral(**OPTIONS, solver="exact").trackers(1)
+    observe(tracker, query, keys, 0, 30)
+    assert tracker.keep() is None
+    for t in range(30, 33):
+        observe(tracker, query, keys, t, t + 1)
+    keep = tracker.keep()
+    assert torch.equal(keep, expected)
+    assert keep.shape == (1, HEADS, 24)
+    torch.testing.assert_close(tracker.scores(), direct.graph.scores(0, like=keys))
+
+
+@pytest.mark.parametrize("preset", ["default", "uniform32", "weighted4"])
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_presets_and_scopes(preset: str, scope: str) -> None:
+    policy = policies.Spectral(**OPTIONS, preset=preset, scope=scope)
+    query, keys = tokens(2, 40)
+    (tracker,) = policy.trackers(1)
+    observe(tracker, query, keys, 0, 40)
+    keep = tracker.keep()
+    assert keep is not None
+    assert keep.shape == (2, HEADS, 24)
+    assert keep[..., :2].tolist() == [[[0, 1]] * HEADS] * 2
+    assert keep[..., -6:].tolist() == [[list(range(34, 40))] * HEADS] * 2
+    assert (keep.diff(dim=-1) > 0).all()
+    values = keys.clone()
+    tracker.compact(keep, keys, values)
+    assert torch.equal(keys[:, :, :24], values[:, :, :24])
+    assert tracker.keep() is None
+
+
+def test_options_override_the_preset() -> None:
+    populations = (spectralkv.Population(restart="current", count="all"),)
+    policy = policies.Spectral(
+        **OPTIONS, preset="weighted4", top_k=16, restart_prob=0.3, populations=populations, seed=4
+    )
+    graph, walk = policy._graph_and_walk(spectralkv.GraphConfig())
+    assert (graph.top_k, graph.edge_law, graph.seed, graph.num_sinks) == (16, "weighted", 4, 2)
+    assert (walk.restart_prob, walk.populations) == (0.3, populations)
+    untouched = policies.Spectral(**OPTIONS, preset="weighted4")._graph_and_walk(
+        spectralkv.GraphConfig()
+    )
+    assert (untouched[0].top_k, untouched[1].restart_prob) == (4, 0.15)
+
+
+def test_walks_follow_the_seed() -> None:
+    query, keys = tokens(1, 60)
+
+    def scores(seed: int) -> torch.Tensor:
+        (tracker,) = policies.Spectral(**OPTIONS, seed=seed).trackers(1)
+        observe(tracker, query, keys, 0, 60)
+        tracker.keep()
+        return tracker.scores()
+
+    assert torch.equal(scores(1), scores(1))
+    assert not torch.equal(scores(1), scores(2))
+
+
+def test_layers_share_a_monitor_whose_bytes_count_once() -> None:
+    trackers = policies.Spectral(**OPTIONS).trackers(3)
+    query, keys = tokens(1, 30)
+    assert [tracker.nbytes() for tracker in trackers] == [0, 0, 0]
+    for tracker in trackers:
+        tracker.reserve(32)
+        observe(tracker, query, keys, 0, 30)
+    counted = [tracker.nbytes() for tracker in trackers]
+    assert counted[0] > 0
+    assert counted[1:] == [0, 0]
+    trackers[1].reserve(200)
+    assert trackers[0].nbytes() > counted[0]
+    for tracker in trackers:
+        tracker.reset()
+    assert [tracker.nbytes() for tracker in trackers] == [0, 0, 0]
+
+
+def test_without_a_budget_it_watches_and_never_cuts() -> None:
+    (tracker,) = policies.Spectral(budget=None).trackers(1)
+    query, keys = tokens(1, 200)
+    observe(tracker, query, keys, 0, 200)
+    assert tracker.keep() is None
+
+
+def test_there_is_nothing_to_rank_at_first() -> None:
+    (tracker,) = policies.Spectral(**OPTIONS).trackers(1)
+    with pytest.raises(RuntimeError, match="no token was observed"):
+        tracker.scores()
