@@ -1,12 +1,13 @@
 // The inner interface: what a device does for GraphManager, one method a stage.
 //
-// GraphManager has checked shapes, dtypes and devices before it calls; a backend checks what only the
-// device's memory tells (free slots, kept slots) and throws before it changes anything.
+// GraphManager has checked shapes, dtypes and devices before it calls; a backend checks what only
+// the device's memory tells (free slots, kept slots) and throws before it changes anything.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "spectralkv/config.h"
@@ -32,10 +33,10 @@ struct LayerState {
 };
 
 struct UpdateArgs {
-  ConstTensorView queries;   ///< (B, Hq, Q, D)
-  ConstTensorView keys;      ///< (B, Hkv, S, D)
-  ConstTensorView slots;     ///< i32 (B, Hkv) or empty: the slots from `first_slot` on
-  ConstTensorView valid;     ///< u8 (B, Q) or empty
+  ConstTensorView queries;  ///< (B, Hq, Q, D)
+  ConstTensorView keys;     ///< (B, Hkv, S, D)
+  ConstTensorView slots;    ///< i32 (B, Hkv) or empty: the slots from `first_slot` on
+  ConstTensorView valid;    ///< u8 (B, Q) or empty
   std::int64_t first_slot = 0;
   std::int64_t length = 0;  ///< length of the layer once the tokens are in
   double scale = 1.0;
@@ -77,8 +78,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  /// Gives a layer memory for `batch` sequences of `capacity` slots; sequence i of the new memory is
-  /// a copy of sequences[i] of the old.
+  /// Gives a layer memory for `batch` sequences of `capacity` slots; sequence i of the new memory
+  /// is a copy of sequences[i] of the old.
   virtual void resize(std::int64_t layer, std::int64_t capacity,
                       std::span<const std::int64_t> sequences) = 0;
 
@@ -104,14 +105,14 @@ class Backend {
   virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
 
   /// Checks a list of kept slots; returns how many a head of each sequence keeps.
-  virtual std::vector<std::int64_t> check_keep(std::int64_t layer,
+  virtual std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                                const ConstTensorView& keep) const = 0;
   virtual void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
                        const TensorView& values, Stream stream) = 0;
   virtual void release(std::int64_t layer, const ConstTensorView& keep, Stream stream) = 0;
 
-  /// What forgetting the newest `count` slots (tokens where the layer is not ordered) would do; throws
-  /// when these are not the newest tokens.
+  /// What forgetting the newest `count` slots (tokens where the layer is not ordered) would do;
+  /// throws when these are not the newest tokens.
   virtual TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const = 0;
   virtual void truncate(std::int64_t layer, const TruncatePlan& plan) = 0;
   virtual void reset(std::int64_t layer, std::int64_t sequence) = 0;

@@ -65,8 +65,8 @@ void WalkConfig::validate() const {
   if (std::abs(total - 1.0) > 1e-6) {
     throw_invalid(kOperation, "the sum of shares", "1", std::to_string(total));
   }
-  check_range(kOperation, "num_walkers", num_walkers,
-              static_cast<std::int64_t>(populations.size()), std::int64_t{1} << 30);
+  check_range(kOperation, "num_walkers", num_walkers, static_cast<std::int64_t>(populations.size()),
+              std::int64_t{1} << 30);
 }
 
 bool WalkConfig::needs_novelty() const {
@@ -83,8 +83,8 @@ void EvictionConfig::validate() const {
   check_range(kOperation, "interval", interval, 1, kMaxSlots);
   const std::int64_t least = sinks + window + 1;
   if (budget < least) {
-    throw_invalid(kOperation, "budget",
-                  "at least sinks + window + 1 = " + std::to_string(least), std::to_string(budget));
+    throw_invalid(kOperation, "budget", "at least sinks + window + 1 = " + std::to_string(least),
+                  std::to_string(budget));
   }
   check_range(kOperation, "budget", budget, least, kMaxSlots - interval);
 }
@@ -103,8 +103,7 @@ void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
     set(EdgeLaw::weighted, GraphConfig{}.top_k, defaults.restart_prob, defaults.decay,
         defaults.populations);
   } else if (name == "uniform32") {
-    set(EdgeLaw::uniform, 32, 0.85, 1.0,
-        {{.restart = Restart::current, .count = VisitCount::all}});
+    set(EdgeLaw::uniform, 32, 0.85, 1.0, {{.restart = Restart::current, .count = VisitCount::all}});
   } else if (name == "weighted4") {
     set(EdgeLaw::weighted, 4, 0.15, 0.0,
         {{.restart = Restart::recent, .count = VisitCount::edges}});

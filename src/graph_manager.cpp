@@ -60,9 +60,8 @@ struct GraphManager::Impl {
     state.walked_at.assign(batch, -1);
     state.walk_block.assign(batch, 0);
     layers.assign(static_cast<std::size_t>(graph.num_layers), state);
-    backend = graph.device.type == DeviceType::cpu
-                  ? detail::make_cpu_backend(graph, walk, layers)
-                  : detail::make_cuda_backend(graph, walk, layers);
+    backend = graph.device.type == DeviceType::cpu ? detail::make_cpu_backend(graph, walk, layers)
+                                                   : detail::make_cuda_backend(graph, walk, layers);
   }
 
   // -- checks
@@ -101,8 +100,8 @@ struct GraphManager::Impl {
                         .dtypes = {DType::f32, DType::f16, DType::bf16},
                         .device = graph.device});
     if (keys.size(2) < least_slots) {
-      throw_invalid(operation, "keys' number of slots",
-                    "at least " + std::to_string(least_slots), std::to_string(keys.size(2)));
+      throw_invalid(operation, "keys' number of slots", "at least " + std::to_string(least_slots),
+                    std::to_string(keys.size(2)));
     }
   }
 
@@ -195,18 +194,17 @@ struct GraphManager::Impl {
     const double scale = options.score.scale > 0.0
                              ? options.score.scale
                              : 1.0 / std::sqrt(static_cast<double>(graph.head_dim));
-    const std::vector<std::int64_t> added = backend->update(
-        layer,
-        {.queries = queries,
-         .keys = keys,
-         .slots = slots,
-         .valid = options.valid,
-         .first_slot = state.length,
-         .length = plan.length,
-         .scale = scale,
-         .softcap = options.score.softcap,
-         .row_stride = options.row_stride},
-        stream);
+    const std::vector<std::int64_t> added = backend->update(layer,
+                                                            {.queries = queries,
+                                                             .keys = keys,
+                                                             .slots = slots,
+                                                             .valid = options.valid,
+                                                             .first_slot = state.length,
+                                                             .length = plan.length,
+                                                             .scale = scale,
+                                                             .softcap = options.score.softcap,
+                                                             .row_stride = options.row_stride},
+                                                            stream);
     state.length = plan.length;
     state.ordered = state.ordered && plan.appended;
     for (std::size_t b = 0; b < added.size(); ++b) {
@@ -261,7 +259,7 @@ struct GraphManager::Impl {
     const LayerState& state = layer_state(operation, layer);
     check_slot_table(operation, "keep", DType::i32, keep, state, kAny, false);
     check_range(operation, "keep's number of slots", keep.size(2), 0, state.length);
-    return backend->check_keep(layer, keep);
+    return backend->check_keep(operation, layer, keep);
   }
 
   void book_kept(LayerState& state, const std::vector<std::int64_t>& kept) {
@@ -282,13 +280,13 @@ void GraphManager::update(std::int64_t layer, const ConstTensorView& query,
                           const ConstTensorView& keys, const ConstTensorView& slots,
                           const ScoreOptions& options, Stream stream) {
   const LayerState& state = impl_->layer_state("update", layer);
-  check_tensor(query, {.operation = "update",
-                       .name = "query",
-                       .axes = "(B, Hq, D)",
-                       .extents = {state.batch, impl_->graph.num_query_heads,
-                                   impl_->graph.head_dim},
-                       .dtypes = {DType::f32, DType::f16, DType::bf16},
-                       .device = impl_->graph.device});
+  check_tensor(query,
+               {.operation = "update",
+                .name = "query",
+                .axes = "(B, Hq, D)",
+                .extents = {state.batch, impl_->graph.num_query_heads, impl_->graph.head_dim},
+                .dtypes = {DType::f32, DType::f16, DType::bf16},
+                .device = impl_->graph.device});
   impl_->add_tokens("update", layer, with_token_axis(query), keys, slots,
                     {.score = options, .valid = {}, .row_stride = 1}, stream);
 }
@@ -297,13 +295,13 @@ void GraphManager::update_rows(std::int64_t layer, const ConstTensorView& querie
                                const ConstTensorView& keys, const RowOptions& options,
                                Stream stream) {
   const LayerState& state = impl_->layer_state("update_rows", layer);
-  check_tensor(queries, {.operation = "update_rows",
-                         .name = "queries",
-                         .axes = "(B, Hq, Q, D)",
-                         .extents = {state.batch, impl_->graph.num_query_heads, kAny,
-                                     impl_->graph.head_dim},
-                         .dtypes = {DType::f32, DType::f16, DType::bf16},
-                         .device = impl_->graph.device});
+  check_tensor(queries,
+               {.operation = "update_rows",
+                .name = "queries",
+                .axes = "(B, Hq, Q, D)",
+                .extents = {state.batch, impl_->graph.num_query_heads, kAny, impl_->graph.head_dim},
+                .dtypes = {DType::f32, DType::f16, DType::bf16},
+                .device = impl_->graph.device});
   impl_->add_tokens("update_rows", layer, queries, keys, {}, options, stream);
 }
 
@@ -361,7 +359,7 @@ void GraphManager::visits(std::int64_t layer, int population, const TensorView& 
 }
 
 bool GraphManager::is_full(std::int64_t layer, const EvictionConfig& eviction) const {
-  const auto marks = full_sequences(layer, eviction);
+  const auto marks = impl_->plan_cut("is_full", layer, eviction, false).cut;
   return std::any_of(marks.begin(), marks.end(), [](std::uint8_t mark) { return mark != 0; });
 }
 
@@ -399,15 +397,15 @@ void GraphManager::compact(std::int64_t layer, const ConstTensorView& keep, cons
   LayerState& state = impl_->layer_state("compact", layer);
   const auto check_moved = [&](std::string_view name, const TensorView& view) {
     if (view.empty()) return;
-    check_tensor(view, {.operation = "compact",
-                        .name = name,
-                        .axes = "(B, Hkv, S, D)",
-                        .extents = {state.batch, impl_->graph.num_kv_heads, kAny, kAny},
-                        .dtypes = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u32,
-                                   DType::u8},
-                        .device = impl_->graph.device,
-                        .unit_last_stride = true,
-                        .writable = true});
+    check_tensor(
+        view, {.operation = "compact",
+               .name = name,
+               .axes = "(B, Hkv, S, D)",
+               .extents = {state.batch, impl_->graph.num_kv_heads, kAny, kAny},
+               .dtypes = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u32, DType::u8},
+               .device = impl_->graph.device,
+               .unit_last_stride = true,
+               .writable = true});
     if (view.size(2) < state.length) {
       throw_invalid("compact", std::string(name) + "' number of slots",
                     "at least " + std::to_string(state.length), std::to_string(view.size(2)));
@@ -515,8 +513,7 @@ void GraphManager::reset(std::int64_t layer, std::optional<std::int64_t> sequenc
 
 void GraphManager::reserve(std::int64_t layer, std::int64_t capacity) {
   impl_->for_layers("reserve", layer, [&](std::int64_t l) {
-    check_range("reserve", "capacity", capacity,
-                impl_->layers[static_cast<std::size_t>(l)].length,
+    check_range("reserve", "capacity", capacity, impl_->layers[static_cast<std::size_t>(l)].length,
                 std::numeric_limits<std::int32_t>::max());
   });
   impl_->for_layers("reserve", layer, [&](std::int64_t l) {
@@ -593,8 +590,7 @@ void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& position
   impl_->check_row_table("load_rows", "neighbors", DType::i32, neighbors, state, slots, false);
   impl_->check_row_table("load_rows", "probabilities", DType::f32, probabilities, state, slots,
                          false);
-  detail::LoadResult result =
-      impl_->backend->load_rows(layer, positions, neighbors, probabilities);
+  detail::LoadResult result = impl_->backend->load_rows(layer, positions, neighbors, probabilities);
   state.length = slots;
   state.seen = std::move(result.seen);
   state.held = std::move(result.held);

@@ -1,5 +1,6 @@
 #include "spectralkv/monitor.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -77,16 +78,19 @@ void Monitor::on_prefill_end(std::int64_t layer, const ConstTensorView& keys, St
                stream);
 }
 
-void Monitor::on_step(std::int64_t layer, const ConstTensorView& query,
-                      const ConstTensorView& keys, const ConstTensorView& slots,
-                      const ScoreOptions& options, Stream stream) {
+void Monitor::on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
+                      const ConstTensorView& slots, const ScoreOptions& options, Stream stream) {
   GraphManager& graph = impl_->graph;
   graph.update(layer, query, keys, slots, options, stream);
   const std::int64_t interval = impl_->config.walk_interval;
   if (interval == 0) return;
-  impl_->renew(layer, keys, impl_->marked(layer, [&](std::int64_t b) {
-    return graph.tokens_seen(layer, b) - graph.tokens_walked(layer, b) >= interval;
-  }),
+  impl_->renew(layer, keys,
+               impl_->marked(layer,
+                             [&](std::int64_t b) {
+                               const std::int64_t walked =
+                                   std::max<std::int64_t>(graph.tokens_walked(layer, b), 0);
+                               return graph.tokens_seen(layer, b) - walked >= interval;
+                             }),
                stream);
 }
 
@@ -103,9 +107,12 @@ std::int64_t Monitor::kept_length(std::int64_t layer) const {
 void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const TensorView& out,
                    Stream stream) {
   const auto full = impl_->graph.full_sequences(layer, impl_->config.eviction);
-  impl_->renew(layer, keys, impl_->marked(layer, [&](std::int64_t b) {
-    return full[static_cast<std::size_t>(b)] != 0 && impl_->has_news(layer, b);
-  }),
+  impl_->renew(layer, keys,
+               impl_->marked(layer,
+                             [&](std::int64_t b) {
+                               return full[static_cast<std::size_t>(b)] != 0 &&
+                                      impl_->has_news(layer, b);
+                             }),
                stream);
   impl_->graph.select(layer, impl_->config.eviction, false, out, stream);
 }

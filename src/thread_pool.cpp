@@ -38,13 +38,15 @@ class ThreadPool {
       task_ = &task;
       count_ = count;
       next_.store(0, std::memory_order_relaxed);
-      wanted_ = helpers;
-      busy_ = helpers;
-      ++generation_;
+      places_ = helpers;
+      joined_ = 0;
     }
-    wake_.notify_all();
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
     drain(0);
+    // Helpers that have not woken yet find no place: on a busy machine waiting for them would cost
+    // more than they could help.
     std::unique_lock lock(mutex_);
+    places_ = 0;
     done_.wait(lock, [&] { return busy_ == 0; });
   }
 
@@ -58,22 +60,21 @@ class ThreadPool {
   }
 
   void grow(int helpers) {
-    while (static_cast<int>(threads_) < helpers) {
-      const int worker = ++threads_;
-      std::thread([this, worker] { loop(worker); }).detach();
+    for (; threads_ < helpers; ++threads_) {
+      std::thread([this] { loop(); }).detach();
     }
   }
 
-  void loop(int worker) {
-    std::uint64_t seen = 0;
+  void loop() {
+    std::unique_lock lock(mutex_);
     for (;;) {
-      {
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return generation_ != seen && worker <= wanted_; });
-        seen = generation_;
-      }
+      wake_.wait(lock, [&] { return places_ > 0; });
+      --places_;
+      const int worker = ++joined_;
+      ++busy_;
+      lock.unlock();
       drain(worker);
-      const std::lock_guard lock(mutex_);
+      lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
   }
@@ -89,9 +90,9 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
-  std::uint64_t generation_ = 0;
   int threads_ = 0;
-  int wanted_ = 0;
+  int places_ = 0;  // for helpers that may still join
+  int joined_ = 0;
   int busy_ = 0;
   const Task* task_ = nullptr;
   std::int64_t count_ = 0;

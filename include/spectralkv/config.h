@@ -35,7 +35,7 @@ struct SPECTRALKV_API GraphConfig {
   GraphScope scope = GraphScope::head;
   std::int64_t num_sinks = 4;  ///< tokens at positions below this get no edges and no restarts
   std::uint64_t seed = 0;
-  std::int64_t head_offset = 0;     ///< first KV head here, counted over all ranks (tensor parallel)
+  std::int64_t head_offset = 0;  ///< first KV head here, counted over all ranks (tensor parallel)
   std::int64_t total_kv_heads = 0;  ///< KV heads over all ranks; 0: num_kv_heads
   Device device{};
   int num_threads = 0;  ///< threads of the CPU backend; 0: one for each processor we may run on

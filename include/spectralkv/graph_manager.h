@@ -47,8 +47,8 @@ struct MemoryUse {
 
 /// Holds one graph for each layer, sequence and KV head (or layer, see GraphScope).
 ///
-/// A *slot* is where a token's key lies in the cache; its *position* is where it stands in the text.
-/// Slots [0, length) are in use; an empty one among them (padding, or freed) has position -1.
+/// A *slot* is where a token's key lies in the cache; its *position* is where it stands in the
+/// text. Slots [0, length) are in use; an empty one among them (padding, or freed) has position -1.
 /// Shapes: L layers, B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim,
 /// K neighbours, P populations. Keys and queries are f32, f16 or bf16; the last axis is contiguous,
 /// the others have any stride. Keys are read up to `length` slots only, so S may be a whole slab.
@@ -72,8 +72,8 @@ class SPECTRALKV_API GraphManager {
   void update(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
               const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
 
-  /// Q new tokens a sequence, appended at slots [length, length + Q): a prompt, a chunk of one, or a
-  /// draft. Each sees the tokens up to itself. `queries` (B, Hq, Q, D); `keys` (B, Hkv, S, D).
+  /// Q new tokens a sequence, appended at slots [length, length + Q): a prompt, a chunk of one, or
+  /// a draft. Each sees the tokens up to itself. `queries` (B, Hq, Q, D); `keys` (B, Hkv, S, D).
   void update_rows(std::int64_t layer, const ConstTensorView& queries, const ConstTensorView& keys,
                    const RowOptions& options, Stream stream);
 
@@ -113,8 +113,8 @@ class SPECTRALKV_API GraphManager {
   std::int64_t kept_length(std::int64_t layer, const EvictionConfig& eviction, bool force) const;
 
   /// Writes i32 (B, Hkv, kept_length): the slots that stay, ascending, right-aligned behind -1.
-  /// A full sequence keeps its sinks, its window and, each population its share, the highest scores;
-  /// of equal scores the newer token stays. Other sequences keep all they have.
+  /// A full sequence keeps its sinks, its window and, each population its share, the highest
+  /// scores; of equal scores the newer token stays. Other sequences keep all they have.
   void select(std::int64_t layer, const EvictionConfig& eviction, bool force, const TensorView& out,
               Stream stream) const;
 

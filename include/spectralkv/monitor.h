@@ -23,7 +23,7 @@ struct SPECTRALKV_API MonitorConfig {
   Solver solver = Solver::walk;
   /// A sequence's importance is renewed every walk_interval tokens; 0: only when it is cut.
   std::int64_t walk_interval = 0;
-  double top_fraction = 0.2;  ///< the part of a head's tokens that safety_mask protects
+  double top_fraction = 0.2;    ///< the part of a head's tokens that safety_mask protects
   std::int64_t row_stride = 1;  ///< of prompt rows, see RowOptions
 
   void validate() const;

@@ -3,8 +3,8 @@
 
 namespace spectralkv {
 
-/// The queue on which a call is ordered. On CUDA `handle` is a cudaStream_t; on the CPU, where every
-/// call has finished when it returns, it is ignored.
+/// The queue on which a call is ordered. On CUDA `handle` is a cudaStream_t; on the CPU, where
+/// every call has finished when it returns, it is ignored.
 struct Stream {
   void* handle = nullptr;
 };

@@ -50,8 +50,8 @@ SPECTRALKV_API std::string name_of(Device device);
 inline constexpr int kMaxRank = 5;
 
 /// A strided view. `Pointer` is `void` for memory that may be written and `const void` for memory
-/// that is only read. Strides count elements, as in DLPack. Only the first `rank` entries of `shape`
-/// and `strides` mean anything. The view owns nothing.
+/// that is only read. Strides count elements, as in DLPack. Only the first `rank` entries of
+/// `shape` and `strides` mean anything. The view owns nothing.
 template <class Pointer>
 struct BasicTensorView {
   static_assert(std::is_void_v<Pointer>);

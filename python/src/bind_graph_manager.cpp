@@ -59,10 +59,10 @@ void init_graph_manager(nb::module_& m) {
           [](Self& self, std::int64_t layer, const Input& queries, const Input& keys,
              const OptionalInput& valid, double scale, double softcap, std::int64_t row_stride,
              std::uintptr_t stream) {
-            self.update_rows(layer, view(queries), view(keys),
-                             {.score = {scale, softcap}, .valid = view(valid),
-                              .row_stride = row_stride},
-                             stream_of(stream));
+            self.update_rows(
+                layer, view(queries), view(keys),
+                {.score = {scale, softcap}, .valid = view(valid), .row_stride = row_stride},
+                stream_of(stream));
           },
           "layer"_a, "queries"_a.noconvert(), "keys"_a.noconvert(),
           "valid"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
@@ -125,8 +125,7 @@ void init_graph_manager(nb::module_& m) {
              double top_fraction, const Output& out, std::uintptr_t stream) {
             self.safety_mask(layer, eviction, top_fraction, writable(out), stream_of(stream));
           },
-          "layer"_a, "eviction"_a, "top_fraction"_a, "out"_a.noconvert(), "stream"_a = 0,
-          Release())
+          "layer"_a, "eviction"_a, "top_fraction"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
       .def(
           "compact",
           [](Self& self, std::int64_t layer, const Input& keep, const std::optional<Output>& keys,
@@ -155,8 +154,7 @@ void init_graph_manager(nb::module_& m) {
             self.select_batch(layer, sequences);
           },
           "layer"_a, "sequences"_a, Release())
-      .def("reset", &Self::reset, "layer"_a = skv::kAllLayers, "sequence"_a = nb::none(),
-           Release())
+      .def("reset", &Self::reset, "layer"_a = skv::kAllLayers, "sequence"_a = nb::none(), Release())
       .def("reserve", &Self::reserve, "layer"_a, "capacity"_a, Release())
       .def("synchronize", &Self::synchronize, Release())
       .def("length", &Self::length, "layer"_a)

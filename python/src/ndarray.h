@@ -45,8 +45,7 @@ inline Device device_of(int type, int index) {
 template <class View, class Array>
 View make_view(const Array& array) {
   if (array.ndim() > kMaxRank) {
-    throw InvalidArgument("a tensor must have at most 5 axes, got " +
-                          std::to_string(array.ndim()));
+    throw InvalidArgument("a tensor must have at most 5 axes, got " + std::to_string(array.ndim()));
   }
   View view;
   view.data = array.data();

@@ -1,4 +1,6 @@
 // The CPU backend: every call has finished when it returns.
+#include "backend.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -6,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
 #include "cpu/layer.h"
 #include "spectralkv/error.h"
 #include "thread_pool.h"
@@ -76,10 +77,9 @@ class CpuBackend final : public Backend {
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       std::int64_t& tokens = added[static_cast<std::size_t>(b)];
       for (std::int64_t i = 0; i < count; ++i) {
-        const bool valid =
-            args.valid.empty() ||
-            *element_pointer<std::uint8_t>(
-                args.valid, b * args.valid.stride(0) + i * args.valid.stride(1)) != 0;
+        const bool valid = args.valid.empty() || *element_pointer<std::uint8_t>(
+                                                     args.valid, b * args.valid.stride(0) +
+                                                                     i * args.valid.stride(1)) != 0;
         const std::int64_t position = state(layer).seen[static_cast<std::size_t>(b)] + tokens;
         for (std::int64_t g = 0; g < memory.graphs(); ++g) {
           const std::int64_t slot = args.slots.empty()
@@ -167,16 +167,16 @@ class CpuBackend final : public Backend {
     }
   }
 
-  std::vector<std::int64_t> check_keep(std::int64_t layer,
+  std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                        const ConstTensorView& keep) const override {
     const CpuLayer& memory = mine(layer);
     std::vector<std::int64_t> kept;
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
-        const std::int64_t count = check_kept_head(layer, keep, b, h);
+        const std::int64_t count = check_kept_head(operation, layer, keep, b, h);
         if (h == 0) kept.push_back(count);
         if (count != kept.back()) {
-          throw_invalid("keep", "the number of kept slots" + at(b, h),
+          throw_invalid(operation, "the number of kept slots" + at(b, h),
                         std::to_string(kept.back()) + " as of head 0", std::to_string(count));
         }
       }
@@ -267,10 +267,10 @@ class CpuBackend final : public Backend {
   }
 
   void positions(std::int64_t layer, const TensorView& out, Stream) const override {
-    for_heads<std::int32_t>(layer, out, [&](std::int64_t b, std::int64_t g, std::int32_t* row,
-                                            std::int64_t n) {
-      std::copy_n(mine(layer).positions(b, g), n, row);
-    });
+    for_heads<std::int32_t>(layer, out,
+                            [&](std::int64_t b, std::int64_t g, std::int32_t* row, std::int64_t n) {
+                              std::copy_n(mine(layer).positions(b, g), n, row);
+                            });
   }
 
   void rows(std::int64_t layer, const TensorView& neighbors, const TensorView& probabilities,
@@ -365,8 +365,8 @@ class CpuBackend final : public Backend {
     }
   }
 
-  std::int64_t check_kept_head(std::int64_t layer, const ConstTensorView& keep, std::int64_t b,
-                               std::int64_t h) const {
+  std::int64_t check_kept_head(std::string_view operation, std::int64_t layer,
+                               const ConstTensorView& keep, std::int64_t b, std::int64_t h) const {
     const std::int64_t g = context().graph_of(h);
     const std::int32_t* positions = mine(layer).positions(b, g);
     std::int32_t before = -1;
@@ -375,17 +375,17 @@ class CpuBackend final : public Backend {
       const std::int32_t slot = kept_slot(keep, b, h, i);
       if (slot == -1 && before == -1) continue;
       if (slot <= before || slot >= state(layer).length) {
-        throw_invalid("keep", "the kept slots" + at(b, h),
-                      "ascending in [0, " + std::to_string(state(layer).length - 1) +
-                          "] behind any -1",
-                      std::to_string(slot) + " after " + std::to_string(before));
+        throw_invalid(
+            operation, "the kept slots" + at(b, h),
+            "ascending in [0, " + std::to_string(state(layer).length - 1) + "] behind any -1",
+            std::to_string(slot) + " after " + std::to_string(before));
       }
       if (positions[slot] < 0) {
-        throw_invalid("keep", "the kept slots" + at(b, h), "slots that hold a token",
+        throw_invalid(operation, "the kept slots" + at(b, h), "slots that hold a token",
                       std::to_string(slot) + ", which is empty");
       }
       if (slot != kept_slot(keep, b, context().first_head(g), i)) {
-        throw_invalid("keep", "the kept slots of heads that share a graph", "equal",
+        throw_invalid(operation, "the kept slots of heads that share a graph", "equal",
                       std::to_string(slot) + at(b, h));
       }
       before = slot;
@@ -411,8 +411,8 @@ LoadResult CpuBackend::load_rows(std::int64_t layer, const ConstTensorView& posi
   for (std::int64_t b = 0; b < next.batch(); ++b) {
     for (std::int64_t g = 0; g < next.graphs(); ++g) {
       std::int32_t* own = next.positions(b, g);
-      std::copy_n(element_pointer<std::int32_t>(positions, b * positions.stride(0) +
-                                                               g * positions.stride(1)),
+      std::copy_n(element_pointer<std::int32_t>(positions,
+                                                b * positions.stride(0) + g * positions.stride(1)),
                   slots, own);
       std::vector<std::int32_t> sorted;
       for (std::int64_t slot = 0; slot < slots; ++slot) {

@@ -18,9 +18,9 @@ struct Move {
 };
 
 /// Runs in an order in which none overwrites what a later one reads. Kept slots ascend, so moves to
-/// the left are safe in ascending order and moves to the right in descending order, and the two kinds
-/// never touch each other's slots: where a slot moves left, no slot behind it that moves right can
-/// start before where it goes.
+/// the left are safe in ascending order and moves to the right in descending order, and the two
+/// kinds never touch each other's slots: where a slot moves left, no slot behind it that moves
+/// right can start before where it goes.
 std::vector<Move> plan_moves(const std::int32_t* keep, std::int64_t count) {
   std::vector<Move> left;
   std::vector<Move> right;
@@ -77,8 +77,8 @@ void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std:
   for (const Move& move : moves) {
     for (std::int64_t i = 0; i < move.count; ++i) {
       const std::int64_t k = move.to < move.from ? i : move.count - 1 - i;
-      std::memcpy(layer.row(b, g, move.to + k).neighbors,
-                  layer.row(b, g, move.from + k).neighbors, row_bytes);
+      std::memcpy(layer.row(b, g, move.to + k).neighbors, layer.row(b, g, move.from + k).neighbors,
+                  row_bytes);
       layer.copy_slot(b, g, move.to + k, move.from + k);
     }
   }

@@ -58,8 +58,8 @@ void remap_row(Row row, int top_k, const std::int32_t* positions, std::int64_t s
     sum += width;
     row.neighbors[count] = new_slot[neighbor];
     if (row.thresholds != nullptr) {
-      threshold = sum == total ? kAllOnes
-                               : static_cast<std::uint32_t>(((sum << 32U) + total / 2) / total);
+      threshold =
+          sum == total ? kAllOnes : static_cast<std::uint32_t>(((sum << 32U) + total / 2) / total);
       row.thresholds[count] = threshold;
     }
     ++count;

@@ -64,8 +64,7 @@ void CpuLayer::copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_
 }
 
 std::int64_t CpuLayer::bytes() const {
-  return positions_.bytes() + rows_.bytes() + scores_.bytes() + visits_.bytes() +
-         novelty_.bytes();
+  return positions_.bytes() + rows_.bytes() + scores_.bytes() + visits_.bytes() + novelty_.bytes();
 }
 
 }  // namespace spectralkv::detail

@@ -50,9 +50,9 @@ class AlignedBuffer {
 };
 
 /// A row is top_k neighbours (slots, -1 where there are none) and, under EdgeLaw::weighted, top_k
-/// thresholds: the cumulative probabilities in units of 2^-32, so that a 32-bit random number r takes
-/// the first edge with r < threshold. The last edge's threshold is 2^32 - 1, not 2^32: a number above
-/// it is drawn again, as one that hits a stale edge is.
+/// thresholds: the cumulative probabilities in units of 2^-32, so that a 32-bit random number r
+/// takes the first edge with r < threshold. The last edge's threshold is 2^32 - 1, not 2^32: a
+/// number above it is drawn again, as one that hits a stale edge is.
 struct ConstRow {
   const std::int32_t* neighbors;
   const std::uint32_t* thresholds;  ///< null under EdgeLaw::uniform
@@ -94,8 +94,8 @@ class CpuLayer {
   const float* scores(std::int64_t b, std::int64_t g, int population) const {
     return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
   }
-  /// Whether visits are kept beside the scores. They are the scores where nothing is accumulated and
-  /// f32 holds every count.
+  /// Whether visits are kept beside the scores. They are the scores where nothing is accumulated
+  /// and f32 holds every count.
   bool has_visits() const { return visits_.bytes() > 0; }
   std::uint32_t* visits(std::int64_t b, std::int64_t g, int population) {
     return visits_.data() + (index(b, g) * populations_ + population) * capacity_;
@@ -238,8 +238,8 @@ void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, 
     function(row.neighbors[k], static_cast<double>(width) * unit);
   }
 }
-/// Rewrites a row for slots that move: new_slot[j] is where slot j goes, -1 where its token does not
-/// stay. Edges to tokens that go are dropped, the others keep their proportions.
+/// Rewrites a row for slots that move: new_slot[j] is where slot j goes, -1 where its token does
+/// not stay. Edges to tokens that go are dropped, the others keep their proportions.
 void remap_row(Row row, int top_k, const std::int32_t* positions, std::int64_t slot,
                const std::int32_t* new_slot);
 
@@ -266,9 +266,10 @@ class RestartTable {
   template <class Function>
   void for_each(Function&& function) const {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
-      const double weight = cumulative_.empty()
-                                ? 1.0
-                                : static_cast<double>(cumulative_[i] - (i == 0 ? 0 : cumulative_[i - 1]));
+      const double weight =
+          cumulative_.empty()
+              ? 1.0
+              : static_cast<double>(cumulative_[i] - (i == 0 ? 0 : cumulative_[i - 1]));
       const double total = cumulative_.empty() ? static_cast<double>(slots_.size())
                                                : static_cast<double>(cumulative_.back());
       function(slots_[i], weight / total);

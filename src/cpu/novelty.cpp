@@ -1,5 +1,5 @@
-// Restart weights of novelty populations: how far a key points from where the keys of its head point
-// on average.
+// Restart weights of novelty populations: how far a key points from where the keys of its head
+// point on average.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -69,8 +69,8 @@ void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTenso
     std::fill_n(z, length, 0.0);
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {
-      add_z_scores(context, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length,
-                   positions, mine, z);
+      add_z_scores(context, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length, positions,
+                   mine, z);
     }
     const double heads = static_cast<double>(context.head_count());
     double highest = -std::numeric_limits<double>::infinity();
@@ -82,9 +82,10 @@ void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTenso
     }
     std::uint32_t* weights = layer.novelty(b, g);
     for (std::int64_t j = 0; j < length; ++j) {
-      weights[j] = may_restart(j) ? static_cast<std::uint32_t>(
-                                        std::lround(kUnit * std::exp((z[j] - highest) / heads)))
-                                  : 0;
+      weights[j] =
+          may_restart(j)
+              ? static_cast<std::uint32_t>(std::lround(kUnit * std::exp((z[j] - highest) / heads)))
+              : 0;
     }
   });
 }

@@ -1,7 +1,7 @@
-// Personalized PageRank without noise. Edges point to older tokens only, so one sweep from the newest
-// token to the oldest sums all paths: y(v) = r(v) + (1 - restart_prob) * sum over u -> v of y(u) p(u, v),
-// with r the restart distribution. Restarts, dead ends included, all return to r, so y is PageRank up to
-// its sum.
+// Personalized PageRank without noise. Edges point to older tokens only, so one sweep from the
+// newest token to the oldest sums all paths: y(v) = r(v) + (1 - restart_prob) * sum over u -> v of
+// y(u) p(u, v), with r the restart distribution. Restarts, dead ends included, all return to r, so
+// y is PageRank up to its sum.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -34,8 +34,8 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
   const WalkConfig& config = context.walk;
   const auto populations = static_cast<std::int64_t>(config.populations.size());
   const int top_k = context.graph.top_k;
-  const int threads = context.threads_for(layer.batch() * layer.graphs() * populations *
-                                          state.length * top_k * 4);
+  const int threads =
+      context.threads_for(layer.batch() * layer.graphs() * populations * state.length * top_k * 4);
 
   parallel_for(layer.batch() * layer.graphs() * populations, threads, [&](std::int64_t task, int) {
     const std::int64_t b = task / (layer.graphs() * populations);
@@ -66,8 +66,7 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     }
 
     const bool all = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all;
-    const double steps =
-        static_cast<double>(walkers_of(config, p).count * config.walk_length);
+    const double steps = static_cast<double>(walkers_of(config, p).count * config.walk_length);
     float* const scores = layer.scores(b, g, p);
     for (std::size_t i = 0; i < length; ++i) {
       const double visits = steps * (arriving[i] + (all ? restart[i] : 0.0)) / total;

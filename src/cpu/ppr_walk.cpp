@@ -1,7 +1,8 @@
 // Personalized PageRank by random walks.
 //
-// Every walker reads its own Philox stream, two numbers for its start and two for each step, whatever
-// happens in the step: the visits depend on the seed alone, not on threads, devices or batching.
+// Every walker reads its own Philox stream, two numbers for its start and two for each step,
+// whatever happens in the step: the visits depend on the seed alone, not on threads, devices or
+// batching.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -83,8 +84,8 @@ struct WalkRules {
 };
 
 /// Walks kWalkerLanes walkers side by side, so that their memory accesses overlap; `active` of them
-/// are counted. A step first parts the walkers that follow an edge from those that restart: a branch on
-/// a fair coin would be mispredicted half the time.
+/// are counted. A step first parts the walkers that follow an edge from those that restart: a
+/// branch on a fair coin would be mispredicted half the time.
 template <int kTopK, bool kWeighted>
 void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restarts,
                 const WalkRules& rules, const std::uint32_t* random, int active,
@@ -116,8 +117,8 @@ void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restar
       if (!is_live_edge(edges.graph.positions, node[lane], next)) {
         // What decided to follow an edge is, rescaled, uniform again.
         const std::uint64_t again = first[lane] - rules.restart_threshold;
-        next = edges.draw_live(node[lane],
-                               static_cast<std::uint32_t>((again << 32U) / follow_range));
+        next =
+            edges.draw_live(node[lane], static_cast<std::uint32_t>((again << 32U) / follow_range));
         if (next == kNone) {
           restarting[num_restarting++] = static_cast<std::uint8_t>(lane);
           continue;
@@ -192,8 +193,8 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const RestartTable restarts(context, layer, state, b, g, p);
     if (restarts.empty()) return;
 
-    // Heads are counted over all ranks; the sequence is left out, so that a sequence walks in a batch
-    // as it would alone.
+    // Heads are counted over all ranks; the sequence is left out, so that a sequence walks in a
+    // batch as it would alone.
     const std::int64_t global_head =
         context.graph.scope == GraphScope::head ? context.graph.head_offset + g : 0;
     const auto graph_id =
@@ -204,8 +205,7 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
         .first_block = state.walk_block[static_cast<std::size_t>(b)],
         .walk_length = config.walk_length,
         .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
-        .count_restarts =
-            config.populations[static_cast<std::size_t>(p)].count == VisitCount::all};
+        .count_restarts = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all};
     const Graph graph{layer.positions(b, g), layer.row(b, g, 0).neighbors};
 
     const std::int64_t per_part = (walkers.count + parts - 1) / parts;

@@ -13,10 +13,9 @@ RestartTable::RestartTable(const CpuContext& context, const CpuLayer& layer,
   const std::int32_t* positions = layer.positions(b, g);
   const std::int64_t seen = state.seen[static_cast<std::size_t>(b)];
   if (config.restart != Restart::novelty) {
-    const std::int64_t first =
-        config.restart == Restart::current
-            ? std::max(seen - 1, context.graph.num_sinks)
-            : first_recent_position(config, seen, context.graph.num_sinks);
+    const std::int64_t first = config.restart == Restart::current
+                                   ? std::max(seen - 1, context.graph.num_sinks)
+                                   : first_recent_position(config, seen, context.graph.num_sinks);
     for (std::int64_t slot = 0; slot < state.length; ++slot) {
       if (positions[slot] >= first) slots_.push_back(static_cast<std::int32_t>(slot));
     }
@@ -32,8 +31,7 @@ RestartTable::RestartTable(const CpuContext& context, const CpuLayer& layer,
     cumulative_.push_back(sum);
   }
   if (slots_.empty()) return;
-  const unsigned bits =
-      std::clamp(static_cast<unsigned>(std::bit_width(slots_.size())), 1U, 16U);
+  const unsigned bits = std::clamp(static_cast<unsigned>(std::bit_width(slots_.size())), 1U, 16U);
   guide_shift_ = 32U - bits;
   guide_.reserve(std::size_t{1} << bits);
   std::uint32_t i = 0;

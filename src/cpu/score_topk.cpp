@@ -33,8 +33,7 @@ bool all_finite(const float* values, std::int64_t n) {
 
 void add_softmax(const CpuContext& context, const UpdateArgs& args, float* scores, std::int64_t n,
                  const std::int32_t* positions, float weight, float* sums) {
-  float maximum =
-      context.simd.mask_scores(scores, n, static_cast<float>(args.scale), positions);
+  float maximum = context.simd.mask_scores(scores, n, static_cast<float>(args.scale), positions);
   if (maximum == -std::numeric_limits<float>::infinity()) return;  // it sees no token
   if (args.softcap > 0.0) {
     maximum = apply_softcap(scores, n, static_cast<float>(args.softcap));
@@ -49,9 +48,9 @@ void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::i
   std::array<std::int32_t, kMaxNeighbors> neighbors;
   std::array<float, kMaxNeighbors> best;
   std::array<double, kMaxNeighbors> weights{};
-  const int count = context.simd.top_k(
-      probabilities, n, context.graph.top_k, layer.positions(b, g),
-      static_cast<std::int32_t>(context.graph.num_sinks), slot, neighbors.data(), best.data());
+  const int count = context.simd.top_k(probabilities, n, context.graph.top_k, layer.positions(b, g),
+                                       static_cast<std::int32_t>(context.graph.num_sinks), slot,
+                                       neighbors.data(), best.data());
   std::copy_n(best.begin(), count, weights.begin());
   write_row(layer.row(b, g, slot), context.graph.top_k, neighbors.data(), weights.data(), count);
 }
@@ -89,12 +88,11 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
       const std::int64_t begin = task % splits * kSlotsPerTask;
       const std::int64_t b = first + head / graph.num_kv_heads;
       const std::int64_t h = head % graph.num_kv_heads;
-      const auto* keys = head_pointer(args.keys, b, h) +
-                         begin * key_stride * size_of(args.keys.dtype);
-      context.simd.dot_keys(keys, args.keys.dtype, key_stride,
-                            std::min(kSlotsPerTask, length - begin), dim,
-                            queries + head * group * dim, group,
-                            scores + head * group * length + begin, length);
+      const auto* keys =
+          head_pointer(args.keys, b, h) + begin * key_stride * size_of(args.keys.dtype);
+      context.simd.dot_keys(
+          keys, args.keys.dtype, key_stride, std::min(kSlotsPerTask, length - begin), dim,
+          queries + head * group * dim, group, scores + head * group * length + begin, length);
     });
 
     parallel_for(count * layer.graphs(), threads, [&](std::int64_t task, int worker) {
@@ -104,8 +102,8 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
       const std::int64_t slot =
           args.slots.empty()
               ? args.first_slot
-              : *element_pointer<std::int32_t>(args.slots, b * args.slots.stride(0) +
-                                                               first_head * args.slots.stride(1));
+              : *element_pointer<std::int32_t>(
+                    args.slots, b * args.slots.stride(0) + first_head * args.slots.stride(1));
       const std::int32_t* positions = layer.positions(b, g);
       if (positions[slot] < 0) return;  // padding
       ++rows;
@@ -113,8 +111,7 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
       Scratch& mine = scratch[static_cast<std::size_t>(worker)];
       float* const key = mine.panel.at_least(dim);
       const std::int64_t query_heads = context.head_count() * group;
-      const std::int64_t first_query =
-          (b - first) * graph.num_query_heads + first_head * group;
+      const std::int64_t first_query = (b - first) * graph.num_query_heads + first_head * group;
       bool finite = all_finite(queries + first_query * dim, query_heads * dim);
       for (std::int64_t h = first_head; h < first_head + context.head_count(); ++h) {
         context.simd.load_row(

@@ -66,8 +66,7 @@ std::vector<std::int32_t> kept_slots(const CpuContext& context, const CpuLayer& 
   }
   quotas.front() += places - given;
   for (std::size_t p = 0; p < populations.size(); ++p) {
-    const std::int64_t quota =
-        std::min(quotas[p], static_cast<std::int64_t>(candidates.size()));
+    const std::int64_t quota = std::min(quotas[p], static_cast<std::int64_t>(candidates.size()));
     best_first(candidates, quota, layer.scores(b, g, static_cast<int>(p)), positions);
     kept.insert(kept.end(), candidates.begin(), candidates.begin() + quota);
     candidates.erase(candidates.begin(), candidates.begin() + quota);
@@ -76,8 +75,8 @@ std::vector<std::int32_t> kept_slots(const CpuContext& context, const CpuLayer& 
   return kept;
 }
 
-std::vector<std::int32_t> held_slots(const CpuLayer& layer, const LayerState& state,
-                                     std::int64_t b, std::int64_t g) {
+std::vector<std::int32_t> held_slots(const CpuLayer& layer, const LayerState& state, std::int64_t b,
+                                     std::int64_t g) {
   std::vector<std::int32_t> held;
   for (std::int64_t slot = 0; slot < state.length; ++slot) {
     if (layer.positions(b, g)[slot] >= 0) held.push_back(static_cast<std::int32_t>(slot));
