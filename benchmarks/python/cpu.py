@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -358,20 +357,14 @@ def main() -> None:
             rows.append(
                 bench_update(dtype, length, goal, max(10, repeats // (1 + length // 16384)))
             )
-    for length in lengths:
-        rows.append(bench_walk(length, repeats))
-    for length in lengths:
-        rows.append(bench_solve(length, repeats))
-    for length in lengths:
-        rows.append(bench_select(length, repeats))
+    for bench in (bench_walk, bench_solve, bench_select):
+        rows.extend(bench(length, repeats) for length in lengths)
     for length in lengths:
         rows.extend(bench_compact(length, max(10, repeats // 3)))
 
     if arguments.output:
         report = {
-            "command": " ".join(
-                ["python", *(os.path.relpath(a) if os.path.exists(a) else a for a in sys.argv)]
-            ),
+            "command": " ".join(["python", *map(str, sys.argv)]),
             "commit": commit(),
             "processor": processor(),
             "threads": torch.get_num_threads(),

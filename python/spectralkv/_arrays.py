@@ -23,7 +23,7 @@ def _framework(array_like: Array) -> str:
 
 
 def readable(tensor: Array) -> Array:
-    """The tensor as the core may read it: torch refuses to export what requires a gradient."""
+    """Return the tensor detached: torch refuses to export what requires a gradient."""
     if _framework(tensor) == "torch" and tensor.requires_grad:
         return tensor.detach()
     return tensor
@@ -58,7 +58,7 @@ def filled(
 
 
 def constant_int32(value: int, shape: Sequence[int]) -> memoryview:
-    """An int32 tensor in host memory that needs no framework."""
+    """Make an int32 tensor in host memory that needs no framework."""
     size = prod(shape)
     data = memoryview(array("i", [value]) * size)
     return data.cast("B").cast("i", tuple(shape)) if size else data

@@ -1,13 +1,13 @@
 """Configuration of graphs, walks, evictions and monitors.
 
-Each class mirrors one of ``spectralkv/config.h`` and is checked by the same C++ code when it is made.
+Each class mirrors one of ``spectralkv/config.h`` and is checked by the same C++ code when made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from spectralkv import _core
 
@@ -68,7 +68,7 @@ class GraphConfig:
     seed
         Of all random numbers.
     head_offset, total_kv_heads
-        First KV head here and KV heads over all ranks, for tensor parallelism (0: ``num_kv_heads``).
+        First KV head here and KV heads over all ranks (0: ``num_kv_heads``), for tensor parallelism.
     device
         ``"cpu"`` or ``"cuda:N"``.
     num_threads
@@ -120,8 +120,8 @@ class Population:
     Parameters
     ----------
     restart
-        ``"current"``: the newest token; ``"recent"``: one of the newest; ``"novelty"``: by softmax of
-        the z-scored distance of a key from the mean key direction of its head.
+        ``"current"``: the newest token; ``"recent"``: one of the newest; ``"novelty"``: by softmax
+        of the z-scored distance of a key from the mean key direction of its head.
     count
         ``"edges"``: visits are arrivals over an edge; ``"all"``: restarts count, too.
     share
@@ -151,8 +151,8 @@ class Population:
     @classmethod
     def _from_core(cls, core: _core.Population) -> Population:
         return cls(
-            restart=core.restart.name,
-            count=core.count.name,
+            restart=cast("Restart", core.restart.name),
+            count=cast("VisitCount", core.count.name),
             share=core.share,
             recent_fraction=core.recent_fraction,
             recent_tokens=core.recent_tokens,
@@ -314,7 +314,9 @@ def apply_preset(
     core_walk = (walk or WalkConfig())._to_core()
     _core.apply_preset(name, core_graph, core_walk)
     return (
-        dataclasses.replace(graph, top_k=core_graph.top_k, edge_law=core_graph.edge_law.name),
+        dataclasses.replace(
+            graph, top_k=core_graph.top_k, edge_law=cast("EdgeLaw", core_graph.edge_law.name)
+        ),
         WalkConfig(
             num_walkers=core_walk.num_walkers,
             walk_length=core_walk.walk_length,

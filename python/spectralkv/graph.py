@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from spectralkv._arrays import Array, constant_int32
 from spectralkv._core import InvalidArgument, MemoryUse, Statistics
@@ -101,7 +102,7 @@ class SpectralGraph:
             ),
         )
         if top_k is not None:
-            graph = _with_top_k(graph, top_k)
+            graph = replace(graph, top_k=top_k)
         self._manager = GraphManager(graph, walk or preset_walk)
         self._like: Array | None = None
         self._keys_rank = 4
@@ -160,12 +161,12 @@ class SpectralGraph:
         self._manager.solve(0)
 
     def get_scores(self) -> Array:
-        """Importance of every slot in use, float32, in the framework of the last keys.
+        """Return the importance of every slot in use, in the framework of the last keys.
 
         Returns
         -------
         Array
-            (length,), (Hkv, length) or (B, Hkv, length), like the last keys.
+            float32 (length,), (Hkv, length) or (B, Hkv, length), like the last keys.
         """
         return self._unbatched(self._manager.scores(0, like=self._known_like("get_scores")))
 
@@ -204,7 +205,7 @@ class SpectralGraph:
         self._manager.reset(0)
 
     def statistics(self) -> Statistics:
-        """Counts since construction."""
+        """Rows drawn, rows left empty because of NaN or infinity, walks, tokens evicted."""
         return self._manager.statistics()
 
     def memory_use(self) -> MemoryUse:
@@ -252,9 +253,3 @@ class SpectralGraph:
                 f"[{operation}] the graph must hold a token, got none: call update_and_step first"
             )
         return self._like
-
-
-def _with_top_k(graph: GraphConfig, top_k: int) -> GraphConfig:
-    from dataclasses import replace
-
-    return replace(graph, top_k=top_k)

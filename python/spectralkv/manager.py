@@ -16,8 +16,8 @@ class GraphManager:
     """One graph for each layer, sequence and KV head.
 
     A *slot* is where a token's key lies in the cache, its *position* where it stands in the text.
-    Slots ``[0, length)`` are in use. Tensors are of any DLPack framework (torch, numpy, cupy, jax);
-    axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim, K neighbours.
+    Slots ``[0, length)`` are in use. Tensors are of any DLPack framework (torch, numpy, cupy,
+    jax); axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim, K neighbours.
     Keys and queries are float32, float16 or bfloat16 with a contiguous last axis; nothing is copied.
 
     Parameters
@@ -242,7 +242,7 @@ class GraphManager:
         self._core.release(layer, keep)
 
     def next_slots(self, layer: int, *, like: Array) -> Array:
-        """The lowest free slot of each head: int32 (B, Hkv)."""
+        """Find the lowest free slot of each head: int32 (B, Hkv)."""
         return filled(
             like,
             self._slot_shape(layer)[:2],

@@ -28,7 +28,7 @@ def _monitor(batch: int, capacity: int, **options: object) -> spectralkv.Monitor
 def _run(
     monitor: spectralkv.Monitor, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray
 ) -> list[list[int]]:
-    """Feed a prompt (as long as ``valid``) and then steps; returns the positions head 0 ends with."""
+    """Feed a prompt (as long as ``valid``), then steps; returns the positions left in head 0."""
     batch, _, length, _ = keys.shape
     slab = np.zeros((batch, HEADS, 64, DIM), dtype=np.float32)
     prompt = valid.shape[1]

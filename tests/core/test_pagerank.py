@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import networkx
+import networkx as nx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,7 +59,7 @@ def test_solver_equals_networkx(
     manager = _manager(neighbors, probabilities, walk)
     manager.solve(0)
 
-    graph = networkx.DiGraph()
+    graph = nx.DiGraph()
     graph.add_nodes_from(range(length))
     for slot in range(length):
         for neighbor, probability in zip(neighbors[slot], probabilities[slot], strict=True):
@@ -67,7 +67,7 @@ def test_solver_equals_networkx(
                 graph.add_edge(slot, int(neighbor), weight=float(probability))
     distribution = manager.restart_distribution(0, 0, like=np.empty(0))[0, 0]
     restarts = dict(enumerate(distribution.astype(float)))
-    expected = networkx.pagerank(
+    expected = nx.pagerank(
         graph,
         alpha=1 - restart_prob,
         personalization=restarts,
@@ -95,8 +95,8 @@ def test_long_walks_approach_the_solver(seed: int, restart_prob: float) -> None:
     manager.solve(0)
     solved = _scores(manager) / (2048 * 400)
     assert walked.sum() == pytest.approx(1, abs=1e-6)
-    # Eight standard deviations of a visit's frequency; a walk's steps depend on each other for about
-    # 1 / restart_prob steps, and its start adds as many steps of bias.
+    # Eight standard deviations of a visit's frequency; a walk's steps depend on each other for
+    # about 1 / restart_prob steps, and its start adds as many steps of bias.
     deviation = np.sqrt(solved * (1 - solved) / (2048 * 400) * 2 / restart_prob)
     bias = 1 / (restart_prob * 400)
     assert (np.abs(walked - solved) <= 8 * deviation + bias * solved.max()).all()
