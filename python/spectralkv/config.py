@@ -68,7 +68,8 @@ class GraphConfig:
     seed
         Of all random numbers.
     head_offset, total_kv_heads
-        First KV head here and KV heads over all ranks (0: ``num_kv_heads``), for tensor parallelism.
+        For tensor parallelism: the first KV head here, and KV heads over all ranks (0:
+        ``num_kv_heads``).
     device
         ``"cpu"`` or ``"cuda:N"``.
     num_threads

@@ -17,8 +17,9 @@ class GraphManager:
 
     A *slot* is where a token's key lies in the cache, its *position* where it stands in the text.
     Slots ``[0, length)`` are in use. Tensors are of any DLPack framework (torch, numpy, cupy,
-    jax); axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim, K neighbours.
-    Keys and queries are float32, float16 or bfloat16 with a contiguous last axis; nothing is copied.
+    jax); axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim and
+    K neighbours. Keys and queries are float32, float16 or bfloat16 with a contiguous last axis;
+    nothing is copied.
 
     Parameters
     ----------
