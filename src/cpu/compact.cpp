@@ -12,6 +12,8 @@ namespace spectralkv::detail {
 namespace {
 
 constexpr std::int64_t kCacheLine = 64;
+/// How far ahead memory is fetched: a run is one or two slots where a fifth stays.
+constexpr std::size_t kMovesAhead = 6;
 
 /// A run of slots that move by the same distance.
 struct Move {
@@ -51,9 +53,8 @@ void move_slots(const TensorView& view, std::int64_t b, std::int64_t h,
   for (std::size_t i = 0; i < moves.size(); ++i) {
     const Move& move = moves[i];
     // Kept slots lie scattered: the processor does not foresee where the next run starts.
-    constexpr std::size_t kAhead = 4;
-    if (i + kAhead < moves.size()) {
-      const std::byte* next = base + moves[i + kAhead].from * stride;
+    if (i + kMovesAhead < moves.size()) {
+      const std::byte* next = base + moves[i + kMovesAhead].from * stride;
       for (std::int64_t offset = 0; offset < width; offset += kCacheLine) {
         __builtin_prefetch(next + offset);
       }
@@ -71,32 +72,44 @@ void move_slots(const TensorView& view, std::int64_t b, std::int64_t h,
   }
 }
 
+template <class T>
+void move_values(T* values, const std::vector<Move>& moves) {
+  for (const Move& move : moves) {
+    std::memmove(values + move.to, values + move.from,
+                 static_cast<std::size_t>(move.count) * sizeof(T));
+  }
+}
+
 void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
                 const std::int32_t* keep, std::int64_t count, std::int64_t length,
                 const std::vector<Move>& moves) {
   const int top_k = context.graph.top_k;
+  std::int32_t* const positions = layer.positions(b, g);
   std::vector<std::int32_t> new_slot(static_cast<std::size_t>(length), -1);
   for (std::int64_t i = 0; i < count; ++i) {
     if (keep[i] >= 0) new_slot[static_cast<std::size_t>(keep[i])] = static_cast<std::int32_t>(i);
   }
-  // Rows are rewritten where they are, while positions still say which edges live, then moved.
+  // Rows are rewritten on their way, before positions move: these tell which edges live.
+  const auto rewrite = [&](std::int64_t to, std::int64_t from) {
+    remap_row(layer.row(b, g, from), layer.row(b, g, to), top_k, positions, from, new_slot.data());
+  };
   for (std::int64_t i = 0; i < count; ++i) {
-    if (keep[i] < 0) continue;
-    remap_row(layer.row(b, g, keep[i]), top_k, layer.positions(b, g), keep[i], new_slot.data());
+    if (keep[i] == i) rewrite(i, i);
   }
-  const std::size_t row_bytes = sizeof(std::int32_t) * static_cast<std::size_t>(top_k) *
-                                (context.graph.edge_law == EdgeLaw::weighted ? 2 : 1);
-  for (const Move& move : moves) {
-    for (std::int64_t i = 0; i < move.count; ++i) {
-      const std::int64_t k = move.to < move.from ? i : move.count - 1 - i;
-      std::memcpy(layer.row(b, g, move.to + k).neighbors, layer.row(b, g, move.from + k).neighbors,
-                  row_bytes);
-      layer.copy_slot(b, g, move.to + k, move.from + k);
+  for (std::size_t i = 0; i < moves.size(); ++i) {
+    const Move& move = moves[i];
+    if (i + kMovesAhead < moves.size()) {
+      const ConstRow next = layer.row(b, g, moves[i + kMovesAhead].from);
+      __builtin_prefetch(next.neighbors);
+    }
+    for (std::int64_t j = 0; j < move.count; ++j) {
+      const std::int64_t k = move.to < move.from ? j : move.count - 1 - j;
+      rewrite(move.to + k, move.from + k);
     }
   }
+  layer.for_each_value([&](auto* values) { move_values(values, moves); }, b, g);
   for (std::int64_t i = 0; i < count && keep[i] < 0; ++i) layer.clear(b, g, i);
   // What lies behind is cleared when a token takes its place.
-  std::int32_t* const positions = layer.positions(b, g);
   std::fill(positions + count, positions + length, -1);
 }
 

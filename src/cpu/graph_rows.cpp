@@ -32,42 +32,45 @@ void write_row(Row row, int top_k, const std::int32_t* neighbors, const double* 
   std::fill(row.thresholds + count, row.thresholds + top_k, threshold);
 }
 
-void remap_row(Row row, int top_k, const std::int32_t* positions, std::int64_t slot,
+void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, std::int64_t slot,
                const std::int32_t* new_slot) {
-  const ConstRow old{row.neighbors, row.thresholds};
-  const auto stays = [&](int k) {
-    const std::int32_t neighbor = old.neighbors[k];
-    return is_live_edge(positions, slot, neighbor) && new_slot[neighbor] >= 0 &&
-           edge_width(old, k) > 0;
+  const auto target = [&](std::int32_t neighbor) {
+    return is_live_edge(positions, slot, neighbor) ? new_slot[neighbor] : -1;
   };
-  std::uint64_t total = 0;
-  for (int k = 0; k < top_k; ++k) {
-    if (stays(k)) total += edge_width(old, k);
-  }
-  // Writing never overtakes reading, but a width needs the threshold before it as it was.
-  std::uint64_t sum = 0;
-  std::uint32_t before = 0;
   int count = 0;
-  std::uint32_t threshold = 0;
-  for (int k = 0; k < top_k; ++k) {
-    const std::uint32_t upper = row.thresholds != nullptr ? row.thresholds[k] : 0;
-    const std::int32_t neighbor = row.neighbors[k];
-    const std::uint32_t width = row.thresholds != nullptr ? upper - before : 1;
-    before = upper;
-    if (width == 0 || !is_live_edge(positions, slot, neighbor) || new_slot[neighbor] < 0) continue;
-    sum += width;
-    row.neighbors[count] = new_slot[neighbor];
-    if (row.thresholds != nullptr) {
-      threshold =
-          sum == total ? kAllOnes : static_cast<std::uint32_t>(((sum << 32U) + total / 2) / total);
-      row.thresholds[count] = threshold;
+  if (from.thresholds == nullptr) {
+    for (int k = 0; k < top_k; ++k) {
+      const std::int32_t neighbor = target(from.neighbors[k]);
+      if (neighbor >= 0) to.neighbors[count++] = neighbor;
     }
-    ++count;
+    std::fill(to.neighbors + count, to.neighbors + top_k, -1);
+    return;
   }
-  std::fill(row.neighbors + count, row.neighbors + top_k, -1);
-  if (row.thresholds != nullptr) {
-    std::fill(row.thresholds + count, row.thresholds + top_k, threshold);
+  // Kept edges are pushed together first. Writing never overtakes reading, but a width needs the
+  // threshold before it as it was.
+  std::uint32_t sum = 0;
+  std::uint32_t before = 0;
+  for (int k = 0; k < top_k; ++k) {
+    const std::uint32_t upper = from.thresholds[k];
+    const std::uint32_t width = upper - before;
+    before = upper;
+    if (width == 0) continue;
+    const std::int32_t neighbor = target(from.neighbors[k]);
+    if (neighbor < 0) continue;
+    sum += width;
+    to.neighbors[count] = neighbor;
+    to.thresholds[count++] = sum;
   }
+  const std::uint32_t total = sum;
+  if (total != kAllOnes) {
+    for (int k = 0; k + 1 < count; ++k) {
+      to.thresholds[k] = static_cast<std::uint32_t>(
+          ((std::uint64_t{to.thresholds[k]} << 32U) + total / 2) / total);
+    }
+    if (count > 0) to.thresholds[count - 1] = kAllOnes;
+  }
+  std::fill(to.neighbors + count, to.neighbors + top_k, -1);
+  std::fill(to.thresholds + count, to.thresholds + top_k, count > 0 ? kAllOnes : 0U);
 }
 
 }  // namespace spectralkv::detail

@@ -41,15 +41,6 @@ void CpuLayer::clear(std::int64_t b, std::int64_t g, std::int64_t slot) {
   if (novelty_.bytes() > 0) novelty(b, g)[slot] = 0;
 }
 
-void CpuLayer::copy_slot(std::int64_t b, std::int64_t g, std::int64_t to, std::int64_t from) {
-  positions(b, g)[to] = positions(b, g)[from];
-  for (int p = 0; p < populations_; ++p) {
-    scores(b, g, p)[to] = scores(b, g, p)[from];
-    if (has_visits()) visits(b, g, p)[to] = visits(b, g, p)[from];
-  }
-  if (novelty_.bytes() > 0) novelty(b, g)[to] = novelty(b, g)[from];
-}
-
 void CpuLayer::copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
                              std::int64_t length) {
   for (std::int64_t g = 0; g < graphs_; ++g) {

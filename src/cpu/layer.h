@@ -114,8 +114,16 @@ class CpuLayer {
   /// Empties a slot: no token, no edges, no score.
   void clear(std::int64_t b, std::int64_t g, std::int64_t slot);
 
-  /// Moves what a slot holds, its row excepted, to another and leaves the old one as it is.
-  void copy_slot(std::int64_t b, std::int64_t g, std::int64_t to, std::int64_t from);
+  /// Calls function(pointer) for each array of a graph that has one value a slot: all but the rows.
+  template <class Function>
+  void for_each_value(Function&& function, std::int64_t b, std::int64_t g) {
+    function(positions(b, g));
+    for (int p = 0; p < populations_; ++p) {
+      function(scores(b, g, p));
+      if (has_visits()) function(visits(b, g, p));
+    }
+    if (novelty_.bytes() > 0) function(novelty(b, g));
+  }
 
   /// Takes over one sequence of another layer of the same shape but for batch and capacity.
   void copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
@@ -238,9 +246,10 @@ void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, 
     function(row.neighbors[k], static_cast<double>(width) * unit);
   }
 }
-/// Rewrites a row for slots that move: new_slot[j] is where slot j goes, -1 where its token does
-/// not stay. Edges to tokens that go are dropped, the others keep their proportions.
-void remap_row(Row row, int top_k, const std::int32_t* positions, std::int64_t slot,
+/// Rewrites the row of `slot` for slots that move, into `to`, which may be the row itself:
+/// new_slot[j] is where slot j goes, -1 where its token does not stay. Edges to tokens that go are
+/// dropped, the others keep their proportions.
+void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, std::int64_t slot,
                const std::int32_t* new_slot);
 
 /// novelty.cpp
