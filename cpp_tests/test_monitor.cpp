@@ -118,8 +118,10 @@ class Engine {
 
   /// Positions that a head holds, in order.
   std::vector<Index> held(Index b, Index h) const {
-    std::vector<Index> positions = read_graphs(monitor.graph(), 0)[at(b)][at(h)].positions;
-    std::erase(positions, -1);
+    std::vector<Index> positions;
+    for (const double position : read_positions(monitor.graph(), 0).vector({b, h})) {
+      if (position >= 0.0) positions.push_back(static_cast<Index>(position));
+    }
     std::sort(positions.begin(), positions.end());
     return positions;
   }

@@ -130,24 +130,22 @@ void check_update(const Case& c, Random& random, double tolerance = kTolerance) 
 
 TEST(ScoreTopK, EqualsTheReferenceForEveryTypeGroupAndHeadDim) {
   Random random(1);
-  int round = 0;
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const Index group : {1, 2, 3, 4, 8, 16}) {
       for (const Index head_dim : {64, 80, 96, 128, 256}) {
         for (const Index length : {0, 1, 7, 8, 9, 300}) {
-          // One long row for each head_dim and type: the reference is slow.
-          if (length == 300 && group != 1 && (group * head_dim + round) % 5 != 0) continue;
-          ++round;
+          // The reference is slow: a part of the long rows will do.
+          if (length == 300 && random.chance(0.7)) continue;
           SCOPED_TRACE(::testing::Message() << name_of(dtype) << ", group " << group
                                             << ", head_dim " << head_dim << ", length " << length);
           check_update({.dtype = dtype,
                         .group = group,
                         .head_dim = head_dim,
                         .length = length,
-                        .law = round % 3 == 0 ? EdgeLaw::uniform : EdgeLaw::weighted,
-                        .scope = round % 4 == 0 ? GraphScope::layer : GraphScope::head,
-                        .num_sinks = round % 5 == 0 ? 4 : 0,
-                        .strided = round % 2 == 0},
+                        .law = random.chance(0.3) ? EdgeLaw::uniform : EdgeLaw::weighted,
+                        .scope = random.chance(0.3) ? GraphScope::layer : GraphScope::head,
+                        .num_sinks = random.chance(0.3) ? 4 : 0,
+                        .strided = random.chance(0.5)},
                        random);
           if (HasFailure()) return;
         }
@@ -292,7 +290,8 @@ TEST(ScoreTopK, CountsOwnAndSinkAttentionInTheMeanOverHeads) {
   query.set({0, 0, 0}, 1.0);
   query.set({0, 1, 1}, 1.0);
   manager.update(0, query.view(), keys.view(), {}, {.scale = 1.0}, Stream{});
-  for (const Edge& edge : read_graphs(manager, 0)[0][0].rows.back()) {
+  const std::vector<Edge> row = read_graphs(manager, 0)[0][0].rows.back();
+  for (const Edge& edge : row) {
     const double share = 1.0 / (1.0 + std::exp(-1.0));
     if (edge.slot == 1) {
       EXPECT_NEAR(edge.probability, share, 1e-3);

@@ -23,6 +23,14 @@ GraphConfig graph_config(int num_threads, Index batch = 4) {
           .num_threads = num_threads};
 }
 
+WalkConfig walk_config() {
+  return {.num_walkers = 300,
+          .populations = {{.share = 0.25},
+                          {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.25},
+                          {.restart = Restart::current, .share = 0.25},
+                          {.restart = Restart::novelty, .share = 0.25}}};
+}
+
 /// A whole life of a layer; the state at its end and all that was selected on the way.
 std::vector<std::vector<std::byte>> run(const GraphConfig& config, const WalkConfig& walk) {
   GraphManager manager(config, walk);
@@ -41,7 +49,7 @@ std::vector<std::vector<std::byte>> run(const GraphConfig& config, const WalkCon
   load_graphs(manager, 0, graphs);
   Feeder feeder(manager, 0, 2, DType::bf16);
   feeder.keys.fill_normal(random);
-  feeder.prefill(40);
+  feeder.prefill(12);
   feeder.append();
   record(Snapshot(manager));
   if (walk.needs_novelty()) manager.update_novelty(0, feeder.keys.view(), Stream{});
@@ -50,8 +58,8 @@ std::vector<std::vector<std::byte>> run(const GraphConfig& config, const WalkCon
   record(Snapshot(manager));
   manager.solve(0, {}, Stream{});
   record(Snapshot(manager));
-  const EvictionConfig eviction{.budget = 300, .interval = 32, .window = 50, .sinks = 4};
-  HostTensor keep(DType::i32, {config.batch_size, 4, 300});
+  const EvictionConfig eviction{.budget = 560, .interval = 32, .window = 50, .sinks = 4};
+  HostTensor keep(DType::i32, {config.batch_size, 4, 560});
   manager.select(0, eviction, false, keep.view(), Stream{});
   results.push_back(keep.bytes());
   manager.compact(0, keep.view(), feeder.keys.view(), {}, Stream{});
@@ -65,10 +73,10 @@ TEST(Threads, ChangeNothing) {
   for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
     GraphConfig config = graph_config(1);
     config.scope = scope;
-    const auto expected = run(config, {});
+    const auto expected = run(config, walk_config());
     for (const int num_threads : {2, 5}) {
       config.num_threads = num_threads;
-      EXPECT_TRUE(expected == run(config, {})) << num_threads << " threads";
+      EXPECT_TRUE(expected == run(config, walk_config())) << num_threads << " threads";
     }
   }
 }
@@ -86,7 +94,7 @@ TEST(Threads, OfManagersAreIndependent) {
 }
 
 TEST(Threads, AreAsManyAsProcessorsByDefault) {
-  EXPECT_TRUE(run(graph_config(0, 1), {}) == run(graph_config(1, 1), {}));
+  EXPECT_TRUE(run(graph_config(0, 1), walk_config()) == run(graph_config(1, 1), walk_config()));
 }
 
 }  // namespace
