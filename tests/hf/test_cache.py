@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import feed, make_cache
 from transformers import BertConfig, DynamicCache, T5Config
+from transformers.cache_utils import DynamicLayer
 
 from spectralkv import policies
 from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache
@@ -413,6 +414,21 @@ def test_models_that_share_keys_between_layers_are_refused() -> None:
         EvictingCache(config, H2O)
 
 
+def test_layers_that_would_share_a_mask_but_not_a_size_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Other(DynamicLayer):
+        pass
+
+    mixed = DynamicCache(config=make_config("llama"))
+    mixed.layers[1] = Other()
+    monkeypatch.setattr("spectralkv.hf.cache.DynamicCache", lambda config: mixed)  # noqa: ARG005
+    with pytest.raises(ValueError, match="all be plain attention, got Other in layer 1"):
+        EvictingCache(make_config("llama"), H2O)
+    mixed.layers[0] = DynamicLayer()
+    assert EvictingCache(make_config("llama"), policies.Full()).evicting_layers[0].index == 0
+
+
 def test_flex_attention_is_refused_before_anything_runs() -> None:
     config = make_config("llama")
     config._attn_implementation = "flex_attention"
@@ -458,6 +474,14 @@ def test_a_copy_lives_on_its_own(name: str) -> None:
     other = feed(model, copied, ids[:, 45:], [1] * 45)
     assert torch.equal(one, other)
     assert copied.layers[0].keys.data_ptr() != cache.layers[0].keys.data_ptr()
+
+
+def test_a_cache_with_graphs_refuses_to_be_copied() -> None:
+    model = make_model("llama", dtype=torch.float32)
+    cache = make_cache(model.config, policies.Spectral(budget=24, interval=8, window=8))
+    feed(model, cache, random_ids(1, 40), [40])
+    with pytest.raises(TypeError, match="a cache with graphs cannot be copied"):
+        copy.deepcopy(cache)
 
 
 # -- importing

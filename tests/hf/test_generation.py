@@ -237,6 +237,34 @@ def test_inference_mode_may_come_and_go() -> None:
         assert not cache.evicting_layers[0].keys.requires_grad
 
 
+def test_inference_mode_may_come_and_go_with_padding() -> None:
+    model = make_model("llama", dtype=torch.float32)
+    ids, mask = left_padded([60, 45, 33])
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    for policy in POLICIES.values():
+        cache = make_cache(model.config, policy)
+        for mode, start, end in (
+            (torch.inference_mode(), 0, 29),
+            (torch.no_grad(), 29, 40),
+            (torch.inference_mode(), 40, 59),
+            (torch.enable_grad(), 59, 60),
+        ):
+            with mode:
+                model(
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=position_ids[:, start:end],
+                    past_key_values=cache,
+                )
+        assert cache.evicting_layers[0].lengths == (25, 25, 25)
+        with torch.inference_mode():
+            cache.crop(0)
+            cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([1]))
+        with torch.no_grad():
+            model(ids[:1, -1:], past_key_values=cache)
+
+
 def test_spectral_cache_takes_options_and_a_seed() -> None:
     model = make_model("llama", dtype=torch.float32)
     options = {"budget": 24, "interval": 8, "window": 4, "sinks": 2, "top_k": 4}

@@ -97,6 +97,21 @@ def test_rebuilt_masks_of_one_token() -> None:
     )
 
 
+def test_several_new_tokens_without_a_mask() -> None:
+    """Where a model gives no mask, transformers' sdpa takes the first keys for the newest."""
+    rebuilt = masks.rebuild(None, None, torch.zeros(1, 4, 3, 8), 7, "sdpa")
+    assert torch.equal(rebuilt, causal(3, 7)[None, None])
+    model = make_model("llama")
+    cache = make_cache(model.config, policies.KeyDiff(budget=24, interval=8))
+    with torch.no_grad():
+        model(random_ids(1, 50), past_key_values=cache)
+    layer = cache.evicting_layers[0]
+    keys = torch.zeros(1, 2, 3, 8, dtype=torch.float64)
+    layer.update(keys, keys)
+    mask = layer.before_attention(torch.zeros(1, 4, 3, 8), None, "sdpa")
+    assert torch.equal(mask, causal(3, 27)[None, None])
+
+
 def test_the_models_own_pattern_holds_among_the_new_tokens() -> None:
     query = torch.zeros(1, 4, 3, 8)
     tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)

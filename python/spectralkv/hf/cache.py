@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from spectralkv.hf import masks, tap
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
@@ -103,6 +103,8 @@ class EvictingCache(Cache):
         # transformers chooses the kind of each layer; plain attention layers become ours.
         layers: list[Any] = DynamicCache(config=config).layers
         ours = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if policy.budget is not None and ours:
+            self._check_masks(layers)
         trackers = policy.trackers(len(ours))
         reader = masks.MaskReader()
         for order, index in enumerate(ours):
@@ -117,7 +119,7 @@ class EvictingCache(Cache):
                 f"{len(ours)} of {len(layers)} layers of this model evict; the others have a "
                 "sliding window or a cache of their own and stay as they are",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=2 if type(self) is EvictingCache else 3,
             )
 
     @property
@@ -175,6 +177,18 @@ class EvictingCache(Cache):
                 "[EvictingCache] each layer must have its own keys and values, got a model whose "
                 "layers read those of others (kv_sharing_modes)"
             )
+
+    def _check_masks(self, layers: list[Any]) -> None:
+        # One mask serves all layers without a window, so they must hold equally many slots.
+        for index, layer in enumerate(layers):
+            is_whole = isinstance(layer, CacheLayerMixin) and not getattr(
+                layer, "is_sliding", False
+            )
+            if is_whole and type(layer) is not DynamicLayer:
+                raise ValueError(
+                    "[EvictingCache] layers without a window must all be plain attention, got "
+                    f"{type(layer).__name__} in layer {index} beside layers that can evict"
+                )
 
     def _refuse_flex(self) -> None:
         raise ValueError(

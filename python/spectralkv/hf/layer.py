@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,6 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable = False
     is_sliding = False
-    layer_type = "full_attention"
 
     def __init__(
         self,
@@ -186,11 +186,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Learn which new tokens are real, and return the mask for the slots as they are."""
         batch, count = query.shape[0], query.shape[2]
         new = self._new = self._reader.new_tokens(mask, batch, count, self._seen)
-        self._lengths = tuple(map(int.__add__, self._lengths, new.counts))
+        self._lengths = tuple(map(operator.add, self._lengths, new.counts))
         if new.valid is not None and self._valid_slab is None:
-            self._valid_slab = torch.ones(
-                batch, self._capacity, dtype=torch.bool, device=query.device
-            )
+            self._valid_slab = self._all_valid()
         valid = None
         if self._valid_slab is not None:
             fresh = self._valid_slab[:, self._size - count : self._size]
@@ -199,7 +197,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             else:
                 fresh.copy_(new.valid)
             valid = self._valid_slab[:, : self._size]
-        if not self._compacted or (mask is None and valid is None):
+        if not self._compacted:
+            return mask
+        # Without a mask, transformers' sdpa would take several new tokens for the first ones.
+        if mask is None and valid is None and (count == 1 or implementation != "sdpa"):
             return mask
         return masks.rebuild(mask, valid, query, self._size, implementation)
 
@@ -211,24 +212,30 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"[cache] layer {self.index}: attention without an update")
         self._awaits_attention = False
         valid = None if self._valid_slab is None else self._valid_slab[:, : self._size]
-        with torch.inference_mode(False), torch.no_grad():
-            self._tracker.observe(
-                Observation(
-                    query=query,
-                    keys=self.keys,
-                    values=self.values,
-                    lengths=self._lengths,
-                    valid=valid,
-                    new_valid=self._new.valid,
-                    scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
-                    softcap=softcap,
-                )
-            )
-            if valid is not None and self._new.valid is not None:
-                self._close_gaps(valid)
-            keep = self._tracker.keep()
-            if keep is not None:
-                self._cut(keep)
+        observation = Observation(
+            query=query,
+            keys=self.keys,
+            values=self.values,
+            lengths=self._lengths,
+            valid=valid,
+            new_valid=self._new.valid,
+            scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+        )
+        # Entering the contexts costs as much as the rest of this method; generate() needs neither.
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                self._observe(self._tracker, observation)
+        else:
+            self._observe(self._tracker, observation)
+
+    def _observe(self, tracker: Tracker, observation: Observation) -> None:
+        tracker.observe(observation)
+        if observation.valid is not None and observation.new_valid is not None:
+            self._close_gaps(observation.valid)
+        keep = tracker.keep()
+        if keep is not None:
+            self._cut(keep)
 
     # -- what generation calls
 
@@ -243,6 +250,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             More tokens are to go than are surely still there: after a cut, those that came since
             and the policy's window.
         """
+        tokens_to_remove = int(tokens_to_remove)  # some versions of transformers pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 "[crop] tokens_to_remove must be 0 or minus the number of tokens, "
@@ -265,11 +273,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             gone = (count,) * len(self._lengths)
         else:
             gone = tuple(self._valid_slab[:, end : self._size].sum(-1).tolist())
-        self._lengths = tuple(map(int.__sub__, self._lengths, gone))
+        self._lengths = tuple(map(operator.sub, self._lengths, gone))
         if self._base_positions is not None and end < base:
             lost = (self._base_positions[:, 0, end:] >= 0).sum(-1).tolist()
             self._base_positions = self._base_positions[:, :, :end]
-            self._base_seen = tuple(map(int.__sub__, self._base_seen, lost))
+            self._base_seen = tuple(map(operator.sub, self._base_seen, lost))
         self._size = end
         self._seen -= count
         self._awaits_attention = False
@@ -366,6 +374,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.values = self._value_slab.narrow(2, 0, self._size)
         return self.keys, self.values
 
+    def _all_valid(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            shape = (len(self._lengths), self._capacity)
+            return torch.ones(shape, dtype=torch.bool, device=self.device)
+
     def _check_new(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         for name, new, slab in (
             ("keys", keys, self._key_slab),
@@ -446,9 +459,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._valid_slab = None
         else:
             if self._valid_slab is None:
-                self._valid_slab = torch.ones(
-                    len(kept), self._capacity, dtype=torch.bool, device=self.device
-                )
+                self._valid_slab = self._all_valid()
             self._valid_slab[:, :size] = keep[:, 0] >= 0
         self._show()
 
@@ -458,7 +469,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._valid_slab is None:
             return tuple(seen + self._size - base for seen in self._base_seen)
         later = self._valid_slab[:, base : self._size].sum(-1).tolist()
-        return tuple(map(int.__add__, self._base_seen, later))
+        return tuple(map(operator.add, self._base_seen, later))
 
 
 def _with_size(tensor: torch.Tensor, size: int) -> tuple[int, ...]:

@@ -85,10 +85,11 @@ class _H2OTracker(ScoreTracker[H2O]):
             softcap=observation.softcap,
             valid=observation.valid,
         ):
-            per_head = attention.mean(2)  # (B, Hkv, q, S)
-            if weight is not None:
-                per_head = per_head * weight[:, None, block, None]
-            sums += per_head.sum(2)
+            if weight is None:
+                drawn = attention.sum(dim=(2, 3))
+            else:
+                drawn = (attention * weight[:, None, None, block, None]).sum(dim=(2, 3))
+            sums.add_(drawn, alpha=1.0 / attention.shape[2])
 
     def scores(self) -> torch.Tensor:
         """Return the accumulated attention."""

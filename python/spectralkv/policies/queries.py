@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from spectralkv.policies.base import Observation, PolicyT, ScoreTracker
@@ -19,8 +21,9 @@ class QueryWindow:
     def __init__(self, size: int) -> None:
         self._size = size
         # Blocks (B, Hq, q, D), oldest first; only the first may have empty places, at its front.
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: deque[torch.Tensor] = deque()
         self._valid: torch.Tensor | None = None
+        self._count = 0  # queries in all blocks
 
     def push(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Add `query` (B, Hq, Q, D); bool `valid` (B, Q) marks padding with False."""
@@ -30,9 +33,9 @@ class QueryWindow:
         newest = query[:, :, max(0, query.shape[2] - self._size) :]
         # A copy: the model may overwrite its query, and a slice would keep the whole prompt's.
         self._blocks.append(newest.clone(memory_format=torch.contiguous_format))
-        count = sum(block.shape[2] for block in self._blocks)
-        while count - self._blocks[0].shape[2] >= self._size:
-            count -= self._blocks.pop(0).shape[2]
+        self._count += newest.shape[2]
+        while self._count - self._blocks[0].shape[2] >= self._size:
+            self._count -= self._blocks.popleft().shape[2]
             self._valid = None
 
     def _push_padded(self, query: torch.Tensor, valid: torch.Tensor) -> None:
@@ -44,7 +47,8 @@ class QueryWindow:
             query, valid = torch.cat((old, query), 2), torch.cat((old_valid, valid), 1)
         order = valid.to(torch.uint8).sort(dim=-1, stable=True).indices[:, -self._size :]
         index = order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-        self._blocks, self._valid = [query.gather(2, index)], valid.gather(1, order)
+        self._blocks, self._valid = deque([query.gather(2, index)]), valid.gather(1, order)
+        self._count = self._valid.shape[1]
 
     def queries(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Return the queries, newest last, and which of them are there; None when there are none.
@@ -58,7 +62,7 @@ class QueryWindow:
         """
         if not self._blocks:
             return None
-        query, valid = torch.cat(self._blocks, 2), self._valid
+        query, valid = torch.cat(tuple(self._blocks), 2), self._valid
         if valid is not None:
             new = valid.new_ones(valid.shape[0], query.shape[2] - valid.shape[1])
             valid = torch.cat((valid, new), 1)[:, -self._size :]
@@ -68,6 +72,7 @@ class QueryWindow:
         """Forget the newest `count` queries."""
         while count and self._blocks:
             newest = self._blocks.pop()
+            self._count -= min(count, newest.shape[2])
             left = newest.shape[2] - count
             if left > 0:
                 self._blocks.append(newest[:, :, :left])
@@ -79,13 +84,14 @@ class QueryWindow:
 
     def select_batch(self, indices: torch.Tensor) -> None:
         """Make sequence i a copy of what sequence ``indices[i]`` was."""
-        self._blocks = [block.index_select(0, indices) for block in self._blocks]
+        self._blocks = deque(block.index_select(0, indices) for block in self._blocks)
         if self._valid is not None:
             self._valid = self._valid.index_select(0, indices)
 
     def reset(self) -> None:
         """Forget everything."""
-        self._blocks, self._valid = [], None
+        self._blocks.clear()
+        self._valid, self._count = None, 0
 
     def nbytes(self) -> int:
         """Bytes held."""
@@ -135,8 +141,9 @@ class QueryTracker(ScoreTracker[PolicyT]):
         """Bytes of this state."""
         return self._queries.nbytes()
 
-    def _newest_queries(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _newest_queries(self) -> torch.Tensor:
+        # A sequence that holds fewer is never cut, so which of them are empty does not matter.
         held = self._queries.queries()
         if held is None:
             raise RuntimeError(f"[{self._policy.name}] scores need a query, got none")
-        return held
+        return held[0]

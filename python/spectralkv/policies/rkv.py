@@ -82,7 +82,7 @@ class _RKVTracker(QueryTracker[RKV]):
         return scores
 
     def _importance(self, seen: Observation, before: int) -> torch.Tensor:
-        query, query_valid = self._newest_queries()
+        query = self._newest_queries()
         logits = attention_logits(
             query,
             seen.keys,
@@ -92,14 +92,8 @@ class _RKVTracker(QueryTracker[RKV]):
             offset=seen.keys.shape[2] - query.shape[2],
         )
         attention = logits.amax(2)[..., :before].softmax(-1).nan_to_num(0.0)  # (B, Hkv, w, before)
-        if query_valid is None:
-            importance = attention.mean(2)
-        else:
-            attention = attention.masked_fill(~query_valid[:, None, :, None], 0.0)
-            count = query_valid.sum(1).clamp_min(1)
-            importance = attention.sum(2) / count[:, None, None]
         width = self._policy.kernel_size
-        return functional.max_pool1d(importance, width, stride=1, padding=width // 2)
+        return functional.max_pool1d(attention.mean(2), width, stride=1, padding=width // 2)
 
     def _redundancy(self, seen: Observation) -> torch.Tensor:
         direction = key_directions(seen.keys, seen.valid)

@@ -64,16 +64,14 @@ class SnapKV(Policy):
 class _SnapKVTracker(QueryTracker[SnapKV]):
     def scores(self) -> torch.Tensor:
         """Return the pooled votes; 0 in the window."""
-        seen, (query, query_valid) = self._observed(), self._newest_queries()
+        seen, query = self._observed(), self._newest_queries()
         batch, heads, size, _ = seen.keys.shape
         before = max(0, size - self._policy.window)
         votes = torch.zeros(batch, heads, size, device=seen.keys.device)
-        for block, attention in attention_blocks(
+        for _, attention in attention_blocks(
             query, seen.keys, scaling=seen.scaling, softcap=seen.softcap, valid=seen.valid
         ):
             per_head = attention[..., :before].mean(2)  # (B, Hkv, q, before)
-            if query_valid is not None:
-                per_head = per_head.masked_fill(~query_valid[:, None, block, None], 0.0)
             votes[..., :before] += per_head.sum(2)
         if before:
             votes[..., :before] = self._pool(votes[..., :before])

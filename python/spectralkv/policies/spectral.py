@@ -251,6 +251,11 @@ class _SpectralTracker(Tracker):
         self._keys, self._monitor, self._counts_memory = None, None, False
         self._monitors.clear()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> _SpectralTracker:
+        raise TypeError(
+            "[spectral] a cache with graphs cannot be copied; feed the prompt to a new one"
+        )
+
     def nbytes(self) -> int:
         if self._monitor is None or not self._counts_memory:
             return 0

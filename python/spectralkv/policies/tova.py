@@ -38,7 +38,7 @@ class TOVA(Policy):
 class _TOVATracker(QueryTracker[TOVA]):
     def scores(self) -> torch.Tensor:
         """Return the newest query's attention, the same for all heads."""
-        seen, (query, _) = self._observed(), self._newest_queries()
+        seen, query = self._observed(), self._newest_queries()
         logits = attention_logits(
             query,
             seen.keys,
