@@ -134,6 +134,23 @@ TEST(PprExact, DecaysAsWalksDo) {
   }
 }
 
+TEST(PprExact, RoundsItsVisits) {
+  for (const double decay : {0.0, 0.5}) {
+    GraphManager manager(graph_config(EdgeLaw::weighted),
+                         WalkConfig{.decay = decay, .populations = {{.recent_tokens = 20}}});
+    Random random(7);
+    load_graphs(manager, 0, {{random_graph(random, kShape, 8, EdgeLaw::weighted)}});
+    manager.walk(0, {}, Stream{});
+    const Vector before = read_scores(manager, 0, 0).vector({0, 0});
+    manager.solve(0, {}, Stream{});
+    const Vector scores = read_scores(manager, 0, 0).vector({0, 0});
+    const Vector visits = read_visits(manager, 0, 0).vector({0, 0});
+    for (std::size_t v = 0; v < visits.size(); ++v) {
+      EXPECT_NEAR(visits[v], scores[v] - decay * before[v], 0.501) << "token " << v;
+    }
+  }
+}
+
 TEST(PprExact, SolvesTheMarkedSequences) {
   GraphConfig config = graph_config(EdgeLaw::weighted);
   config.batch_size = 3;

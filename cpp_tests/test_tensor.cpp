@@ -16,7 +16,6 @@ static_assert(std::is_trivially_copyable_v<TensorView>);
 static_assert(std::is_base_of_v<Error, InvalidArgument>);
 static_assert(std::is_base_of_v<Error, BackendUnavailable>);
 static_assert(std::is_base_of_v<Error, CudaError>);
-static_assert(std::is_base_of_v<Error, InternalError>);
 
 TEST(Tensor, KnowsSizesAndNames) {
   EXPECT_EQ(size_of(DType::f32), 4);
