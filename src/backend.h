@@ -44,7 +44,7 @@ struct UpdateArgs {
   std::int64_t row_stride = 1;
 };
 
-/// A sequence's plan at an eviction.
+/// The plan of an eviction.
 struct CutArgs {
   EvictionConfig eviction;
   std::vector<std::uint8_t> cut;  ///< one entry a sequence, nonzero: cut it to the budget

@@ -44,7 +44,8 @@ void GraphConfig::validate() const {
   const std::int64_t total = total_kv_heads == 0 ? num_kv_heads : total_kv_heads;
   check_range(kOperation, "head_offset", head_offset, 0, total - num_kv_heads);
   check_range(kOperation, "num_threads", num_threads, 0, 4096);
-  check_range(kOperation, "device.index", device.index, 0, 4096);
+  check_range(kOperation, "device.index", device.index, 0,
+              device.type == DeviceType::cpu ? 0 : 4096);
 }
 
 void WalkConfig::validate() const {

@@ -33,7 +33,7 @@ ConstTensorView with_token_axis(ConstTensorView query) {
   return query;
 }
 
-std::int64_t resolved_heads(const GraphConfig& config) {
+std::int64_t graphs_of(const GraphConfig& config) {
   return config.scope == GraphScope::head ? config.num_kv_heads : 1;
 }
 
@@ -124,7 +124,7 @@ struct GraphManager::Impl {
     check_tensor(view, {.operation = operation,
                         .name = name,
                         .axes = "(B, G, S, K)",
-                        .extents = {state.batch, resolved_heads(graph), slots, graph.top_k},
+                        .extents = {state.batch, graphs_of(graph), slots, graph.top_k},
                         .dtypes = {dtype},
                         .device = graph.device,
                         .unit_last_stride = true,
@@ -234,7 +234,7 @@ struct GraphManager::Impl {
       if (!sequences.empty() && sequences[b] == 0) continue;
       state.walked_at[b] = state.seen[b];
       state.walk_block[b] += blocks;
-      graphs += resolved_heads(graph);
+      graphs += graphs_of(graph);
     }
     return graphs;
   }
@@ -540,9 +540,7 @@ std::int64_t GraphManager::capacity(std::int64_t layer) const {
 std::int64_t GraphManager::batch_size(std::int64_t layer) const {
   return impl_->layer_state("batch_size", layer).batch;
 }
-std::int64_t GraphManager::graphs_per_sequence() const noexcept {
-  return resolved_heads(impl_->graph);
-}
+std::int64_t GraphManager::graphs_per_sequence() const noexcept { return graphs_of(impl_->graph); }
 
 std::int64_t GraphManager::tokens_seen(std::int64_t layer, std::int64_t sequence) const {
   const LayerState& state = impl_->layer_state("tokens_seen", layer);

@@ -53,7 +53,9 @@ std::string shape_string(std::initializer_list<std::int64_t> extents) {
 void check_tensor(const ConstTensorView& view, const TensorSpec& spec) {
   const auto invalid = [&](std::string_view aspect, const std::string& expected,
                            const std::string& got) {
-    throw_invalid(spec.operation, std::string(spec.name).append(aspect), expected, got);
+    std::string what(spec.name);
+    if (!aspect.empty()) what.append(spec.name.ends_with('s') ? "' " : "'s ").append(aspect);
+    throw_invalid(spec.operation, what, expected, got);
   };
   bool shape_ok = view.rank == static_cast<int>(spec.extents.size());
   std::int64_t elements = 1;
@@ -67,20 +69,20 @@ void check_tensor(const ConstTensorView& view, const TensorSpec& spec) {
   if (!shape_ok) invalid("", expected_shape(spec), shape_string(view));
   bool dtype_ok = false;
   for (const DType dtype : spec.dtypes) dtype_ok = dtype_ok || dtype == view.dtype;
-  if (!dtype_ok) invalid("'s dtype", dtype_list(spec.dtypes), name_of(view.dtype));
+  if (!dtype_ok) invalid("dtype", dtype_list(spec.dtypes), name_of(view.dtype));
   if (view.device != spec.device) {
-    invalid("'s device", name_of(spec.device), name_of(view.device));
+    invalid("device", name_of(spec.device), name_of(view.device));
   }
   if (elements == 0) return;
-  if (view.data == nullptr) invalid("'s data", "a valid pointer", "null");
+  if (view.data == nullptr) invalid("data", "a valid pointer", "null");
   const int last = view.rank - 1;
   if (spec.unit_last_stride && view.size(last) > 1 && view.stride(last) != 1) {
-    invalid("'s last stride", "1", std::to_string(view.stride(last)));
+    invalid("last stride", "1", std::to_string(view.stride(last)));
   }
   for (int a = 0; a < view.rank; ++a) {
     const bool broadcast = view.stride(a) == 0 && view.size(a) > 1;
     if (view.stride(a) < 0 || (spec.writable && broadcast)) {
-      invalid("'s strides", spec.writable ? "positive" : "non-negative",
+      invalid("strides", spec.writable ? "positive" : "non-negative",
               std::to_string(view.stride(a)) + " on axis " + std::to_string(a));
     }
   }

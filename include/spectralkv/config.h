@@ -22,7 +22,8 @@ enum class GraphScope : std::uint8_t {
   layer,  ///< one graph for all KV heads of a layer
 };
 
-/// Shape and memory of the graphs of one model. A graph is one (layer, sequence, KV head).
+/// Shape and memory of the graphs of one model. A graph is one (layer, sequence, KV head), or one
+/// (layer, sequence) with GraphScope::layer.
 struct SPECTRALKV_API GraphConfig {
   std::int64_t num_layers = 1;
   std::int64_t batch_size = 1;

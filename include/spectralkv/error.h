@@ -33,10 +33,4 @@ class SPECTRALKV_API CudaError : public Error {
   using Error::Error;
 };
 
-/// An invariant of this library is broken: a bug in SpectralKV, not in the caller.
-class SPECTRALKV_API InternalError : public Error {
- public:
-  using Error::Error;
-};
-
 }  // namespace spectralkv

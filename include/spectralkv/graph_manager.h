@@ -28,7 +28,8 @@ struct RowOptions {
   ScoreOptions score{};
   /// u8 (B, Q): 0 marks padding, which takes a slot but no position. Empty view: all are tokens.
   ConstTensorView valid{};
-  /// Rows are drawn for every row_stride-th token, counted from the newest backwards.
+  /// Rows are drawn for every row_stride-th token of a block, counted from its newest backwards;
+  /// the others have no edges.
   std::int64_t row_stride = 1;
 };
 
@@ -41,7 +42,7 @@ struct Statistics {
 };
 
 struct MemoryUse {
-  std::int64_t graph_bytes = 0;    ///< rows, positions, visits and scores
+  std::int64_t graph_bytes = 0;    ///< rows, positions, visits, scores and restart weights
   std::int64_t scratch_bytes = 0;  ///< buffers that hold nothing between calls
 };
 
@@ -97,7 +98,8 @@ class SPECTRALKV_API GraphManager {
   /// Writes f32 (B, Hkv, length): decayed visits of a population, or their sum (population -1).
   void scores(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
 
-  /// Writes u32 (B, Hkv, length): visits of a population in the last walk.
+  /// Writes u32 (B, Hkv, length): visits of a population in the last walk, or what the last solve
+  /// expects of one, rounded.
   void visits(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
 
   // -- eviction

@@ -21,7 +21,8 @@ enum class Solver : std::uint8_t {
 struct SPECTRALKV_API MonitorConfig {
   EvictionConfig eviction{};
   Solver solver = Solver::walk;
-  /// A sequence's importance is renewed every walk_interval tokens; 0: only when it is cut.
+  /// A sequence's importance is renewed when its prompt ends, before it is cut and, where this is
+  /// positive, every walk_interval tokens.
   std::int64_t walk_interval = 0;
   double top_fraction = 0.2;    ///< the part of a head's tokens that safety_mask protects
   std::int64_t row_stride = 1;  ///< of prompt rows, see RowOptions
@@ -56,7 +57,7 @@ class SPECTRALKV_API Monitor {
   void on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
                const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
 
-  /// A sequence has ended: its slots are free for the next one.
+  /// A sequence has ended: its slots hold no tokens any more, and no cut keeps them.
   void on_finish(std::int64_t sequence);
 
   /// Whether a sequence of the layer has reached budget + interval.

@@ -165,7 +165,10 @@ class GraphManager:
         )
 
     def visits(self, layer: int, *, like: Array, population: int = 0) -> Array:
-        """Visits of a population in the last walk: uint32 (B, Hkv, length)."""
+        """Visits of a population in the last walk: uint32 (B, Hkv, length).
+
+        After `solve`, what it expects of a walk, rounded.
+        """
         return filled(
             like,
             self._slot_shape(layer),
@@ -178,6 +181,14 @@ class GraphManager:
     def is_full(self, layer: int, eviction: EvictionConfig) -> bool:
         """Whether any sequence holds ``budget + interval`` tokens or more."""
         return self._core.is_full(layer, eviction._to_core())
+
+    def full_sequences(self, layer: int, eviction: EvictionConfig) -> list[bool]:
+        """Which sequences hold ``budget + interval`` tokens or more."""
+        return [bool(mark) for mark in self._core.full_sequences(layer, eviction._to_core())]
+
+    def kept_length(self, layer: int, eviction: EvictionConfig, *, force: bool = False) -> int:
+        """Slots a head needs after `select`: the M of its result."""
+        return self._core.kept_length(layer, eviction._to_core(), force)
 
     def select(
         self, layer: int, eviction: EvictionConfig, *, like: Array, force: bool = False
@@ -295,6 +306,15 @@ class GraphManager:
         """Tokens each head of a sequence holds."""
         return self._core.tokens_held(layer, sequence)
 
+    def tokens_walked(self, layer: int, sequence: int = 0) -> int:
+        """`tokens_seen` at the sequence's last walk or solve; -1 if none covers what it holds."""
+        return self._core.tokens_walked(layer, sequence)
+
+    @property
+    def graphs_per_sequence(self) -> int:
+        """Graphs that a sequence has in a layer: Hkv, or 1 where a layer's heads share one."""
+        return self._core.graphs_per_sequence()
+
     def positions(self, layer: int, *, like: Array) -> Array:
         """Position of the token in each slot, -1 if empty: int32 (B, Hkv, length)."""
         return filled(
@@ -313,7 +333,7 @@ class GraphManager:
         batch, _, length = self._slot_shape(layer)
         shape = (
             batch,
-            self._core.graphs_per_sequence(),
+            self.graphs_per_sequence,
             length,
             self._graph_config.top_k,
         )
@@ -354,7 +374,7 @@ class GraphManager:
         batch, _, length = self._slot_shape(layer)
         return filled(
             like,
-            (batch, self._core.graphs_per_sequence(), length),
+            (batch, self.graphs_per_sequence, length),
             "float32",
             lambda out: self._core.restart_distribution(layer, population, out),
         )

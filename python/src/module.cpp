@@ -20,11 +20,13 @@ NB_MODULE(_core, m) {
   m.def("cpu_threads", &spectralkv::cpu_threads,
         "Threads that the CPU backend uses unless told otherwise.");
 
-  // nanobind asks the newest translator first: the base class comes first.
-  nb::exception<spectralkv::Error>(m, "SpectralKVError", PyExc_RuntimeError);
-  nb::exception<spectralkv::InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
-  nb::exception<spectralkv::BackendUnavailable>(m, "BackendUnavailable", PyExc_RuntimeError);
-  nb::exception<spectralkv::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  // Each is also the Python exception that people expect. nanobind asks the newest translator
+  // first, so the base class comes first.
+  const nb::exception<spectralkv::Error> error(m, "SpectralKVError", PyExc_Exception);
+  const auto bases = [&](PyObject* builtin) { return nb::make_tuple(error, nb::handle(builtin)); };
+  nb::exception<spectralkv::InvalidArgument>(m, "InvalidArgument", bases(PyExc_ValueError));
+  nb::exception<spectralkv::BackendUnavailable>(m, "BackendUnavailable", bases(PyExc_RuntimeError));
+  nb::exception<spectralkv::CudaError>(m, "CudaError", bases(PyExc_RuntimeError));
 
   init_config(m);
   init_graph_manager(m);

@@ -30,7 +30,7 @@ inline DType dtype_of(nanobind::dlpack::dtype dtype) {
   if (is(Code::UInt, 32)) return DType::u32;
   if (is(Code::UInt, 8) || is(Code::Bool, 8)) return DType::u8;
   throw InvalidArgument(
-      "a tensor's dtype must be float32, float16, bfloat16, int32, uint32, uint8 or bool, got "
+      "[tensor] dtype must be float32, float16, bfloat16, int32, uint32, uint8 or bool, got "
       "DLPack code " +
       std::to_string(dtype.code) + " with " + std::to_string(dtype.bits) + " bits");
 }
@@ -38,14 +38,14 @@ inline DType dtype_of(nanobind::dlpack::dtype dtype) {
 inline Device device_of(int type, int index) {
   if (type == nanobind::device::cpu::value) return {DeviceType::cpu, 0};
   if (type == nanobind::device::cuda::value) return {DeviceType::cuda, index};
-  throw InvalidArgument("a tensor's device must be the CPU or CUDA, got DLPack device type " +
+  throw InvalidArgument("[tensor] device must be the CPU or CUDA, got DLPack device type " +
                         std::to_string(type));
 }
 
 template <class View, class Array>
 View make_view(const Array& array) {
   if (array.ndim() > kMaxRank) {
-    throw InvalidArgument("a tensor must have at most 5 axes, got " + std::to_string(array.ndim()));
+    throw InvalidArgument("[tensor] rank must be at most 5, got " + std::to_string(array.ndim()));
   }
   View view;
   view.data = array.data();

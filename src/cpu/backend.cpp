@@ -75,6 +75,13 @@ class CpuBackend final : public Backend {
     const std::int64_t count = args.queries.size(2);
     std::vector<std::int64_t> added(static_cast<std::size_t>(memory.batch()), 0);
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
+      for (std::int64_t g = 0; g < memory.graphs(); ++g) {
+        for (std::int64_t slot = args.first_slot; slot < args.length; ++slot) {
+          memory.clear(b, g, slot);
+        }
+      }
+    }
+    for (std::int64_t b = 0; b < memory.batch(); ++b) {
       std::int64_t& tokens = added[static_cast<std::size_t>(b)];
       for (std::int64_t i = 0; i < count; ++i) {
         const bool valid = args.valid.empty() || *element_pointer<std::uint8_t>(
@@ -85,7 +92,7 @@ class CpuBackend final : public Backend {
           const std::int64_t slot = args.slots.empty()
                                         ? args.first_slot + i
                                         : slot_of(args.slots, b, context().first_head(g));
-          memory.clear(b, g, slot);
+          if (!args.slots.empty()) memory.clear(b, g, slot);
           if (valid) memory.positions(b, g)[slot] = static_cast<std::int32_t>(position);
         }
         tokens += valid ? 1 : 0;

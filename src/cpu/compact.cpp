@@ -22,10 +22,10 @@ struct Move {
   std::int64_t count;
 };
 
-/// Runs in an order in which none overwrites what a later one reads. Kept slots ascend, so moves to
-/// the left are safe in ascending order and moves to the right in descending order, and the two
-/// kinds never touch each other's slots: where a slot moves left, no slot behind it that moves
-/// right can start before where it goes.
+/// Runs in an order in which none overwrites what a later one reads. keep[i] - i never falls, so
+/// all moves to the right come before all moves to the left in the list, and the two kinds never
+/// touch each other's slots. Among themselves, moves to the left are safe in ascending order and
+/// moves to the right in descending order.
 std::vector<Move> plan_moves(const std::int32_t* keep, std::int64_t count) {
   std::vector<Move> left;
   std::vector<Move> right;

@@ -175,10 +175,12 @@ struct Scratch {
   AlignedBuffer<float> sums;
   AlignedBuffer<float> queries;
   AlignedBuffer<float> panel;
+  AlignedBuffer<double> z_scores;
   AlignedBuffer<std::uint32_t> words;
 
   std::int64_t bytes() const {
-    return scores.bytes() + sums.bytes() + queries.bytes() + panel.bytes() + words.bytes();
+    return scores.bytes() + sums.bytes() + queries.bytes() + panel.bytes() + z_scores.bytes() +
+           words.bytes();
   }
 };
 

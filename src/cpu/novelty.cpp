@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/layer.h"
 #include "thread_pool.h"
@@ -10,7 +11,8 @@
 namespace spectralkv::detail {
 namespace {
 
-/// The weight of the most novel token. Integers make restarts exact and equal on every device.
+/// The weight of the most novel token. Integers make a restart exact: the same weights give the
+/// same restarts on every device.
 constexpr double kUnit = 0x1p20;
 
 /// Adds to `sums` the z-scores of -cos(key, mean direction) of one head; -inf where there is no
@@ -65,7 +67,7 @@ void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTenso
     const std::int64_t g = task % layer.graphs();
     const std::int32_t* positions = layer.positions(b, g);
     Scratch& mine = scratch[static_cast<std::size_t>(worker)];
-    auto* const z = reinterpret_cast<double*>(mine.words.at_least(2 * length));
+    double* const z = mine.z_scores.at_least(length);
     std::fill_n(z, length, 0.0);
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {

@@ -3,6 +3,7 @@
 // y(u) p(u, v), with r the restart distribution. Restarts, dead ends included, all return to r, so
 // y is PageRank up to its sum.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -43,7 +44,6 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const auto p = static_cast<int>(task % populations);
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
-    if (restarts.empty()) return;
 
     const auto length = static_cast<std::size_t>(state.length);
     std::vector<double> restart(length, 0.0);
@@ -69,7 +69,11 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const double steps = static_cast<double>(walkers_of(config, p).count * config.walk_length);
     float* const scores = layer.scores(b, g, p);
     for (std::size_t i = 0; i < length; ++i) {
-      const double visits = steps * (arriving[i] + (all ? restart[i] : 0.0)) / total;
+      const double share = total > 0.0 ? (arriving[i] + (all ? restart[i] : 0.0)) / total : 0.0;
+      const double visits = steps * share;
+      if (layer.has_visits()) {
+        layer.visits(b, g, p)[i] = static_cast<std::uint32_t>(std::lround(visits));
+      }
       scores[i] = static_cast<float>(config.decay * static_cast<double>(scores[i]) + visits);
     }
   });

@@ -1,8 +1,8 @@
 // Personalized PageRank by random walks.
 //
 // Every walker reads its own Philox stream, two numbers for its start and two for each step,
-// whatever happens in the step: the visits depend on the seed alone, not on threads, devices or
-// batching.
+// whatever happens in the step: for the same rows and restart weights, visits depend on the seed
+// alone, not on threads, devices or batching.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -191,7 +191,6 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const auto p = static_cast<int>(task % populations);
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
-    if (restarts.empty()) return;
 
     // Heads are counted over all ranks; the sequence is left out, so that a sequence walks in a
     // batch as it would alone.
@@ -219,6 +218,7 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
       std::uint32_t* const visits = counts[static_cast<std::size_t>(part)];
       std::fill_n(visits, state.length, 0U);
       const std::int64_t first = part * per_part;
+      if (restarts.empty()) return;  // nobody starts: no visits, and scores decay
       walk_graph(context, graph, restarts, rules,
                  (graph_id << 32U) | static_cast<std::uint64_t>(walkers.first + first),
                  std::min(per_part, walkers.count - first), visits - random_words, visits);

@@ -80,7 +80,7 @@ UpdateCounts update_block(const CpuContext& context, CpuLayer& layer, const Upda
         float* const scores = mine.scores.at_least(tokens * group * ld);
         float* const sums = mine.sums.at_least(tokens * visible);
         float* const packed = mine.panel.at_least(std::max(panel, std::int64_t{1}) * dim);
-        auto* const finite = reinterpret_cast<std::uint32_t*>(mine.words.at_least(tokens));
+        std::uint32_t* const finite = mine.words.at_least(tokens);
         std::fill_n(sums, tokens * visible, 0.0F);
         std::fill_n(finite, tokens, 1U);
 

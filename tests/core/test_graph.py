@@ -155,7 +155,7 @@ def test_wrong_dtypes_are_named() -> None:
 def test_a_slice_along_the_last_axis_is_refused_not_copied() -> None:
     graph = spectralkv.SpectralGraph(capacity=20, head_dim=8)
     keys = torch.zeros(20, 16)[:, ::2]
-    with pytest.raises(ValueError, match=r"keys's last stride must be 1, got 2"):
+    with pytest.raises(ValueError, match=r"keys' last stride must be 1, got 2"):
         graph.update_and_step(torch.zeros(1, 8), keys, 0)
 
 
@@ -174,7 +174,18 @@ def test_scores_before_the_first_token() -> None:
 def test_a_missing_device_says_why() -> None:
     with pytest.raises(spectralkv.BackendUnavailable, match="no backend for cuda:0"):
         spectralkv.SpectralGraph(capacity=3, head_dim=8, device="cuda")
+
+
+def test_errors_are_also_what_python_expects() -> None:
+    errors = (
+        spectralkv.InvalidArgument,
+        spectralkv.BackendUnavailable,
+        spectralkv.CudaError,
+    )
+    assert all(issubclass(error, spectralkv.SpectralKVError) for error in errors)
+    assert issubclass(spectralkv.InvalidArgument, ValueError)
     assert issubclass(spectralkv.BackendUnavailable, RuntimeError)
+    assert issubclass(spectralkv.CudaError, RuntimeError)
 
 
 def test_nan_spoils_only_its_own_row() -> None:
