@@ -96,17 +96,19 @@ def perplexity(
 
 
 def _show(result: PerplexityResult) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
         title=f"{result.model}: streaming perplexity, {result.chunk} tokens at a time",
-        caption=f"Nats a token above the full cache, paired, with a 95 % bootstrap interval. "
+        caption="Nats a token above the full cache are paired, with a 95 % bootstrap interval. "
         f"{result.sample_note}",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    table.add_column("policy")
-    for name in ("budget", "perplexity", "nats above full", "95 % interval", "KV", "graph", "s"):
+    table.add_column("policy", overflow="fold")
+    for name in ("budget", "ppl", "nats above full", "KV MiB", "graph MiB"):
         table.add_column(name, justify="right")
     above = {
         (pair.policy, pair.budget): pair.difference
@@ -119,10 +121,8 @@ def _show(result: PerplexityResult) -> None:
             run.policy,
             "all" if run.budget is None else f"{run.budget:,}",
             f"{run.perplexity:.2f}",
-            "" if pair is None else f"{pair.mean:+.4f}",
-            "" if pair is None else f"{pair.low:+.4f} to {pair.high:+.4f}",
-            shared.size(run.kv_bytes),
-            shared.size(run.graph_bytes),
-            f"{run.seconds:.0f}",
+            "" if pair is None else f"{pair.mean:+.3f} ({pair.low:+.3f} to {pair.high:+.3f})",
+            f"{run.kv_bytes / 2**20:.1f}",
+            f"{run.graph_bytes / 2**20:.1f}",
         )
     Console(highlight=False).print(table)
