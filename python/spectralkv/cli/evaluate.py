@@ -109,7 +109,7 @@ def _show(result: PerplexityResult) -> None:
     )
     table.add_column("policy", overflow="fold")
     for name in ("budget", "ppl", "nats above full", "KV MiB", "graph MiB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     above = {
         (pair.policy, pair.budget): pair.difference
         for pair in result.comparisons
