@@ -6,6 +6,7 @@
 #include "expect.h"
 #include "feeder.h"
 #include "graph.h"
+#include "reference.h"
 #include "spectralkv/graph_manager.h"
 #include "tensors.h"
 
@@ -77,6 +78,36 @@ TEST(Threads, ChangeNothing) {
     for (const int num_threads : {2, 5}) {
       config.num_threads = num_threads;
       EXPECT_TRUE(expected == run(config, walk_config())) << num_threads << " threads";
+    }
+  }
+}
+
+TEST(Threads, ShareTheWalkersOfOneGraph) {
+  Random random(3);
+  GraphConfig config{.head_dim = 8, .capacity = 100, .num_threads = 1};
+  const Graph graph =
+      random_graph(random, {.slots = 100, .tokens = 90, .seen = 300}, 8, EdgeLaw::weighted);
+  for (const double decay : {0.0, 0.5}) {
+    for (const Index walkers : {1000, 1024, 1033, 7}) {
+      const WalkConfig walk{.num_walkers = walkers,
+                            .walk_length = walkers == 7 ? 10000 : 90,
+                            .decay = decay,
+                            .populations = {{.count = VisitCount::all, .recent_tokens = 50}}};
+      std::vector<Vector> results;
+      for (const int num_threads : {1, 2, 3, 16}) {
+        config.num_threads = num_threads;
+        GraphManager manager(config, walk);
+        load_graphs(manager, 0, {{graph}});
+        manager.walk(0, {}, Stream{});
+        manager.walk(0, {}, Stream{});
+        results.push_back(read_visits(manager, 0, 0).vector({0, 0}));
+        double sum = 0.0;
+        for (const double visits : results.back()) sum += visits;
+        EXPECT_EQ(sum, static_cast<double>(walkers * walk.walk_length));
+        results.push_back(read_scores(manager, 0, 0).vector({0, 0}));
+        EXPECT_EQ(results[0], results[results.size() - 2]) << num_threads << " threads";
+        EXPECT_EQ(results[1], results.back()) << num_threads << " threads";
+      }
     }
   }
 }
