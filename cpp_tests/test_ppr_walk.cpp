@@ -294,6 +294,23 @@ TEST(PprWalk, GivesTheLastPopulationTheRest) {
   }
 }
 
+TEST(PprWalk, GivesEveryWalkerItsOwnNumbers) {
+  // Populations that do the same are parts of one: its walkers, dealt out.
+  const Graph graph = some_graph(309);
+  const Population alike{.count = VisitCount::all, .share = 0.5, .recent_tokens = 30};
+  Stage parts(graph_config(), {.num_walkers = 333, .populations = {alike, alike}}, graph);
+  WalkConfig walk{.num_walkers = 333, .populations = {alike}};
+  walk.populations.front().share = 1.0;
+  Stage whole(graph_config(), walk, graph);
+  for (int round = 0; round < 3; ++round) {
+    Vector sum = parts.walk();
+    const Vector second = parts.visits(1);
+    EXPECT_NE(sum, second);
+    for (std::size_t v = 0; v < sum.size(); ++v) sum[v] += second[v];
+    EXPECT_EQ(sum, whole.walk());
+  }
+}
+
 TEST(PprWalk, CountsTheSameArrivalsUnderBothRules) {
   WalkConfig walk{.populations = {{.count = VisitCount::all, .recent_tokens = 9}}};
   const Graph graph = some_graph(307);
