@@ -190,6 +190,25 @@ TEST(Truncate, GoesByPositionWhereSlotsAreReused) {
   EXPECT_EQ(manager.tokens_held(0, 0), 5);
 }
 
+TEST(Truncate, GoesByPositionWherePaddingIsReused) {
+  GraphManager manager(graph_config(), kWalk);
+  Feeder feeder(manager, 0, 24);
+  HostTensor valid(DType::u8, {2, 20});
+  valid.for_each([&](const std::vector<Index>& index) {
+    valid.set(index, index[0] == 0 || index[1] >= 12 ? 1.0 : 0.0);
+  });
+  feeder.prefill(20, valid.view());
+  for (int i = 0; i < 3; ++i) feeder.reuse();  // slots 20 to 22, and 0 to 2
+  manager.truncate(0, 2);
+  EXPECT_EQ(manager.tokens_seen(0, 0), 21);
+  EXPECT_EQ(manager.tokens_seen(0, 1), 9);
+  const HostTensor positions = read_positions(manager, 0);
+  EXPECT_EQ(positions.get({0, 0, 20}), 20.0);
+  EXPECT_EQ(positions.get({1, 0, 0}), 8.0);
+  EXPECT_EQ(positions.get({1, 0, 1}), -1.0);
+  EXPECT_EQ(positions.get({1, 0, 19}), 7.0);
+}
+
 TEST(Truncate, HoldsForAllLayersOrNone) {
   GraphManager manager(graph_config(2, 3), kWalk);
   for (Index layer = 0; layer < 3; ++layer) Feeder(manager, layer, 9).prefill(10 + layer);
@@ -245,6 +264,16 @@ TEST(SelectBatch, CopiesSequences) {
     EXPECT_EQ(copy.graph_config().batch_size, 3);
     for (Index b = 0; b < count_of(sequences); ++b) {
       EXPECT_TRUE(before[at(sequences[at(b)])] == SequenceState(copy, b)) << b;
+    }
+    // Copies go on alike, and in the stream of random numbers of what they were copied from.
+    copy.walk(0, {}, Stream{});
+    GraphManager other(graph_config(3), kWalk);
+    Feeder(other, 0, 10).prefill(30, valid.view());
+    other.walk(0, {}, Stream{});
+    other.walk(0, std::vector<std::uint8_t>{0, 1, 0}, Stream{});
+    other.walk(0, {}, Stream{});
+    for (Index b = 0; b < count_of(sequences); ++b) {
+      EXPECT_TRUE(SequenceState(other, sequences[at(b)]) == SequenceState(copy, b)) << b;
     }
     // And it goes on with the new batch.
     Feeder more(copy, 0, 11);
