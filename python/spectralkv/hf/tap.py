@@ -37,6 +37,8 @@ class _Offer(threading.local):
     layer: TappedLayer | None = None
 
 
+_MOST_WRAPPERS = 256
+
 _offer = _Offer()
 _lock = threading.Lock()
 _wrappers: dict[tuple[str, Callable[..., Any]], Callable[..., Any]] = {}
@@ -63,6 +65,8 @@ def _tapped_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
             return attention
         wrapper = _wrappers.get((attn_implementation, attention))
         if wrapper is None:
+            if len(_wrappers) >= _MOST_WRAPPERS:  # somebody makes a new function for each call
+                _wrappers.clear()
             wrapper = _tapped(attention, attn_implementation)
             _wrappers[attn_implementation, attention] = wrapper
         return wrapper
