@@ -281,8 +281,7 @@ def test_only_a_cache_that_never_evicts_is_croppable_without_a_trace() -> None:
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "keydiff", "rkv", "random", "spectral"])
 def test_sequences_can_be_selected_and_repeated(name: str) -> None:
     model = make_model("llama", dtype=torch.float32)
-    options = {"solver": "exact"} if name == "spectral" else {}
-    policy = policies.create(name, budget=24, interval=8, window=8, **options)
+    policy = policies.create(name, budget=24, interval=8, window=8)
     ids = random_ids(3, 80)
     mask = torch.ones(3, 80, dtype=torch.long)
     mask[2, :12] = 0

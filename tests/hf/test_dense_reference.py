@@ -24,7 +24,10 @@ POLICIES = {
     "rkv": policies.RKV(**SHARED, mix=0.5),
     "random": policies.Random(**SHARED, window=4, sinks=2),
     "spectral": policies.Spectral(**SHARED, window=6, sinks=2, solver="exact"),
-    "spectral_walk": policies.Spectral(**SHARED, window=6, sinks=2, walk_interval=4, scope="layer"),
+    "spectral_walk": policies.Spectral(**SHARED, window=6, sinks=2),
+    "spectral_layer": policies.Spectral(
+        **SHARED, window=6, sinks=2, walk_interval=4, scope="layer"
+    ),
 }
 CHUNKS = [20, 1, 15, 40, 1, *[1] * 20, 13, *[1] * 12]
 
@@ -128,8 +131,9 @@ def test_any_padding(name: str, implementation: str) -> None:
     assert events
 
 
-# Walks draw other numbers in each place of a batch; the exact solver does not.
-@pytest.mark.parametrize("name", [name for name in POLICIES if name != "spectral_walk"])
+# A walk_interval counts from the last walk, and prompts are walked by chunks: with padding inside a
+# chunk the moments differ, so the policy that has one is left out.
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "spectral_layer"])
 def test_a_padded_sequence_fares_as_alone(name: str) -> None:
     mask = padding()
     ids = random_ids(4, mask.shape[1])

@@ -15,7 +15,7 @@ from spectralkv.evaluation.errors import EvaluationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-DEMO_TITLE = "Ben Amos (WikiText-2 raw, test split; CC BY-SA 3.0)"
+DEMO_TITLE = "WikiText-2 raw, beginning of the test split (CC BY-SA 3.0)"
 
 
 class Tokenizer(Protocol):
@@ -31,15 +31,16 @@ class Tokenizer(Protocol):
 def demo_text() -> str:
     """Return the document that ships with the package.
 
-    It is one whole Wikipedia article out of WikiText-2 (raw, test split): 2,284 SmolLM2 tokens.
+    It is the beginning of the test split of WikiText-2 (raw), 2,246 SmolLM2 tokens: the article
+    "Robert Boulter" and the first paragraphs of "Du Fu".
     The file ``NOTICE`` beside it names its authors, source and licence (CC BY-SA 3.0 and GFDL).
 
     Returns
     -------
     str
-        The article, one paragraph or heading a line.
+        The text, one paragraph or heading a line.
     """
-    data = resources.files("spectralkv.evaluation") / "data" / "ben_amos.txt"
+    data = resources.files("spectralkv.evaluation") / "data" / "wikitext-2-raw-beginning.txt"
     return data.read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""How a user names a policy and a budget: ``"h2o:recent_ratio=0.5"``, ``"0.2"``, ``"409"``."""
+"""How a user names a policy and a budget: ``"h2o:decay=0.9"``, ``"0.2"``, ``"409"``."""
 
 from __future__ import annotations
 

@@ -49,16 +49,16 @@ class Spectral(Policy):
     solver : {"walk", "exact"}
         Random walks, or one deterministic sweep with the same expectation.
     walk_interval : int
-        Scores are renewed every `walk_interval` tokens; 0: only at a cut.
+        Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
-        Prompt tokens that share one row of the graph; 1: each has its own.
+        Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
     seed : int
         Seed of the walks.
 
     Notes
     -----
-    All layers of a cache share one :class:`spectralkv.Monitor`. Walks draw different numbers for
-    each place in the batch; with ``solver="exact"`` a sequence fares in a batch exactly as alone.
+    All layers of a cache share one :class:`spectralkv.Monitor`. The place in a batch is no part of
+    the random numbers: a sequence walks in a batch as it would alone.
 
     References
     ----------
