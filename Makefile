@@ -27,7 +27,7 @@ export SPECTRALKV_CUDA := $(CUDA)
 PACKAGE_SOURCES := $(shell find include src python cmake -type f -not -path '*/__pycache__/*') \
   CMakeLists.txt pyproject.toml README.md
 CXX_SOURCES = $(shell find include src python/src cpp_tests benchmarks examples -type f \
-  \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
 PY_SOURCES = python tests benchmarks examples tools
 
 .PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench clean distclean FORCE

@@ -10,9 +10,9 @@ namespace spectralkv::detail {
 
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& /*walk*/,
                                            const std::vector<LayerState>& /*layers*/) {
-  const std::string reason =
-      cuda::is_built() ? "this version of libspectralkv runs graphs on the CPU only"
-                       : cuda::status();
+  const std::string reason = cuda::is_built()
+                                 ? "this version of libspectralkv runs graphs on the CPU only"
+                                 : cuda::status();
   throw BackendUnavailable("[GraphManager] no backend for " + name_of(graph.device) + ": " +
                            reason);
 }
