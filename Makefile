@@ -123,13 +123,15 @@ tidy: $(BUILD)/build.ninja $(STAMPS)/dev ## clang-tidy over the C++ sources
 	  -extra-arg=-Wno-unknown-warning-option '^$(CURDIR)/(src|cpp_tests|benchmarks)/.*\.cpp$$' >$(BUILD)/tidy.log 2>&1 \
 	  || { grep -vE '^(\[|[0-9]+ warnings)' $(BUILD)/tidy.log; exit 1; }
 
-bench: $(STAMPS)/build ## Build and run the C++ benchmarks
+bench: $(STAMPS)/dev $(STAMPS)/runtime ## Benchmarks: every stage in C++, and beside numpy and torch
 	@if [[ ! -e /usr/include/benchmark && ! -e $(DEBS)/usr/include/benchmark ]] && command -v apt-get dpkg >/dev/null; then \
 	  echo '==> Google Benchmark'; tools/fetch_debs.sh $(DEBS) libbenchmark-dev || echo 'apt has none: left to CMake'; fi
 	$(step) 'build bench'
 	@cmake --preset bench -DCMAKE_PREFIX_PATH=$(CURDIR)/$(DEBS)/usr >/dev/null
 	@cmake --build --preset bench --parallel $(JOBS) -- --quiet
 	@build/bench/benchmarks/cpp/spectralkv_benchmarks
+	$(step) 'beside numpy, scipy and torch'
+	@$(BIN)/python benchmarks/python/cpu.py --output build/bench/cpu.json --markdown build/bench/cpu.md
 
 # ---- the look of the code
 

@@ -338,6 +338,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def markdown(rows: list[Row]) -> str:
+    """Render the rows as the table of docs/performance.md."""
+    lines = [
+        "| stage | case | ours, us [quartiles] | rival | rival, us | ratio | goal | met |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row.ours
+        lines.append(
+            f"| {row.stage} | {row.case} | {ours.median:,.0f} "
+            f"[{ours.first_quartile:,.0f}, {ours.third_quartile:,.0f}] | {row.rival_name} "
+            f"| {row.rival.median:,.0f} | {row.ratio:.2f} | {row.goal} "
+            f"| {'yes' if row.ratio >= row.goal else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -345,6 +362,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all processors")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--quick", action="store_true", help="short caches only, few repeats")
+    parser.add_argument("--markdown", type=Path, help="file to write the table to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or spectralkv.cpu_threads())
     torch.manual_seed(0)
@@ -362,6 +380,8 @@ def main() -> None:
     for length in lengths:
         rows.extend(bench_compact(length, max(10, repeats // 3)))
 
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows) + "\n")
     if arguments.output:
         report = {
             "command": " ".join(["python", *map(str, sys.argv)]),

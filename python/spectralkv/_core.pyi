@@ -28,16 +28,16 @@ def cpu_simd() -> str:
 def cpu_threads() -> int:
     """Threads that the CPU backend uses unless told otherwise."""
 
-class SpectralKVError(RuntimeError):
+class SpectralKVError(Exception):
     pass
 
-class InvalidArgument(ValueError):
+class InvalidArgument(SpectralKVError, ValueError):
     pass
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(SpectralKVError, RuntimeError):
     pass
 
-class CudaError(RuntimeError):
+class CudaError(SpectralKVError, RuntimeError):
     pass
 
 class EdgeLaw(enum.Enum):

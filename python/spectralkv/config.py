@@ -259,7 +259,8 @@ class MonitorConfig:
     solver
         ``"walk"``: random walks; ``"exact"``: one noiseless sweep.
     walk_interval
-        A sequence's importance is renewed every so many tokens; 0: only when it is cut.
+        A sequence's importance is renewed when its prompt ends, before it is cut and, where this is
+        positive, every so many tokens.
     top_fraction
         The part of a head's tokens that the safety mask protects, in [0, 1].
     row_stride
