@@ -109,7 +109,7 @@ void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
     set(EdgeLaw::weighted, 4, 0.15, 0.0,
         {{.restart = Restart::recent, .count = VisitCount::edges}});
   } else {
-    throw_invalid("apply_preset", "name", "\"default\", \"uniform32\" or \"weighted4\"",
+    throw_invalid("apply_preset", "name", R"("default", "uniform32" or "weighted4")",
                   "\"" + std::string(name) + "\"");
   }
 }

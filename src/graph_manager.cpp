@@ -46,8 +46,8 @@ struct GraphManager::Impl {
   std::unique_ptr<detail::Backend> backend;
   Statistics statistics;
 
-  Impl(const GraphConfig& graph_config, const WalkConfig& walk_config)
-      : graph(graph_config), walk(walk_config) {
+  Impl(const GraphConfig& graph_config, WalkConfig walk_config)
+      : graph(graph_config), walk(std::move(walk_config)) {
     graph.validate();
     walk.validate();
     if (graph.total_kv_heads == 0) graph.total_kv_heads = graph.num_kv_heads;
@@ -133,7 +133,7 @@ struct GraphManager::Impl {
 
   void check_sequences(std::string_view operation, std::span<const std::uint8_t> sequences,
                        const LayerState& state) const {
-    if (!sequences.empty() && static_cast<std::int64_t>(sequences.size()) != state.batch) {
+    if (!sequences.empty() && std::cmp_not_equal(sequences.size(), state.batch)) {
       throw_invalid(operation, "the number of sequence marks", std::to_string(state.batch),
                     std::to_string(sequences.size()));
     }

@@ -26,7 +26,7 @@ class ThreadPool {
   }
 
   void run(std::int64_t count, int threads, const Task& task) {
-    std::unique_lock region(region_, std::try_to_lock);
+    const std::unique_lock region(region_, std::try_to_lock);
     if (!region.owns_lock() || forked()) {
       for (std::int64_t i = 0; i < count; ++i) task(i, 0);
       return;
@@ -34,7 +34,7 @@ class ThreadPool {
     const int helpers = static_cast<int>(std::min<std::int64_t>(threads, count)) - 1;
     grow(helpers);
     {
-      const std::lock_guard lock(mutex_);
+      const std::scoped_lock lock(mutex_);
       task_ = &task;
       count_ = count;
       next_.store(0, std::memory_order_relaxed);

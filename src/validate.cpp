@@ -1,6 +1,7 @@
 #include "validate.h"
 
 #include <string>
+#include <utility>
 
 namespace spectralkv::detail {
 namespace {
@@ -57,7 +58,7 @@ void check_tensor(const ConstTensorView& view, const TensorSpec& spec) {
     if (!aspect.empty()) what.append(spec.name.ends_with('s') ? "' " : "'s ").append(aspect);
     throw_invalid(spec.operation, what, expected, got);
   };
-  bool shape_ok = view.rank == static_cast<int>(spec.extents.size());
+  bool shape_ok = std::cmp_equal(view.rank, spec.extents.size());
   std::int64_t elements = 1;
   int axis = 0;
   for (const std::int64_t extent : spec.extents) {

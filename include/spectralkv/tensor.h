@@ -68,7 +68,7 @@ struct BasicTensorView {
   /// A contiguous (row-major) view.
   BasicTensorView(Pointer* pointer, DType type, std::initializer_list<std::int64_t> extents,
                   Device where = {})
-      : data(pointer), dtype(type), device(where), rank(0) {
+      : data(pointer), dtype(type), device(where) {
     if (extents.size() > kMaxRank) throw InvalidArgument("[TensorView] expected at most 5 axes");
     for (const std::int64_t extent : extents) {
       shape[static_cast<std::size_t>(rank++)] = extent;

@@ -74,7 +74,7 @@ void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTenso
       add_z_scores(context, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length, positions,
                    mine, z);
     }
-    const double heads = static_cast<double>(context.head_count());
+    const auto heads = static_cast<double>(context.head_count());
     double highest = -std::numeric_limits<double>::infinity();
     const auto may_restart = [&](std::int64_t j) {
       return positions[j] >= context.graph.num_sinks && std::isfinite(z[j]);

@@ -67,7 +67,7 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
 
   // Queries as f32, then the scores of as many sequences at once as keep all threads busy.
   const std::int64_t at_once = std::clamp<std::int64_t>(
-      (2 * context.threads + layer.graphs() - 1) / layer.graphs(), 1, layer.batch());
+      (2 * std::int64_t{context.threads} + layer.graphs() - 1) / layer.graphs(), 1, layer.batch());
   float* const queries = scratch[0].queries.at_least(at_once * graph.num_query_heads * dim);
   float* const scores = scratch[0].scores.at_least(at_once * graph.num_query_heads * length);
   std::atomic<std::int64_t> rows{0};

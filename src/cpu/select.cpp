@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu/layer.h"
@@ -18,7 +19,7 @@ std::vector<float> scores_of(const CpuContext& context, const CpuLayer& layer, s
     return {scores, scores + length};
   }
   std::vector<float> sums(static_cast<std::size_t>(length), 0.0F);
-  for (int p = 0; p < static_cast<int>(context.walk.populations.size()); ++p) {
+  for (int p = 0; std::cmp_less(p, context.walk.populations.size()); ++p) {
     const float* scores = layer.scores(b, g, p);
     for (std::size_t j = 0; j < sums.size(); ++j) sums[j] += scores[j];
   }
@@ -31,7 +32,7 @@ void best_first(std::vector<std::int32_t>& slots, std::int64_t count, const floa
   const auto better = [&](std::int32_t a, std::int32_t b) {
     return scores[a] != scores[b] ? scores[a] > scores[b] : positions[a] > positions[b];
   };
-  if (count <= 0 || count >= static_cast<std::int64_t>(slots.size())) return;
+  if (count <= 0 || count >= std::ssize(slots)) return;
   std::nth_element(slots.begin(), slots.begin() + (count - 1), slots.end(), better);
 }
 
@@ -123,7 +124,7 @@ void safety_mask(const CpuContext& context, const CpuLayer& layer, const LayerSt
          ++h) {
       auto* mask = element_pointer<std::uint8_t>(out, b * out.stride(0) + h * out.stride(1));
       std::fill_n(mask, state.length, std::uint8_t{0});
-      for (std::size_t i = static_cast<std::size_t>(safe); i < slots.size(); ++i) {
+      for (auto i = static_cast<std::size_t>(safe); i < slots.size(); ++i) {
         const std::int32_t slot = slots[i];
         mask[slot] = is_protected(positions[slot], seen, eviction) ? 0 : 1;
       }

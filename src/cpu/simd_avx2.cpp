@@ -3,6 +3,6 @@
 namespace spectralkv::detail {
 
 extern const SimdKernels kSimdAvx2;
-const SimdKernels kSimdAvx2 = make_table("avx2");
+constinit const SimdKernels kSimdAvx2 = make_table("avx2");
 
 }  // namespace spectralkv::detail

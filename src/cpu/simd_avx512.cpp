@@ -3,6 +3,6 @@
 namespace spectralkv::detail {
 
 extern const SimdKernels kSimdAvx512;
-const SimdKernels kSimdAvx512 = make_table("avx512");
+constinit const SimdKernels kSimdAvx512 = make_table("avx512");
 
 }  // namespace spectralkv::detail

@@ -3,6 +3,6 @@
 namespace spectralkv::detail {
 
 extern const SimdKernels kSimdBaseline;
-const SimdKernels kSimdBaseline = make_table("baseline");
+constinit const SimdKernels kSimdBaseline = make_table("baseline");
 
 }  // namespace spectralkv::detail
