@@ -380,8 +380,8 @@ def test_a_policy_that_breaks_its_word_is_caught() -> None:
     for tracker, message in ((TooMany, "must be 24 a head, got 25"), (Twice, "ascending, unique")):
 
         class Broken(policies.H2O):
-            def _tracker(self, layer: int, made: type = tracker) -> policies.Tracker:  # noqa: ARG002
-                return made(self)
+            def trackers(self, num_layers: int, made: type = tracker) -> list[policies.Tracker]:
+                return [made(self) for _ in range(num_layers)]
 
         cache = make_cache(make_config("llama"), Broken(budget=24, interval=8))
         with pytest.raises(RuntimeError, match=message):

@@ -60,13 +60,9 @@ class Policy(ABC):
         """Newest tokens that a cut never takes."""
         return self.window
 
+    @abstractmethod
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; one policy may serve many caches."""
-        return [self._tracker(layer) for layer in range(num_layers)]
-
-    @abstractmethod
-    def _tracker(self, layer: int) -> Tracker:
-        """Return fresh state for one layer."""
 
     def _require(self, holds: bool, option: str, expected: str) -> None:
         if not holds:

@@ -30,6 +30,3 @@ class Full(Policy):
     def trackers(self, num_layers: int) -> list[Tracker]:  # noqa: ARG002
         """Return no trackers: there is nothing to watch."""
         return []
-
-    def _tracker(self, layer: int) -> Tracker:
-        raise NotImplementedError(f"[full] layer {layer} has no tracker: nothing is ever let go")

@@ -57,8 +57,9 @@ class H2O(Policy):
             return self.window
         return 0 if self.budget is None else self.budget // 2
 
-    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
-        return _H2OTracker(self)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_H2OTracker(self) for _ in range(num_layers)]
 
 
 class _H2OTracker(ScoreTracker[H2O]):

@@ -33,8 +33,9 @@ class Random(Policy):
         self._require_int("seed", minimum=0)
         super().__post_init__()
 
-    def _tracker(self, layer: int) -> Tracker:
-        return _RandomTracker(self, layer)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_RandomTracker(self, layer) for layer in range(num_layers)]
 
 
 class _RandomTracker(ScoreTracker[Random]):

@@ -64,8 +64,9 @@ class RKV(Policy):
         self._require_number("threshold", minimum=-1, maximum=1)
         super().__post_init__()
 
-    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
-        return _RKVTracker(self, self.window)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_RKVTracker(self, self.window) for _ in range(num_layers)]
 
 
 class _RKVTracker(QueryTracker[RKV]):

@@ -57,8 +57,9 @@ class SnapKV(Policy):
         self._require(self.pooling in ("avg", "max"), "pooling", "'avg' or 'max'")
         super().__post_init__()
 
-    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
-        return _SnapKVTracker(self, self.window)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_SnapKVTracker(self, self.window) for _ in range(num_layers)]
 
 
 class _SnapKVTracker(QueryTracker[SnapKV]):

@@ -96,9 +96,6 @@ class Spectral(Policy):
         monitors = _Monitors(self, num_layers)
         return [_SpectralTracker(self, layer, monitors) for layer in range(num_layers)]
 
-    def _tracker(self, layer: int) -> Tracker:
-        return self.trackers(layer + 1)[layer]
-
     def _graph_and_walk(self, graph: GraphConfig) -> tuple[GraphConfig, WalkConfig]:
         graph, walk = apply_preset(self.preset, graph)
         if self.top_k is not None:

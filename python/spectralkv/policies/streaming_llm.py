@@ -31,8 +31,9 @@ class StreamingLLM(Policy):
             self.window if self.budget is None else max(self.window, self.budget - self.sinks - 1)
         )
 
-    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
-        return _StreamingTracker(self)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_StreamingTracker(self) for _ in range(num_layers)]
 
 
 class _StreamingTracker(ScoreTracker[StreamingLLM]):

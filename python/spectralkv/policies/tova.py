@@ -31,8 +31,9 @@ class TOVA(Policy):
     window: int = 0
     sinks: int = 0
 
-    def _tracker(self, layer: int) -> Tracker:  # noqa: ARG002
-        return _TOVATracker(self, 1)
+    def trackers(self, num_layers: int) -> list[Tracker]:
+        """Return fresh state for `num_layers` layers."""
+        return [_TOVATracker(self, 1) for _ in range(num_layers)]
 
 
 class _TOVATracker(QueryTracker[TOVA]):
