@@ -1,0 +1,98 @@
+// Rows of the graph on the device: the rules of src/cpu/graph_rows.cpp, word for word.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/layer.h"
+
+namespace spectralkv::cuda {
+
+inline constexpr std::uint32_t kAllOnes = 0xffffffffU;
+
+/// Number of graph g of sequence b in the layer's arrays.
+__device__ inline std::int64_t graph_index(const LayerView& layer, std::int64_t b, std::int64_t g) {
+  return b * layer.graphs + g;
+}
+__device__ inline std::int32_t* positions_of(const LayerView& layer, std::int64_t b,
+                                             std::int64_t g) {
+  return layer.positions + graph_index(layer, b, g) * layer.capacity;
+}
+__device__ inline std::int32_t* row_of(const LayerView& layer, std::int64_t b, std::int64_t g,
+                                       std::int64_t slot) {
+  return layer.rows + (graph_index(layer, b, g) * layer.capacity + slot) * layer.row_words;
+}
+__device__ inline float* scores_of(const LayerView& layer, std::int64_t b, std::int64_t g, int p) {
+  return layer.scores + (graph_index(layer, b, g) * layer.populations + p) * layer.capacity;
+}
+__device__ inline std::uint32_t* visits_of(const LayerView& layer, std::int64_t b, std::int64_t g,
+                                           int p) {
+  return layer.visits + (graph_index(layer, b, g) * layer.populations + p) * layer.capacity;
+}
+__device__ inline std::uint32_t* novelty_of(const LayerView& layer, std::int64_t b,
+                                            std::int64_t g) {
+  return layer.novelty + graph_index(layer, b, g) * layer.capacity;
+}
+__device__ inline bool is_marked(const SequenceMarks& marks, std::int64_t i) {
+  return (marks.bits[i >> 5] >> (i & 31) & 1U) != 0;
+}
+
+__device__ inline bool has_fault(const LayerView& layer) {
+  return *static_cast<const volatile std::uint32_t*>(&layer.fault->fault) != 0;
+}
+/// Keeps the first fault only.
+__device__ inline void report(const LayerView& layer, Fault fault, std::int64_t b, std::int64_t h,
+                              std::int64_t value, std::int64_t limit) {
+  if (atomicCAS(&layer.fault->fault, 0U, static_cast<std::uint32_t>(fault)) != 0U) return;
+  volatile FaultRecord* out = layer.reported;
+  out->layer = layer.index;
+  out->sequence = static_cast<std::int32_t>(b);
+  out->head = static_cast<std::int32_t>(h);
+  out->value = value;
+  out->limit = limit;
+  __threadfence_system();
+  out->fault = static_cast<std::uint32_t>(fault);
+}
+
+/// An edge is live when it points to an older token that is still there.
+__device__ inline bool is_live(const std::int32_t* positions, std::int32_t from_position,
+                               std::int32_t to) {
+  if (to < 0) return false;
+  const std::int32_t position = positions[to];
+  return position >= 0 && position < from_position;
+}
+
+/// Empties a slot's row, scores, visits and restart weight; the position is the caller's to write.
+__device__ inline void clear_slot(const LayerView& layer, std::int64_t b, std::int64_t g,
+                                  std::int64_t slot) {
+  std::int32_t* row = row_of(layer, b, g, slot);
+  for (int k = 0; k < layer.top_k; ++k) row[k] = -1;
+  for (int k = layer.top_k; k < layer.row_words; ++k) row[k] = 0;
+  for (int p = 0; p < layer.populations; ++p) {
+    scores_of(layer, b, g, p)[slot] = 0.0F;
+    if (layer.visits != nullptr) visits_of(layer, b, g, p)[slot] = 0U;
+  }
+  if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
+}
+
+/// `count` neighbours with their (unnormalised) probabilities, descending.
+__device__ inline void write_row(std::int32_t* row, int top_k, bool weighted,
+                                 const std::int32_t* neighbors, const float* probabilities,
+                                 int count) {
+  for (int k = 0; k < top_k; ++k) row[k] = k < count ? neighbors[k] : -1;
+  if (!weighted) return;
+  auto* thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
+  double total = 0.0;
+  for (int k = 0; k < count; ++k) total += static_cast<double>(probabilities[k]);
+  double sum = 0.0;
+  std::uint32_t threshold = 0;
+  for (int k = 0; k < count; ++k) {
+    sum += static_cast<double>(probabilities[k]);
+    const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
+    threshold = scaled < 0x1p32 ? static_cast<std::uint32_t>(scaled) : kAllOnes;
+    if (k + 1 == count) threshold = kAllOnes;
+    thresholds[k] = threshold;
+  }
+  for (int k = count; k < top_k; ++k) thresholds[k] = threshold;
+}
+
+}  // namespace spectralkv::cuda

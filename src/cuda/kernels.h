@@ -1,0 +1,207 @@
+// The launchers of the CUDA backend, one block a file. Each queues its work on `stream` and returns;
+// none allocates, waits or changes the host's view. Arguments were checked before: a launcher only
+// throws CudaError when a launch fails.
+//
+// `extent` is the most slots that may be in use (the capacity while a stream is captured): it sizes
+// grids. Kernels read the true length from the layer's counters.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "backend.h"
+#include "cuda/layer.h"
+
+namespace spectralkv::cuda {
+
+// ---- score_topk.cu
+
+struct UpdateArgs {
+  TokensView queries;
+  TokensView keys;
+  TableView<const std::int32_t> slots;  ///< data null: the slot behind all others
+  float scale;
+  float softcap;  ///< 0: none
+};
+
+/// One new token a sequence: checks and takes its slot, draws its row, clears the slot's scores,
+/// advances the counters. One launch where thread-block clusters hold all scores in shared memory.
+void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
+                   cudaStream_t stream);
+
+// ---- update_rows.cu
+
+struct UpdateRowsArgs {
+  TokensView queries;
+  TokensView keys;
+  std::int64_t first_slot;
+  std::int64_t count;  ///< tokens a sequence, padding included
+  std::int64_t row_stride;
+  float scale;
+  float softcap;
+  std::int32_t* drawn;  ///< (B, count) filled by launch_admit: see there
+  float* normalizers;   ///< scratch of update_rows_scratch floats
+};
+
+/// Floats of scratch: what the first pass leaves for the second.
+std::int64_t update_rows_scratch(const LayerView& layer, std::int64_t tokens);
+/// Most tokens of one launch; longer blocks are launched in parts, all after one launch_admit.
+inline constexpr std::int64_t kMostTokensPerLaunch = 2048;
+
+/// Rows of tokens [begin, begin + tokens) of a block whose slots were admitted.
+void launch_update_rows(const LayerView& layer, const UpdateRowsArgs& args, std::int64_t begin,
+                        std::int64_t tokens, cudaStream_t stream);
+
+// ---- slots.cu
+
+/// Gives a block of `count` tokens the slots [first_slot, first_slot + count): clears these, writes
+/// positions (-1 where `valid` u8 (B, count) is 0; data null: all are tokens), advances the
+/// counters, and writes to drawn (B, count) 1 where a token gets a row: every row_stride-th of a
+/// sequence's tokens, counted from the newest backwards, the newest among them.
+void launch_admit(const LayerView& layer, std::int64_t first_slot, std::int64_t count,
+                  const std::uint8_t* valid, std::int64_t valid_sequence_stride,
+                  std::int64_t valid_token_stride, std::int64_t row_stride, std::int32_t* drawn,
+                  cudaStream_t stream);
+
+/// Checks slots of new tokens as update does, without taking them, and writes to `plan` (length of
+/// the layer afterwards, 1 if every slot is the one behind all others) or a fault to `result`.
+void launch_plan_slots(const LayerView& layer, const TableView<const std::int32_t>& slots,
+                       std::int64_t* plan, FaultRecord* result, cudaStream_t stream);
+void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& out,
+                       std::int64_t extent, cudaStream_t stream);
+
+/// Checks kept slots (B, Hkv, count) and writes to `kept` (B) how many head 0 of each sequence
+/// keeps, or a fault to `result`. Where `expected` (B) is not null a sequence must keep that many.
+void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t count, const std::int64_t* expected, std::int64_t* kept,
+                       FaultRecord* result, cudaStream_t stream);
+/// Clears every slot that is not kept; books what each sequence holds. `marks` is scratch of
+/// (B, G, capacity).
+void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                    std::int64_t count, std::int32_t* marks, std::int64_t extent,
+                    cudaStream_t stream);
+/// What forgetting the newest `count` would do, see Backend::plan_truncate: found and oldest (B, G),
+/// and the highest slot that stays, of all graphs of the layer (-1: none), in `last`.
+void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
+                          std::int64_t* found, std::int64_t* oldest, std::int64_t* last,
+                          std::int64_t extent, cudaStream_t stream);
+/// dropped (B) on the device.
+void launch_truncate(const LayerView& layer, std::int64_t length, const std::int64_t* dropped,
+                     std::int64_t extent, cudaStream_t stream);
+/// Clears one sequence; length and order of the layer become as given.
+void launch_reset(const LayerView& layer, std::int64_t sequence, std::int64_t length, bool ordered,
+                  std::int64_t extent, cudaStream_t stream);
+
+// ---- inspect.cu
+
+/// f32 (B, Hkv, length): one population, or the sum over all (-1).
+void launch_scores(const LayerView& layer, int population, const TableView<float>& out,
+                   std::int64_t extent, cudaStream_t stream);
+void launch_visits(const LayerView& layer, int population, const TableView<std::uint32_t>& out,
+                   std::int64_t extent, cudaStream_t stream);
+void launch_positions(const LayerView& layer, const TableView<std::int32_t>& out,
+                      std::int64_t extent, cudaStream_t stream);
+/// Live edges first, in the order of the row, behind them -1 and 0. Tables are (B, G, S, K): the
+/// last stride is 1.
+void launch_rows(const LayerView& layer, const TableView<std::int32_t>& neighbors,
+                 const TableView<float>& probabilities, std::int64_t extent, cudaStream_t stream);
+
+// ---- novelty.cu
+
+/// Floats of scratch.
+std::int64_t novelty_scratch(const LayerView& layer);
+void launch_novelty(const LayerView& layer, const TokensView& keys, float* scratch,
+                    std::int64_t extent, cudaStream_t stream);
+
+// ---- ppr_walk.cu
+
+/// Rules of all walks of a manager.
+struct WalkRules {
+  std::uint64_t seed;
+  std::int64_t walk_length;
+  std::uint64_t restart_threshold;  ///< restart_prob in units of 2^-32
+  float decay;
+  std::int32_t populations;
+  std::int64_t first_stream_of_layer;  ///< total_kv_heads: graphs counted a layer
+  std::int64_t head_offset;            ///< added to the graph's number in its sequence; see GraphScope
+  struct {
+    std::int64_t first_walker;
+    std::int64_t walkers;
+    std::int32_t restart;  ///< as enum Restart
+    std::int32_t count_restarts;
+    double recent_fraction;
+    std::int64_t recent_tokens;
+  } population[kMaxPopulations];
+};
+
+/// Walks `count` layers in one launch for each of: restart tables, walkers, and, where scores
+/// accumulate, the sum. `layers` is on the device; `shape` is any of them (all share what is not a
+/// pointer, batch or capacity); `most_batch` and `most_extent` are over them. Sequences
+/// [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is set take part.
+void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
+                 std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
+                 const SequenceMarks& marks, cudaStream_t stream);
+/// f32 (B, G, length) of one population; fills the layer's restart tables on the way.
+void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
+                                 const TableView<float>& out, std::int64_t extent,
+                                 cudaStream_t stream);
+
+// ---- ppr_exact.cu
+
+/// Bytes of scratch of one layer.
+std::int64_t solve_scratch(const LayerView& layer);
+/// As the CPU's solve; marks as in launch_walk. The restart tables are filled on the way.
+void launch_solve(const LayerView& layer, const WalkRules& rules, double restart_prob,
+                  std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
+                  std::int64_t extent, cudaStream_t stream);
+
+// ---- select.cu
+
+struct SelectArgs {
+  std::int64_t budget;
+  std::int64_t window;
+  std::int64_t sinks;
+  std::int64_t kept_length;
+  double shares[kMaxPopulations];
+};
+
+/// Writes i32 (B, Hkv, kept_length); marked sequences are cut, the others keep what they hold.
+/// `marks_scratch` is (B, G, capacity).
+void launch_select(const LayerView& layer, const SelectArgs& args, std::int64_t first_sequence,
+                   const SequenceMarks& cut, const TableView<std::int32_t>& out,
+                   std::int32_t* marks_scratch, std::int64_t extent, cudaStream_t stream);
+void launch_safety_mask(const LayerView& layer, std::int64_t window, std::int64_t sinks,
+                        double top_fraction, const TableView<std::uint8_t>& out,
+                        std::int32_t* marks_scratch, std::int64_t extent, cudaStream_t stream);
+
+// ---- compact.cu
+
+/// A tensor (B, X, S, row) that moves in place: row x of sequence b moves by the kept slots of head
+/// x / rows_per_head_list * heads_step.
+struct MoveJob {
+  void* data;
+  std::int64_t sequence_stride;  ///< bytes, all strides
+  std::int64_t row_stride;
+  std::int64_t slot_stride;
+  std::int64_t width;       ///< bytes of a slot
+  std::int32_t rows;        ///< X
+  std::int32_t rows_a_list;  ///< rows that share one list of kept slots
+  std::int32_t heads_a_list;  ///< list i is the one of head i * heads_a_list
+};
+inline constexpr int kMostMoveJobs = 8;
+
+/// Moves the kept slots keep[e ...] to e ..., in place; what lies behind keeps its bytes.
+void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
+                 const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+                 const FaultRecord* fault, cudaStream_t stream);
+/// Before the move: rewrites the rows of kept slots, where they lie, for the slots to come.
+/// `new_slots` is scratch of (B, G, capacity).
+void launch_remap_rows(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t kept_length, std::int32_t* new_slots, std::int64_t extent,
+                       cudaStream_t stream);
+/// After the move: empties the slots in front of the kept ones, and those behind; books lengths.
+void launch_finish_compact(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                           std::int64_t kept_length, std::int64_t extent, cudaStream_t stream);
+
+}  // namespace spectralkv::cuda

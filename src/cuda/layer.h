@@ -1,0 +1,118 @@
+// What the kernels see of a layer: device pointers and counts, handed over by value.
+//
+// Every array's leading axes are (sequence, graph of the sequence), as on the CPU. The counters live
+// on the device and are advanced there, so that a captured step goes on where the last replay ended;
+// the host keeps its own copy (LayerState) for checks that need no device.
+#pragma once
+
+#include <cstdint>
+
+#include "spectralkv/tensor.h"
+
+namespace spectralkv::cuda {
+
+struct SequenceCounters {
+  std::int64_t seen;
+  std::int64_t held;
+  std::int64_t walked_at;
+  std::uint64_t walk_block;  ///< Philox block at which the next walk starts
+};
+
+struct LayerCounters {
+  std::int64_t length;
+  std::int32_t ordered;
+  std::uint32_t ticket;  ///< thread blocks of an update that are done; 0 between updates
+};
+
+/// What the device found wrong with the contents of a caller's tensor.
+enum class Fault : std::uint32_t {
+  none,
+  slot_range,    ///< value: the slot, limit: the highest allowed
+  slot_taken,    ///< value: the slot
+  slots_differ,  ///< value: the slot, limit: that of the first head of the graph
+  layer_full,    ///< value: slots needed, limit: capacity
+  keep_order,    ///< value: the slot, limit: the one before it
+  keep_empty,    ///< value: the slot
+  keep_differ,   ///< value: the slot
+  keep_count,    ///< value: kept by this head, limit: expected
+};
+
+/// The first fault. Kernels that change the graph do nothing once `fault` is set.
+struct FaultRecord {
+  std::uint32_t fault;
+  std::int32_t layer;
+  std::int32_t sequence;
+  std::int32_t head;
+  std::int64_t value;
+  std::int64_t limit;
+};
+
+struct Statistics {
+  unsigned long long rows_written;
+  unsigned long long rows_nonfinite;
+};
+
+/// Slots whose restart weights are summed into one number, see ppr_walk.h.
+inline constexpr int kRestartBlock = 32;
+
+struct LayerView {
+  std::int32_t index;  ///< of the layer
+  std::int32_t batch;
+  std::int32_t heads;            ///< KV heads
+  std::int32_t graphs;           ///< of a sequence: `heads`, or 1 where the heads share one
+  std::int32_t heads_per_graph;  ///< heads / graphs; graph g holds heads [g * that, (g + 1) * that)
+  std::int32_t group;            ///< query heads of a KV head
+  std::int32_t head_dim;
+  std::int32_t top_k;
+  std::int32_t row_words;  ///< of a row: top_k neighbours and, if weighted, top_k thresholds
+  std::int32_t populations;
+  std::int32_t num_sinks;
+  bool weighted;
+  std::int64_t capacity;
+
+  std::int32_t* positions;  ///< (B, G, capacity), -1: empty
+  std::int32_t* rows;       ///< (B, G, capacity, row_words), a row starts at a multiple of its size
+  float* scores;            ///< (B, G, P, capacity)
+  std::uint32_t* visits;    ///< (B, G, P, capacity), null: the scores are the visits
+  std::uint32_t* novelty;   ///< (B, G, capacity), null: no population needs it
+
+  LayerCounters* counters;
+  SequenceCounters* sequences;  ///< (B)
+  FaultRecord* fault;           ///< of the manager, on the device
+  FaultRecord* reported;        ///< the same, in memory that the host reads
+  Statistics* statistics;       ///< of the manager
+
+  // Tables of a walk, filled by launch_restart_tables; `restart_blocks` is
+  // ceil(capacity / kRestartBlock), `guide_bits` says how many buckets a guide has.
+  std::int64_t restart_blocks;
+  std::int32_t guide_bits;
+  std::uint64_t* restart_sums;   ///< (B, G, P, restart_blocks): weights up to and with a block
+  std::uint32_t* restart_guide;  ///< (B, G, P, 1 << guide_bits)
+  std::uint64_t* walk_blocks;    ///< (B): Philox block of the walk under way
+};
+
+/// (B, H, S or Q, D) of the caller; strides count elements, the last axis is contiguous.
+struct TokensView {
+  const void* data;
+  DType dtype;
+  std::int64_t sequence_stride;
+  std::int64_t head_stride;
+  std::int64_t token_stride;
+};
+
+/// (B, H, n) or (B, H) of the caller.
+template <class T>
+struct TableView {
+  T* data;
+  std::int64_t sequence_stride;
+  std::int64_t head_stride;
+  std::int64_t slot_stride;
+};
+
+/// One bit a sequence, for a round of sequences.
+struct SequenceMarks {
+  static constexpr int kMost = 1024;
+  std::uint32_t bits[kMost / 32];
+};
+
+}  // namespace spectralkv::cuda
