@@ -83,16 +83,23 @@ class Backend {
   virtual void resize(std::int64_t layer, std::int64_t capacity,
                       std::span<const std::int64_t> sequences) = 0;
 
+  /// Whether calls on `stream` are recorded for later instead of done, so that the host's view
+  /// stays as it is.
+  virtual bool is_recording(Stream stream) const = 0;
+
   /// Checks the slots i32 (B, Hkv) of new tokens; precedes `update`.
-  virtual SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots) const = 0;
+  virtual SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots,
+                              Stream stream) const = 0;
 
   /// Returns the tokens that each sequence gained.
   virtual std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                            Stream stream) = 0;
   virtual void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) = 0;
-  virtual void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream) = 0;
-  virtual void solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
-                     Stream stream) = 0;
+  /// Layers [first, first + count).
+  virtual void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
+                    Stream stream) = 0;
+  virtual void solve(std::int64_t first, std::int64_t count,
+                     std::span<const std::uint8_t> sequences, Stream stream) = 0;
 
   virtual void scores(std::int64_t layer, int population, const TensorView& out,
                       Stream stream) const = 0;
@@ -104,9 +111,12 @@ class Backend {
                            const TensorView& out, Stream stream) const = 0;
   virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
 
-  /// Checks a list of kept slots; returns how many a head of each sequence keeps.
+  /// Checks a list of kept slots; returns how many a head of each sequence keeps, which must be
+  /// `kept` where that is not empty.
   virtual std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
-                                               const ConstTensorView& keep) const = 0;
+                                               const ConstTensorView& keep,
+                                               std::span<const std::int64_t> kept,
+                                               Stream stream) const = 0;
   virtual void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
                        const TensorView& values, Stream stream) = 0;
   virtual void release(std::int64_t layer, const ConstTensorView& keep, Stream stream) = 0;
@@ -122,11 +132,15 @@ class Backend {
                     const TensorView& probabilities, Stream stream) const = 0;
   virtual LoadResult load_rows(std::int64_t layer, const ConstTensorView& positions,
                                const ConstTensorView& neighbors,
-                               const ConstTensorView& probabilities) = 0;
+                               const ConstTensorView& probabilities, Stream stream) = 0;
+  virtual void load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
+                                    Stream stream) = 0;
   virtual void restart_distribution(std::int64_t layer, int population, const TensorView& out,
                                     Stream stream) const = 0;
 
   virtual void synchronize() const = 0;
+  /// What the device counts, where that may differ from the host's view; `state` is that view.
+  virtual void refresh(std::int64_t layer, LayerState& state) const = 0;
   virtual BackendStatistics statistics() const = 0;
   virtual MemoryUse memory_use() const = 0;
 };

@@ -75,6 +75,12 @@ struct GraphManager::Impl {
     return layers[static_cast<std::size_t>(layer)];
   }
 
+  /// The layers that a layer argument means: [first, first + count).
+  std::pair<std::int64_t, std::int64_t> layer_range(std::int64_t layer) const {
+    return layer == kAllLayers ? std::pair{std::int64_t{0}, graph.num_layers}
+                               : std::pair{layer, std::int64_t{1}};
+  }
+
   /// Calls function(layer) for one layer or for all.
   template <class Function>
   void for_layers(std::string_view operation, std::int64_t layer, Function&& function) const {
@@ -169,7 +175,7 @@ struct GraphManager::Impl {
                            .dtypes = {DType::i32},
                            .device = graph.device,
                            .unit_last_stride = false});
-      plan = backend->plan_slots(layer, slots);
+      plan = backend->plan_slots(layer, slots, stream);
     }
     if (plan.length > state.capacity) {
       throw_invalid(operation, "the layer's length",
@@ -205,6 +211,7 @@ struct GraphManager::Impl {
                                                              .softcap = options.score.softcap,
                                                              .row_stride = options.row_stride},
                                                             stream);
+    if (backend->is_recording(stream)) return;
     state.length = plan.length;
     state.ordered = state.ordered && plan.appended;
     for (std::size_t b = 0; b < added.size(); ++b) {
@@ -227,14 +234,18 @@ struct GraphManager::Impl {
 
   /// Books a walk or a solve of the marked sequences; returns the number of graphs.
   std::int64_t mark_walked(std::int64_t layer, std::span<const std::uint8_t> sequences,
-                           std::uint64_t blocks) {
-    LayerState& state = layers[static_cast<std::size_t>(layer)];
+                           std::uint64_t blocks, Stream stream) {
+    if (backend->is_recording(stream)) return 0;
     std::int64_t graphs = 0;
-    for (std::size_t b = 0; b < state.seen.size(); ++b) {
-      if (!sequences.empty() && sequences[b] == 0) continue;
-      state.walked_at[b] = state.seen[b];
-      state.walk_block[b] += blocks;
-      graphs += graphs_of(graph);
+    const auto [first, count] = layer_range(layer);
+    for (std::int64_t l = first; l < first + count; ++l) {
+      LayerState& state = layers[static_cast<std::size_t>(l)];
+      for (std::size_t b = 0; b < state.seen.size(); ++b) {
+        if (!sequences.empty() && sequences[b] == 0) continue;
+        state.walked_at[b] = state.seen[b];
+        state.walk_block[b] += blocks;
+        graphs += graphs_of(graph);
+      }
     }
     return graphs;
   }
@@ -255,11 +266,19 @@ struct GraphManager::Impl {
 
   /// Checks a list of kept slots and books what it lets go.
   std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
-                                       const ConstTensorView& keep) const {
+                                       const ConstTensorView& keep,
+                                       std::span<const std::int64_t> kept, Stream stream) const {
     const LayerState& state = layer_state(operation, layer);
     check_slot_table(operation, "keep", DType::i32, keep, state, kAny, false);
     check_range(operation, "keep's number of slots", keep.size(2), 0, state.length);
-    return backend->check_keep(operation, layer, keep);
+    if (!kept.empty() && std::cmp_not_equal(kept.size(), state.batch)) {
+      throw_invalid(operation, "the number of kept counts", std::to_string(state.batch),
+                    std::to_string(kept.size()));
+    }
+    for (std::size_t b = 0; b < kept.size(); ++b) {
+      check_range(operation, "a kept count", kept[b], 0, std::min(keep.size(2), state.held[b]));
+    }
+    return backend->check_keep(operation, layer, keep, kept, stream);
   }
 
   void book_kept(LayerState& state, const std::vector<std::int64_t>& kept) {
@@ -312,26 +331,24 @@ void GraphManager::update_novelty(std::int64_t layer, const ConstTensorView& key
   }
   impl_->check_keys("update_novelty", keys, state, state.length);
   impl_->backend->update_novelty(layer, keys, stream);
-  state.has_novelty = true;
+  if (!impl_->backend->is_recording(stream)) state.has_novelty = true;
 }
 
 void GraphManager::walk(std::int64_t layer, std::span<const std::uint8_t> sequences,
                         Stream stream) {
   impl_->check_walk("walk", layer, sequences);
-  impl_->for_layers("walk", layer, [&](std::int64_t l) {
-    impl_->backend->walk(l, sequences, stream);
-    impl_->statistics.walks +=
-        impl_->mark_walked(l, sequences, detail::blocks_of_walk(impl_->walk.walk_length));
-  });
+  const auto [first, count] = impl_->layer_range(layer);
+  impl_->backend->walk(first, count, sequences, stream);
+  impl_->statistics.walks +=
+      impl_->mark_walked(layer, sequences, detail::blocks_of_walk(impl_->walk.walk_length), stream);
 }
 
 void GraphManager::solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
                          Stream stream) {
   impl_->check_walk("solve", layer, sequences);
-  impl_->for_layers("solve", layer, [&](std::int64_t l) {
-    impl_->backend->solve(l, sequences, stream);
-    impl_->statistics.solves += impl_->mark_walked(l, sequences, 0);
-  });
+  const auto [first, count] = impl_->layer_range(layer);
+  impl_->backend->solve(first, count, sequences, stream);
+  impl_->statistics.solves += impl_->mark_walked(layer, sequences, 0, stream);
 }
 
 void GraphManager::update_and_step(std::int64_t layer, const ConstTensorView& query,
@@ -373,6 +390,17 @@ std::int64_t GraphManager::kept_length(std::int64_t layer, const EvictionConfig&
   return impl_->plan_cut("kept_length", layer, eviction, force).kept_length;
 }
 
+std::vector<std::int64_t> GraphManager::kept_counts(std::int64_t layer,
+                                                    const EvictionConfig& eviction,
+                                                    bool force) const {
+  const detail::CutArgs args = impl_->plan_cut("kept_counts", layer, eviction, force);
+  std::vector<std::int64_t> kept = impl_->layer_state("kept_counts", layer).held;
+  for (std::size_t b = 0; b < kept.size(); ++b) {
+    if (args.cut[b] != 0) kept[b] = eviction.budget;
+  }
+  return kept;
+}
+
 void GraphManager::select(std::int64_t layer, const EvictionConfig& eviction, bool force,
                           const TensorView& out, Stream stream) const {
   const detail::CutArgs args = impl_->plan_cut("select", layer, eviction, force);
@@ -393,7 +421,8 @@ void GraphManager::safety_mask(std::int64_t layer, const EvictionConfig& evictio
 }
 
 void GraphManager::compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
-                           const TensorView& values, Stream stream) {
+                           const TensorView& values, Stream stream,
+                           std::span<const std::int64_t> kept) {
   LayerState& state = impl_->layer_state("compact", layer);
   const auto check_moved = [&](std::string_view name, const TensorView& view) {
     if (view.empty()) return;
@@ -413,17 +442,20 @@ void GraphManager::compact(std::int64_t layer, const ConstTensorView& keep, cons
   };
   check_moved("keys", keys);
   check_moved("values", values);
-  const auto kept = impl_->check_keep("compact", layer, keep);
+  const auto counts = impl_->check_keep("compact", layer, keep, kept, stream);
   impl_->backend->compact(layer, keep, keys, values, stream);
-  impl_->book_kept(state, kept);
+  if (impl_->backend->is_recording(stream)) return;
+  impl_->book_kept(state, counts);
   state.length = keep.size(2);
 }
 
-void GraphManager::release(std::int64_t layer, const ConstTensorView& keep, Stream stream) {
+void GraphManager::release(std::int64_t layer, const ConstTensorView& keep, Stream stream,
+                           std::span<const std::int64_t> kept) {
   LayerState& state = impl_->layer_state("release", layer);
-  const auto kept = impl_->check_keep("release", layer, keep);
+  const auto counts = impl_->check_keep("release", layer, keep, kept, stream);
   impl_->backend->release(layer, keep, stream);
-  impl_->book_kept(state, kept);
+  if (impl_->backend->is_recording(stream)) return;
+  impl_->book_kept(state, counts);
   state.ordered = false;
 }
 
@@ -528,6 +560,12 @@ void GraphManager::reserve(std::int64_t layer, std::int64_t capacity) {
 
 void GraphManager::synchronize() const { impl_->backend->synchronize(); }
 
+void GraphManager::refresh() {
+  for (std::int64_t l = 0; l < impl_->graph.num_layers; ++l) {
+    impl_->backend->refresh(l, impl_->layers[static_cast<std::size_t>(l)]);
+  }
+}
+
 const GraphConfig& GraphManager::graph_config() const noexcept { return impl_->graph; }
 const WalkConfig& GraphManager::walk_config() const noexcept { return impl_->walk; }
 
@@ -574,8 +612,8 @@ void GraphManager::rows(std::int64_t layer, const TensorView& neighbors,
 }
 
 void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& positions,
-                             const ConstTensorView& neighbors,
-                             const ConstTensorView& probabilities) {
+                             const ConstTensorView& neighbors, const ConstTensorView& probabilities,
+                             Stream stream) {
   LayerState& state = impl_->layer_state("load_rows", layer);
   check_tensor(positions, {.operation = "load_rows",
                            .name = "positions",
@@ -588,13 +626,32 @@ void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& position
   impl_->check_row_table("load_rows", "neighbors", DType::i32, neighbors, state, slots, false);
   impl_->check_row_table("load_rows", "probabilities", DType::f32, probabilities, state, slots,
                          false);
-  detail::LoadResult result = impl_->backend->load_rows(layer, positions, neighbors, probabilities);
+  detail::LoadResult result =
+      impl_->backend->load_rows(layer, positions, neighbors, probabilities, stream);
   state.length = slots;
   state.seen = std::move(result.seen);
   state.held = std::move(result.held);
   state.ordered = result.ordered;
   state.has_novelty = false;
   std::fill(state.walked_at.begin(), state.walked_at.end(), -1);
+}
+
+void GraphManager::load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
+                                        Stream stream) {
+  LayerState& state = impl_->layer_state("load_restart_weights", layer);
+  if (!impl_->walk.needs_novelty()) {
+    throw_invalid("load_restart_weights", "the walk", "one with a novelty population",
+                  "one without");
+  }
+  check_tensor(weights, {.operation = "load_restart_weights",
+                         .name = "weights",
+                         .axes = "(B, G, S)",
+                         .extents = {state.batch, graphs_per_sequence(), state.length},
+                         .dtypes = {DType::u32},
+                         .device = impl_->graph.device,
+                         .unit_last_stride = true});
+  impl_->backend->load_restart_weights(layer, weights, stream);
+  state.has_novelty = true;
 }
 
 void GraphManager::restart_distribution(std::int64_t layer, int population, const TensorView& out,

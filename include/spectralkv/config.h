@@ -40,6 +40,9 @@ struct SPECTRALKV_API GraphConfig {
   std::int64_t total_kv_heads = 0;  ///< KV heads over all ranks; 0: num_kv_heads
   Device device{};
   int num_threads = 0;  ///< threads of the CPU backend; 0: one for each processor we may run on
+  /// CUDA: wait for the device to check slots and kept lists, so that a call with bad ones throws
+  /// and changes nothing. Otherwise no call waits, and a later call throws (see GraphManager).
+  bool eager_checks = false;
 
   /// Throws InvalidArgument that names the field, what was expected and what came.
   void validate() const;

@@ -56,6 +56,20 @@ struct MemoryUse {
 ///
 /// Every method throws InvalidArgument before it changes anything. Calls on one manager must not
 /// overlap; two managers are independent. On the CPU every call has finished when it returns.
+///
+/// On CUDA a call is queued and returns. What touches the caller's tensors runs on the caller's
+/// stream; walks and solves touch only the manager's own memory and run on a side stream of low
+/// priority, between the caller's work before them and the first call that needs their result.
+/// Calls on different streams are ordered by the manager. Some calls wait for the device: those
+/// that take or return memory, load a graph, truncate, read statistics, or must count what a tensor
+/// on the device holds (padding marks; kept lists without `kept`; slots and kept lists with
+/// GraphConfig::eager_checks). Without eager checks the device checks slots and kept lists itself:
+/// a faulty one stops all later changes, and the calls that come after the device found it throw
+/// InvalidArgument until reset(kAllLayers).
+///
+/// `update`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `scores` and the like may
+/// be captured into a CUDA graph, on the captured stream alone; synchronize() before the capture.
+/// Counters advance on the device with each replay, and refresh() tells the host's view of them.
 class SPECTRALKV_API GraphManager {
  public:
   GraphManager(const GraphConfig& graph, const WalkConfig& walk);
@@ -114,6 +128,10 @@ class SPECTRALKV_API GraphManager {
   /// Slots a head needs after every full sequence (`force`: every one above the budget) is cut.
   std::int64_t kept_length(std::int64_t layer, const EvictionConfig& eviction, bool force) const;
 
+  /// Tokens that each head of a sequence keeps then: one entry a sequence.
+  std::vector<std::int64_t> kept_counts(std::int64_t layer, const EvictionConfig& eviction,
+                                        bool force) const;
+
   /// Writes i32 (B, Hkv, kept_length): the slots that stay, ascending, right-aligned behind -1.
   /// A full sequence keeps its sinks, its window and, each population its share, the highest
   /// scores; of equal scores the newer token stays. Other sequences keep all they have.
@@ -128,11 +146,14 @@ class SPECTRALKV_API GraphManager {
   /// Moves the kept slots to the front, in place: of `keys` (B, Hkv, S, D) and `values`
   /// (B, Hkv, S, Dv), of any dtype, and of the graph. `keep` i32 (B, Hkv, M) as select writes it;
   /// every head of a sequence keeps the same number. Empty views: there is nothing to move.
+  /// `kept`: that number for each sequence, where the host knows it (see kept_counts); else it is
+  /// counted.
   void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
-               const TensorView& values, Stream stream);
+               const TensorView& values, Stream stream, std::span<const std::int64_t> kept = {});
 
   /// Frees every slot that is not in `keep` i32 (B, Hkv, M); nothing moves.
-  void release(std::int64_t layer, const ConstTensorView& keep, Stream stream);
+  void release(std::int64_t layer, const ConstTensorView& keep, Stream stream,
+               std::span<const std::int64_t> kept = {});
 
   /// Writes i32 (B, Hkv): a free slot of each head, the lowest one.
   void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const;
@@ -153,6 +174,9 @@ class SPECTRALKV_API GraphManager {
 
   /// Waits for the device's work of this manager.
   void synchronize() const;
+
+  /// Reads lengths and counts from the device, after replays of captured calls; waits.
+  void refresh();
 
   // -- inspection
 
@@ -180,7 +204,11 @@ class SPECTRALKV_API GraphManager {
   /// f32 (B, G, S, K). Positions of a graph are unique where not -1, an edge points to an older
   /// token, a row's probabilities sum to 1 or to 0; S becomes the length.
   void load_rows(std::int64_t layer, const ConstTensorView& positions,
-                 const ConstTensorView& neighbors, const ConstTensorView& probabilities);
+                 const ConstTensorView& neighbors, const ConstTensorView& probabilities,
+                 Stream stream = {});
+  /// Replaces the restart weights of novelty populations, u32 (B, G, length), relative to each
+  /// other; a slot without a token has none.
+  void load_restart_weights(std::int64_t layer, const ConstTensorView& weights, Stream stream = {});
   /// Writes f32 (B, G, length): the restart distribution of a population.
   void restart_distribution(std::int64_t layer, int population, const TensorView& out,
                             Stream stream) const;

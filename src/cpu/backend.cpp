@@ -43,7 +43,9 @@ class CpuBackend final : public Backend {
     old = std::move(next);
   }
 
-  SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots) const override {
+  bool is_recording(Stream) const override { return false; }
+
+  SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots, Stream) const override {
     const LayerState& host = state(layer);
     SlotPlan plan{.length = host.length, .appended = true};
     for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
@@ -108,11 +110,17 @@ class CpuBackend final : public Backend {
   void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream) override {
     detail::update_novelty(context(), mine(layer), keys, state(layer).length, scratch_);
   }
-  void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream) override {
-    detail::walk(context(), mine(layer), state(layer), layer, sequences, scratch_);
+  void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
+            Stream) override {
+    for (std::int64_t layer = first; layer < first + count; ++layer) {
+      detail::walk(context(), mine(layer), state(layer), layer, sequences, scratch_);
+    }
   }
-  void solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream) override {
-    detail::solve(context(), mine(layer), state(layer), sequences);
+  void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
+             Stream) override {
+    for (std::int64_t layer = first; layer < first + count; ++layer) {
+      detail::solve(context(), mine(layer), state(layer), sequences);
+    }
   }
 
   void scores(std::int64_t layer, int population, const TensorView& out, Stream) const override {
@@ -175,20 +183,25 @@ class CpuBackend final : public Backend {
   }
 
   std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
-                                       const ConstTensorView& keep) const override {
+                                       const ConstTensorView& keep,
+                                       std::span<const std::int64_t> kept, Stream) const override {
     const CpuLayer& memory = mine(layer);
-    std::vector<std::int64_t> kept;
+    std::vector<std::int64_t> counts;
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
         const std::int64_t count = check_kept_head(operation, layer, keep, b, h);
-        if (h == 0) kept.push_back(count);
-        if (count != kept.back()) {
+        if (h == 0) counts.push_back(count);
+        if (count != counts.back()) {
           throw_invalid(operation, "the number of kept slots" + at(b, h),
-                        std::to_string(kept.back()) + " as of head 0", std::to_string(count));
+                        std::to_string(counts.back()) + " as of head 0", std::to_string(count));
+        }
+        if (!kept.empty() && count != kept[static_cast<std::size_t>(b)]) {
+          throw_invalid(operation, "the number of kept slots" + at(b, h),
+                        std::to_string(kept[static_cast<std::size_t>(b)]), std::to_string(count));
         }
       }
     }
-    return kept;
+    return counts;
   }
 
   void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
@@ -303,8 +316,19 @@ class CpuBackend final : public Backend {
   }
 
   LoadResult load_rows(std::int64_t layer, const ConstTensorView& positions,
-                       const ConstTensorView& neighbors,
-                       const ConstTensorView& probabilities) override;
+                       const ConstTensorView& neighbors, const ConstTensorView& probabilities,
+                       Stream) override;
+
+  void load_restart_weights(std::int64_t layer, const ConstTensorView& weights, Stream) override {
+    CpuLayer& memory = mine(layer);
+    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+      for (std::int64_t g = 0; g < memory.graphs(); ++g) {
+        std::copy_n(
+            element_pointer<std::uint32_t>(weights, b * weights.stride(0) + g * weights.stride(1)),
+            state(layer).length, memory.novelty(b, g));
+      }
+    }
+  }
 
   void restart_distribution(std::int64_t layer, int population, const TensorView& out,
                             Stream) const override {
@@ -322,6 +346,7 @@ class CpuBackend final : public Backend {
   }
 
   void synchronize() const override {}
+  void refresh(std::int64_t, LayerState&) const override {}
   BackendStatistics statistics() const override { return statistics_; }
 
   MemoryUse memory_use() const override {
@@ -411,72 +436,9 @@ class CpuBackend final : public Backend {
 
 LoadResult CpuBackend::load_rows(std::int64_t layer, const ConstTensorView& positions,
                                  const ConstTensorView& neighbors,
-                                 const ConstTensorView& probabilities) {
-  const std::int64_t slots = positions.size(2);
+                                 const ConstTensorView& probabilities, Stream) {
   CpuLayer next(graph_, walk_, mine(layer).batch(), mine(layer).capacity());
-  LoadResult result;
-  for (std::int64_t b = 0; b < next.batch(); ++b) {
-    for (std::int64_t g = 0; g < next.graphs(); ++g) {
-      std::int32_t* own = next.positions(b, g);
-      std::copy_n(element_pointer<std::int32_t>(positions,
-                                                b * positions.stride(0) + g * positions.stride(1)),
-                  slots, own);
-      std::vector<std::int32_t> sorted;
-      for (std::int64_t slot = 0; slot < slots; ++slot) {
-        if (own[slot] < -1) {
-          throw_invalid("load_rows", "a position", "-1 or more", std::to_string(own[slot]));
-        }
-        if (own[slot] >= 0) sorted.push_back(own[slot]);
-      }
-      result.ordered = result.ordered && std::is_sorted(sorted.begin(), sorted.end());
-      std::sort(sorted.begin(), sorted.end());
-      const auto twin = std::adjacent_find(sorted.begin(), sorted.end());
-      if (twin != sorted.end()) {
-        throw_invalid("load_rows", "the positions of a graph", "unique",
-                      std::to_string(*twin) + " twice");
-      }
-      const std::int64_t seen = sorted.empty() ? 0 : std::int64_t{sorted.back()} + 1;
-      const auto held = static_cast<std::int64_t>(sorted.size());
-      if (g == 0) {
-        result.seen.push_back(seen);
-        result.held.push_back(held);
-      }
-      if (held != result.held.back()) {
-        throw_invalid("load_rows", "the number of tokens of each graph of a sequence",
-                      std::to_string(result.held.back()), std::to_string(held));
-      }
-      result.seen.back() = std::max(result.seen.back(), seen);
-
-      for (std::int64_t slot = 0; slot < slots; ++slot) {
-        const auto* to =
-            element_pointer<std::int32_t>(neighbors, row_offset(neighbors, b, g, slot));
-        const auto* weight =
-            element_pointer<float>(probabilities, row_offset(probabilities, b, g, slot));
-        std::vector<std::int32_t> edges;
-        std::vector<double> weights;
-        double total = 0.0;
-        for (int k = 0; k < graph_.top_k; ++k) {
-          if (!(weight[k] >= 0.0F && weight[k] <= 1.0F)) {
-            throw_invalid("load_rows", "a probability", "in [0, 1]", std::to_string(weight[k]));
-          }
-          if (weight[k] == 0.0F) continue;
-          if (to[k] < 0 || to[k] >= slots || !is_live_edge(own, slot, to[k])) {
-            throw_invalid("load_rows", "an edge of slot " + std::to_string(slot),
-                          "to a slot with an older token", std::to_string(to[k]));
-          }
-          edges.push_back(to[k]);
-          weights.push_back(weight[k]);
-          total += weight[k];
-        }
-        if (!edges.empty() && std::abs(total - 1.0) > 1e-3) {
-          throw_invalid("load_rows", "the sum of a row's probabilities", "1 or 0",
-                        std::to_string(total));
-        }
-        write_row(next.row(b, g, slot), graph_.top_k, edges.data(), weights.data(),
-                  static_cast<int>(edges.size()));
-      }
-    }
-  }
+  LoadResult result = load_graphs(graph_, next, positions, neighbors, probabilities);
   mine(layer) = std::move(next);
   return result;
 }

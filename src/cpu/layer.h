@@ -254,6 +254,10 @@ void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, 
 void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, std::int64_t slot,
                const std::int32_t* new_slot);
 
+/// load_rows.cpp: fills an empty layer; throws InvalidArgument where the tables are no graphs.
+LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTensorView& positions,
+                       const ConstTensorView& neighbors, const ConstTensorView& probabilities);
+
 /// novelty.cpp
 void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTensorView& keys,
                     std::int64_t length, std::vector<Scratch>& scratch);

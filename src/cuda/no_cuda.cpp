@@ -1,6 +1,10 @@
+#include <memory>
 #include <string>
+#include <vector>
 
+#include "backend.h"
 #include "cuda/cuda_device.h"
+#include "spectralkv/error.h"
 
 namespace spectralkv::cuda {
 
@@ -12,3 +16,13 @@ int device_count() noexcept { return 0; }
 std::string status() { return "this libspectralkv was built without CUDA"; }
 
 }  // namespace spectralkv::cuda
+
+namespace spectralkv::detail {
+
+std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& /*walk*/,
+                                           const std::vector<LayerState>& /*layers*/) {
+  throw BackendUnavailable("[GraphManager] no backend for " + name_of(graph.device) + ": " +
+                           cuda::status());
+}
+
+}  // namespace spectralkv::detail

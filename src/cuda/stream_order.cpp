@@ -1,0 +1,93 @@
+#include "cuda/stream_order.h"
+
+#include <string>
+#include <string_view>
+
+#include "cuda/cuda_check.h"
+#include "spectralkv/error.h"
+
+namespace spectralkv::cuda {
+
+StreamOrder::StreamOrder() {
+  int lowest = 0;
+  int highest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+  try {
+    check(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, lowest),
+          "cudaStreamCreateWithPriority");
+    check(cudaEventCreateWithFlags(&last_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  } catch (...) {
+    if (side_ != nullptr) static_cast<void>(cudaStreamDestroy(side_));
+    if (last_ != nullptr) static_cast<void>(cudaEventDestroy(last_));
+    throw;
+  }
+}
+
+StreamOrder::~StreamOrder() {
+  // The memory that queued work uses is freed next.
+  if (!idle_) static_cast<void>(cudaEventSynchronize(last_));
+  static_cast<void>(cudaStreamSynchronize(side_));
+  static_cast<void>(cudaEventDestroy(last_));
+  static_cast<void>(cudaEventDestroy(ready_));
+  static_cast<void>(cudaStreamDestroy(side_));
+  static_cast<void>(cudaGetLastError());
+}
+
+bool StreamOrder::is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  // The legacy default stream cannot be captured, and asking for it disturbs captures of others.
+  if (stream == nullptr || stream == cudaStreamLegacy) return false;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void StreamOrder::wait_for_last(cudaStream_t stream) {
+  if (!idle_ && last_stream_ != stream) {
+    check(cudaStreamWaitEvent(stream, last_, 0), "cudaStreamWaitEvent");
+  }
+}
+
+void StreamOrder::enter(cudaStream_t stream, std::string_view operation) {
+  if (!is_capturing(stream)) {
+    wait_for_last(stream);
+    return;
+  }
+  if (!idle_) {
+    throw CudaError("[" + std::string(operation) +
+                    "] the manager must be idle when it is captured: call synchronize() before");
+  }
+}
+
+void StreamOrder::leave(cudaStream_t stream) {
+  if (is_capturing(stream)) return;
+  check(cudaEventRecord(last_, stream), "cudaEventRecord");
+  last_stream_ = stream;
+  idle_ = false;
+}
+
+cudaStream_t StreamOrder::fork(cudaStream_t stream, std::string_view operation) {
+  if (is_capturing(stream)) {
+    enter(stream, operation);
+    return stream;
+  }
+  check(cudaEventRecord(ready_, stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");
+  wait_for_last(side_);
+  return side_;
+}
+
+void StreamOrder::leave_side(cudaStream_t used) { leave(used); }
+
+cudaStream_t StreamOrder::own() {
+  wait_for_last(side_);
+  return side_;
+}
+
+void StreamOrder::synchronize() {
+  if (idle_) return;
+  check(cudaEventSynchronize(last_), "cudaEventSynchronize");
+  idle_ = true;
+}
+
+}  // namespace spectralkv::cuda

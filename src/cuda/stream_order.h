@@ -1,0 +1,51 @@
+// In which order the work of one manager runs: on the caller's streams and on its own side stream.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string_view>
+
+namespace spectralkv::cuda {
+
+/// Owns a non-blocking side stream of the lowest priority and two events. The calls of a manager do
+/// not overlap on the host, so the order of the calls is the order that the device must keep:
+/// whoever comes next waits, on the device, for the last work on another stream.
+class StreamOrder {
+ public:
+  /// On the current device.
+  StreamOrder();
+  ~StreamOrder();
+  StreamOrder(const StreamOrder&) = delete;
+  StreamOrder& operator=(const StreamOrder&) = delete;
+
+  static bool is_capturing(cudaStream_t stream);
+
+  /// Before work on the caller's stream. Throws CudaError where a capture begins while earlier work
+  /// may still run: a captured stream cannot wait for it.
+  void enter(cudaStream_t stream, std::string_view operation);
+  /// After it.
+  void leave(cudaStream_t stream);
+
+  /// Before work on the side stream that follows what `stream` holds now. Returns the stream to
+  /// work on: `stream` itself while it is captured.
+  cudaStream_t fork(cudaStream_t stream, std::string_view operation);
+  /// After it.
+  void leave_side(cudaStream_t used);
+
+  /// The side stream, ordered behind all earlier work: for calls that come without a stream.
+  cudaStream_t own();
+
+  /// Waits for all work of the manager.
+  void synchronize();
+
+ private:
+  void wait_for_last(cudaStream_t stream);
+
+  cudaStream_t side_ = nullptr;
+  cudaEvent_t last_ = nullptr;  ///< after the latest work
+  cudaEvent_t ready_ = nullptr;
+  cudaStream_t last_stream_ = nullptr;
+  bool idle_ = true;  ///< nothing was queued since the last synchronization
+};
+
+}  // namespace spectralkv::cuda
