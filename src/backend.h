@@ -126,6 +126,8 @@ class Backend {
   virtual TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const = 0;
   virtual void truncate(std::int64_t layer, const TruncatePlan& plan) = 0;
   virtual void reset(std::int64_t layer, std::int64_t sequence) = 0;
+  /// Before all layers are reset: forgets what an earlier call of the caller did wrong.
+  virtual void recover() = 0;
 
   virtual void positions(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
   virtual void rows(std::int64_t layer, const TensorView& neighbors,

@@ -525,6 +525,7 @@ void GraphManager::reset(std::int64_t layer, std::optional<std::int64_t> sequenc
     check_range("reset", "sequence", *sequence, 0,
                 impl_->layers[static_cast<std::size_t>(l)].batch - 1);
   });
+  if (layer == kAllLayers && !sequence) impl_->backend->recover();
   impl_->for_layers("reset", layer, [&](std::int64_t l) {
     LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
     for (std::int64_t b = 0; b < state.batch; ++b) {

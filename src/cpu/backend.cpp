@@ -286,6 +286,8 @@ class CpuBackend final : public Backend {
     }
   }
 
+  void recover() override {}
+
   void positions(std::int64_t layer, const TensorView& out, Stream) const override {
     for_heads<std::int32_t>(layer, out,
                             [&](std::int64_t b, std::int64_t g, std::int32_t* row, std::int64_t n) {

@@ -1,6 +1,6 @@
-// The launchers of the CUDA backend, one block a file. Each queues its work on `stream` and returns;
-// none allocates, waits or changes the host's view. Arguments were checked before: a launcher only
-// throws CudaError when a launch fails.
+// The launchers of the CUDA backend, one block a file. Each queues its work on `stream` and
+// returns; none allocates, waits or changes the host's view. Arguments were checked before: a
+// launcher only throws CudaError when a launch fails.
 //
 // `extent` is the most slots that may be in use (the capacity while a stream is captured): it sizes
 // grids. Kernels read the true length from the layer's counters.
@@ -81,8 +81,8 @@ void launch_check_keep(const LayerView& layer, const TableView<const std::int32_
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
                     std::int64_t count, std::int32_t* marks, std::int64_t extent,
                     cudaStream_t stream);
-/// What forgetting the newest `count` would do, see Backend::plan_truncate: found and oldest (B, G),
-/// and the highest slot that stays, of all graphs of the layer (-1: none), in `last`.
+/// What forgetting the newest `count` would do, see Backend::plan_truncate: found and oldest (B,
+/// G), and the highest slot that stays, of all graphs of the layer (-1: none), in `last`.
 void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
                           std::int64_t* found, std::int64_t* oldest, std::int64_t* last,
                           std::int64_t extent, cudaStream_t stream);
@@ -124,7 +124,7 @@ struct WalkRules {
   float decay;
   std::int32_t populations;
   std::int64_t first_stream_of_layer;  ///< total_kv_heads: graphs counted a layer
-  std::int64_t head_offset;            ///< added to the graph's number in its sequence; see GraphScope
+  std::int64_t head_offset;  ///< added to the graph's number in its sequence; see GraphScope
   struct {
     std::int64_t first_walker;
     std::int64_t walkers;
@@ -184,9 +184,9 @@ struct MoveJob {
   std::int64_t sequence_stride;  ///< bytes, all strides
   std::int64_t row_stride;
   std::int64_t slot_stride;
-  std::int64_t width;       ///< bytes of a slot
-  std::int32_t rows;        ///< X
-  std::int32_t rows_a_list;  ///< rows that share one list of kept slots
+  std::int64_t width;         ///< bytes of a slot
+  std::int32_t rows;          ///< X
+  std::int32_t rows_a_list;   ///< rows that share one list of kept slots
   std::int32_t heads_a_list;  ///< list i is the one of head i * heads_a_list
 };
 inline constexpr int kMostMoveJobs = 8;

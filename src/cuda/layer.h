@@ -1,8 +1,8 @@
 // What the kernels see of a layer: device pointers and counts, handed over by value.
 //
-// Every array's leading axes are (sequence, graph of the sequence), as on the CPU. The counters live
-// on the device and are advanced there, so that a captured step goes on where the last replay ended;
-// the host keeps its own copy (LayerState) for checks that need no device.
+// Every array's leading axes are (sequence, graph of the sequence), as on the CPU. The counters
+// live on the device and are advanced there, so that a captured step goes on where the last replay
+// ended; the host keeps its own copy (LayerState) for checks that need no device.
 #pragma once
 
 #include <cstdint>

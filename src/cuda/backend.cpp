@@ -1,0 +1,821 @@
+// The CUDA backend: queues work and keeps its order. What a stage does stands in its kernels.
+#include "backend.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cpu/layer.h"
+#include "cuda/cuda_check.h"
+#include "cuda/cuda_device.h"
+#include "cuda/device_memory.h"
+#include "cuda/fault.h"
+#include "cuda/kernels.h"
+#include "cuda/layer.h"
+#include "cuda/layer_memory.h"
+#include "cuda/stream_order.h"
+#include "spectralkv/error.h"
+#include "validate.h"
+
+namespace spectralkv::detail {
+namespace {
+
+using cuda::check;
+using cuda::DeviceGuard;
+using cuda::FaultRecord;
+using cuda::LayerCounters;
+using cuda::LayerMemory;
+using cuda::LayerView;
+using cuda::Memory;
+using cuda::SequenceCounters;
+using cuda::SequenceMarks;
+using cuda::StreamOrder;
+using cuda::TableView;
+using cuda::TokensView;
+
+cudaStream_t handle_of(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
+
+TokensView tokens_of(const ConstTensorView& view) {
+  return {.data = view.data,
+          .dtype = view.dtype,
+          .sequence_stride = view.stride(0),
+          .head_stride = view.stride(1),
+          .token_stride = view.stride(2)};
+}
+
+template <class T, class Pointer>
+TableView<T> table_of(const BasicTensorView<Pointer>& view) {
+  return {.data = static_cast<T*>(view.data),
+          .sequence_stride = view.stride(0),
+          .head_stride = view.stride(1),
+          .slot_stride = view.rank > 2 ? view.stride(2) : 0};
+}
+
+/// Marks of sequences [first, first + SequenceMarks::kMost); no entries: all.
+SequenceMarks marks_of(std::span<const std::uint8_t> entries, std::int64_t first,
+                       std::int64_t batch) {
+  SequenceMarks marks{};
+  const std::int64_t end = std::min<std::int64_t>(batch, first + SequenceMarks::kMost);
+  for (std::int64_t b = first; b < end; ++b) {
+    if (!entries.empty() && entries[static_cast<std::size_t>(b)] == 0) continue;
+    const auto bit = static_cast<std::uint32_t>(b - first);
+    marks.bits[bit / 32U] |= 1U << (bit % 32U);
+  }
+  return marks;
+}
+
+/// A copy of a (B, G, S, ...) tensor in host memory.
+class HostCopy {
+ public:
+  HostCopy(const ConstTensorView& view, cudaStream_t stream) : view_(view) {
+    const std::int64_t width = view.rank == 4 ? view.size(3) : 1;
+    const std::int64_t element = size_of(view.dtype);
+    const std::int64_t slots = view.size(2);
+    bytes_.resize(static_cast<std::size_t>(view.size(0) * view.size(1) * slots * width * element));
+    std::byte* to = bytes_.data();
+    for (std::int64_t b = 0; b < view.size(0); ++b) {
+      for (std::int64_t g = 0; g < view.size(1); ++g) {
+        const auto* from = static_cast<const std::byte*>(view.data) +
+                           (b * view.stride(0) + g * view.stride(1)) * element;
+        copy(to, from, slots, width * element, view.stride(2) * element, stream);
+        to += slots * width * element;
+      }
+    }
+    view_.data = bytes_.data();
+    view_.device = {};
+    std::int64_t stride = 1;
+    for (int axis = view.rank - 1; axis >= 0; --axis) {
+      view_.strides[static_cast<std::size_t>(axis)] = stride;
+      stride *= view.size(axis);
+    }
+  }
+  HostCopy(const HostCopy&) = delete;
+  HostCopy& operator=(const HostCopy&) = delete;
+
+  const ConstTensorView& view() const { return view_; }
+
+ private:
+  static void copy(std::byte* to, const std::byte* from, std::int64_t rows, std::int64_t width,
+                   std::int64_t pitch, cudaStream_t stream) {
+    if (rows == 0 || width == 0) return;
+    if (pitch >= width) {
+      check(cudaMemcpy2DAsync(to, static_cast<std::size_t>(width), from,
+                              static_cast<std::size_t>(pitch), static_cast<std::size_t>(width),
+                              static_cast<std::size_t>(rows), cudaMemcpyDeviceToHost, stream),
+            "cudaMemcpy2DAsync");
+      return;
+    }
+    for (std::int64_t row = 0; row < rows; ++row) {
+      check(cudaMemcpyAsync(to + row * width, from + row * pitch, static_cast<std::size_t>(width),
+                            cudaMemcpyDeviceToHost, stream),
+            "cudaMemcpyAsync");
+    }
+  }
+
+  ConstTensorView view_;
+  std::vector<std::byte> bytes_;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(const GraphConfig& graph, const WalkConfig& walk,
+              const std::vector<LayerState>& states)
+      : graph_(graph), walk_(walk), states_(states) {
+    const cudaStream_t own = order_.own();
+    check(cudaMemsetAsync(shared_.data(), 0, static_cast<std::size_t>(shared_.bytes()), own),
+          "cudaMemsetAsync");
+    *reported() = {};
+    layers_.reserve(states.size());
+    for (std::size_t l = 0; l < states.size(); ++l) {
+      layers_.emplace_back(graph_, walk_, shared(), static_cast<std::int64_t>(l), states[l].batch,
+                           states[l].capacity, own);
+      upload_counters(static_cast<std::int64_t>(l), own);
+    }
+    finish_resize(own);
+  }
+
+  ~CudaBackend() override {
+    try {
+      const DeviceGuard guard(graph_.device.index);
+      order_.synchronize();
+    } catch (const Error&) {
+      // A broken device has nothing left to wait for.
+    }
+  }
+  CudaBackend(const CudaBackend&) = delete;
+  CudaBackend& operator=(const CudaBackend&) = delete;
+
+  void resize(std::int64_t layer, std::int64_t capacity,
+              std::span<const std::int64_t> sequences) override {
+    const DeviceGuard guard(graph_.device.index);
+    raise_reported("resize");
+    const cudaStream_t own = order_.own();
+    LayerMemory next(graph_, walk_, shared(), layer, static_cast<std::int64_t>(sequences.size()),
+                     capacity, own);
+    const LayerMemory& old = layers_[static_cast<std::size_t>(layer)];
+    for (std::size_t b = 0; b < sequences.size(); ++b) {
+      next.copy_sequence(static_cast<std::int64_t>(b), old, sequences[b], state(layer).length, own);
+    }
+    check(cudaMemcpyAsync(next.view().counters, old.view().counters, sizeof(LayerCounters),
+                          cudaMemcpyDeviceToDevice, own),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+    layers_[static_cast<std::size_t>(layer)] = std::move(next);
+    finish_resize(own);
+  }
+
+  bool is_recording(Stream stream) const override {
+    const DeviceGuard guard(graph_.device.index);
+    return StreamOrder::is_capturing(handle_of(stream));
+  }
+
+  SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots,
+                      Stream stream) const override {
+    const LayerState& host = state(layer);
+    if (graph_.eager_checks && !is_recording(stream)) {
+      const DeviceGuard guard(graph_.device.index);
+      const cudaStream_t queue = begin("update", stream);
+      auto* plan = results_.as<std::int64_t>(kResultTable);
+      cuda::launch_plan_slots(view(layer), table_of<const std::int32_t>(slots), plan, checked(),
+                              queue);
+      wait(queue);
+      if (checked()->fault != 0U) cuda::throw_fault("update", *checked());
+      return {.length = plan[0], .appended = plan[1] != 0};
+    }
+    // A head takes the slot behind all others only where it has no free one.
+    bool any_full = false;
+    bool all_full = true;
+    for (const std::int64_t held : host.held) {
+      any_full = any_full || held == host.length;
+      all_full = all_full && held == host.length;
+    }
+    return {.length = host.length + (any_full ? 1 : 0), .appended = all_full};
+  }
+
+  std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
+                                   Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin("update", stream);
+    const std::int64_t count = args.queries.size(2);
+    std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
+    if (view(layer).batch == 0) return added;
+    if (count == 1 && args.valid.empty()) {
+      cuda::launch_update(view(layer),
+                          {.queries = tokens_of(args.queries),
+                           .keys = tokens_of(args.keys),
+                           .slots = args.slots.empty() ? TableView<const std::int32_t>{}
+                                                       : table_of<const std::int32_t>(args.slots),
+                           .scale = static_cast<float>(args.scale),
+                           .softcap = static_cast<float>(args.softcap)},
+                          is_recording(stream) ? view(layer).capacity : args.length, queue);
+      order_.leave(queue);
+      return added;
+    }
+    if (is_recording(stream)) {
+      throw CudaError("[update_rows] a block of tokens cannot be captured: its slots are fixed");
+    }
+    update_block(layer, args, queue);
+    order_.leave(queue);
+    if (!args.valid.empty()) {
+      const std::vector<SequenceCounters> counters = download_sequences(layer, queue);
+      for (std::size_t b = 0; b < added.size(); ++b) {
+        added[b] = counters[b].seen - state(layer).seen[b];
+      }
+    }
+    return added;
+  }
+
+  void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin("update_novelty", stream);
+    const std::int64_t extent = extent_of(layer, stream);
+    if (extent == 0) return;
+    cuda::launch_novelty(view(layer), tokens_of(keys), novelty_scratch_.as<float>(), extent, queue);
+    order_.leave(queue);
+  }
+
+  void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
+            Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    raise_reported("walk");
+    const cudaStream_t queue = order_.fork(handle_of(stream), "walk");
+    std::int64_t most_batch = 0;
+    std::int64_t most_extent = 0;
+    for (std::int64_t l = first; l < first + count; ++l) {
+      most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
+      most_extent = std::max(most_extent, extent_of(l, stream));
+    }
+    for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+      cuda::launch_walk(views_.as<LayerView>() + first, static_cast<int>(count), view(first),
+                        rules(), most_batch, most_extent, b, marks_of(sequences, b, most_batch),
+                        queue);
+    }
+    order_.leave_side(queue);
+  }
+
+  void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
+             Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    raise_reported("solve");
+    std::int64_t bytes = 0;
+    for (std::int64_t l = first; l < first + count; ++l) {
+      bytes = std::max(bytes, cuda::solve_scratch(view(l)));
+    }
+    grow(solve_scratch_, bytes, is_recording(stream), "solve");
+    const cudaStream_t queue = order_.fork(handle_of(stream), "solve");
+    for (std::int64_t l = first; l < first + count; ++l) {
+      for (std::int64_t b = 0; b < view(l).batch; b += SequenceMarks::kMost) {
+        cuda::launch_solve(view(l), rules(), walk_.restart_prob, b,
+                           marks_of(sequences, b, view(l).batch), solve_scratch_.data(),
+                           extent_of(l, stream), queue);
+      }
+    }
+    order_.leave_side(queue);
+  }
+
+  void scores(std::int64_t layer, int population, const TensorView& out,
+              Stream stream) const override {
+    read("scores", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_scores(view(layer), population, table_of<float>(out), extent, queue);
+    });
+  }
+  void visits(std::int64_t layer, int population, const TensorView& out,
+              Stream stream) const override {
+    read("visits", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_visits(view(layer), population, table_of<std::uint32_t>(out), extent, queue);
+    });
+  }
+
+  void select(std::int64_t layer, const CutArgs& args, const TensorView& out,
+              Stream stream) const override {
+    if (args.kept_length == 0) return;
+    cuda::SelectArgs select{.budget = args.eviction.budget,
+                            .window = args.eviction.window,
+                            .sinks = args.eviction.sinks,
+                            .kept_length = args.kept_length,
+                            .shares = {}};
+    for (std::size_t p = 0; p < walk_.populations.size(); ++p) {
+      select.shares[p] = walk_.populations[p].share;
+    }
+    read("select", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      for (std::int64_t b = 0; b < view(layer).batch; b += SequenceMarks::kMost) {
+        cuda::launch_select(view(layer), select, b, marks_of(args.cut, b, view(layer).batch),
+                            table_of<std::int32_t>(out), marks_.as<std::int32_t>(), extent, queue);
+      }
+    });
+  }
+  void safety_mask(std::int64_t layer, const EvictionConfig& eviction, double top_fraction,
+                   const TensorView& out, Stream stream) const override {
+    read("safety_mask", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_safety_mask(view(layer), eviction.window, eviction.sinks, top_fraction,
+                               table_of<std::uint8_t>(out), marks_.as<std::int32_t>(), extent,
+                               queue);
+    });
+  }
+
+  void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const override {
+    const LayerState& host = state(layer);
+    for (std::size_t b = 0; b < host.held.size(); ++b) {
+      if (host.held[b] < host.capacity) continue;
+      throw_invalid("next_slots", "sequence " + std::to_string(b), "one with a free slot",
+                    std::to_string(host.capacity) + " tokens in as many slots");
+    }
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin("next_slots", stream);
+    cuda::launch_next_slots(view(layer), table_of<std::int32_t>(out), extent_of(layer, stream),
+                            queue);
+    order_.leave(queue);
+  }
+
+  std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
+                                       const ConstTensorView& keep,
+                                       std::span<const std::int64_t> kept,
+                                       Stream stream) const override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin(operation, stream);
+    const TableView<const std::int32_t> table = table_of<const std::int32_t>(keep);
+    const auto batch = static_cast<std::size_t>(view(layer).batch);
+    if (is_recording(stream) || (!graph_.eager_checks && !kept.empty())) {
+      cuda::launch_check_keep(view(layer), table, keep.size(2), nullptr,
+                              device_results_.as<std::int64_t>(kResultTable),
+                              device_results_.as<FaultRecord>(), queue);
+      cuda::launch_raise(view(layer), device_results_.as<FaultRecord>(), queue);
+      order_.leave(queue);
+      return kept.empty() ? state(layer).held : std::vector<std::int64_t>(kept.begin(), kept.end());
+    }
+    auto* counts = results_.as<std::int64_t>(kResultTable);
+    std::int64_t* expected = nullptr;
+    if (!kept.empty()) {
+      expected = counts + batch;
+      std::copy(kept.begin(), kept.end(), expected);
+    }
+    cuda::launch_check_keep(view(layer), table, keep.size(2), expected, counts, checked(), queue);
+    wait(queue);
+    if (checked()->fault != 0U) cuda::throw_fault(operation, *checked());
+    return {counts, counts + batch};
+  }
+
+  void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
+               const TensorView& values, Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin("compact", stream);
+    const LayerView& memory = view(layer);
+    const std::int64_t extent = extent_of(layer, stream);
+    if (extent == 0) return;
+    const auto table = table_of<const std::int32_t>(keep);
+    const std::int64_t kept_length = keep.size(2);
+    std::vector<cuda::MoveJob> jobs;
+    for (const TensorView* moved : {&keys, &values}) {
+      if (moved->empty()) continue;
+      const std::int64_t element = size_of(moved->dtype);
+      jobs.push_back({.data = moved->data,
+                      .sequence_stride = moved->stride(0) * element,
+                      .row_stride = moved->stride(1) * element,
+                      .slot_stride = moved->stride(2) * element,
+                      .width = moved->size(3) * element,
+                      .rows = memory.heads,
+                      .rows_a_list = 1,
+                      .heads_a_list = 1});
+    }
+    const auto add = [&](void* data, std::int64_t words, std::int32_t values_a_graph) {
+      if (data == nullptr) return;
+      const std::int64_t width = words * 4;
+      jobs.push_back({.data = data,
+                      .sequence_stride = memory.graphs * values_a_graph * memory.capacity * width,
+                      .row_stride = memory.capacity * width,
+                      .slot_stride = width,
+                      .width = width,
+                      .rows = memory.graphs * values_a_graph,
+                      .rows_a_list = values_a_graph,
+                      .heads_a_list = memory.heads_per_graph});
+    };
+    add(memory.rows, memory.row_words, 1);
+    add(memory.positions, 1, 1);
+    add(memory.scores, 1, memory.populations);
+    add(memory.visits, 1, memory.populations);
+    add(memory.novelty, 1, 1);
+    cuda::launch_remap_rows(memory, table, kept_length, marks_.as<std::int32_t>(), extent, queue);
+    if (kept_length > 0) {
+      cuda::launch_move(jobs.data(), static_cast<int>(jobs.size()), memory.batch, table,
+                        kept_length, memory.fault, queue);
+    }
+    cuda::launch_finish_compact(memory, table, kept_length, extent, queue);
+    order_.leave(queue);
+  }
+
+  void release(std::int64_t layer, const ConstTensorView& keep, Stream stream) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin("release", stream);
+    cuda::launch_release(view(layer), table_of<const std::int32_t>(keep), keep.size(2),
+                         marks_.as<std::int32_t>(), extent_of(layer, stream), queue);
+    order_.leave(queue);
+  }
+
+  TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const override {
+    const DeviceGuard guard(graph_.device.index);
+    raise_reported("truncate");
+    const cudaStream_t own = order_.own();
+    const LayerState& host = state(layer);
+    const std::int64_t graphs = view(layer).batch * view(layer).graphs;
+    auto* found = results_.as<std::int64_t>(kResultTable);
+    auto* oldest = found + graphs;
+    auto* last = oldest + graphs;
+    cuda::launch_plan_truncate(view(layer), count, host.ordered, found, oldest, last, host.length,
+                               own);
+    wait(own);
+    TruncatePlan plan{.length = host.ordered ? host.length - count : *last + 1, .dropped = {}};
+    for (std::int64_t i = 0; i < graphs; ++i) {
+      const std::int64_t b = i / view(layer).graphs;
+      const std::int64_t expected =
+          host.ordered ? host.seen[static_cast<std::size_t>(b)] - oldest[i] : count;
+      if (found[i] != expected) {
+        throw_invalid("truncate", "the newest tokens of sequence " + std::to_string(b),
+                      "all in the cache (" + std::to_string(expected) + ")",
+                      std::to_string(found[i]) + ": some were evicted");
+      }
+      if (i % view(layer).graphs == 0) plan.dropped.push_back(found[i]);
+    }
+    return plan;
+  }
+
+  void truncate(std::int64_t layer, const TruncatePlan& plan) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t own = order_.own();
+    auto* dropped = results_.as<std::int64_t>(kResultTable);
+    std::copy(plan.dropped.begin(), plan.dropped.end(), dropped);
+    cuda::launch_truncate(view(layer), plan.length, dropped, state(layer).length, own);
+    wait(own);
+  }
+
+  void reset(std::int64_t layer, std::int64_t sequence) override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t own = order_.own();
+    const LayerState& host = state(layer);
+    bool others = false;
+    for (std::size_t b = 0; b < host.held.size(); ++b) {
+      others = others || (std::cmp_not_equal(b, sequence) && host.held[b] != 0);
+    }
+    cuda::launch_reset(view(layer), sequence, others ? host.length : 0, !others || host.ordered,
+                       view(layer).capacity, own);
+    order_.leave(own);
+  }
+
+  void recover() override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t own = order_.own();
+    cuda::launch_clear_fault(fault(), reported(), own);
+    wait(own);
+  }
+
+  void positions(std::int64_t layer, const TensorView& out, Stream stream) const override {
+    read("positions", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_positions(view(layer), table_of<std::int32_t>(out), extent, queue);
+    });
+  }
+  void rows(std::int64_t layer, const TensorView& neighbors, const TensorView& probabilities,
+            Stream stream) const override {
+    read("rows", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_rows(view(layer), table_of<std::int32_t>(neighbors),
+                        table_of<float>(probabilities), extent, queue);
+    });
+  }
+
+  LoadResult load_rows(std::int64_t layer, const ConstTensorView& positions,
+                       const ConstTensorView& neighbors, const ConstTensorView& probabilities,
+                       Stream stream) override;
+
+  void load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
+                            Stream stream) override {
+    read("load_restart_weights", layer, stream, [&](cudaStream_t queue, std::int64_t) {
+      const LayerView& memory = view(layer);
+      constexpr std::int64_t kWord = 4;
+      for (std::int64_t b = 0; b < memory.batch; ++b) {
+        for (std::int64_t g = 0; g < memory.graphs; ++g) {
+          check(cudaMemcpyAsync(memory.novelty + (b * memory.graphs + g) * memory.capacity,
+                                static_cast<const std::uint32_t*>(weights.data) +
+                                    b * weights.stride(0) + g * weights.stride(1),
+                                static_cast<std::size_t>(state(layer).length * kWord),
+                                cudaMemcpyDeviceToDevice, queue),
+                "cudaMemcpyAsync");
+        }
+      }
+    });
+  }
+
+  void restart_distribution(std::int64_t layer, int population, const TensorView& out,
+                            Stream stream) const override {
+    read("restart_distribution", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
+      cuda::launch_restart_distribution(view(layer), rules(), population, table_of<float>(out),
+                                        extent, queue);
+    });
+  }
+
+  void synchronize() const override {
+    const DeviceGuard guard(graph_.device.index);
+    order_.synchronize();
+    raise_reported("synchronize");
+  }
+
+  void refresh(std::int64_t layer, LayerState& host) const override {
+    const DeviceGuard guard(graph_.device.index);
+    // Replays run where the caller launched them.
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    raise_reported("refresh");
+    const std::vector<SequenceCounters> sequences = download_sequences(layer, order_.own());
+    LayerCounters counters{};
+    check(cudaMemcpy(&counters, view(layer).counters, sizeof(counters), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    host.length = counters.length;
+    host.ordered = counters.ordered != 0;
+    for (std::size_t b = 0; b < sequences.size(); ++b) {
+      host.seen[b] = sequences[b].seen;
+      host.held[b] = sequences[b].held;
+      host.walked_at[b] = sequences[b].walked_at;
+      host.walk_block[b] = sequences[b].walk_block;
+    }
+  }
+
+  BackendStatistics statistics() const override {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t own = order_.own();
+    cuda::Statistics counted{};
+    check(cudaMemcpyAsync(&counted, shared().statistics, sizeof(counted), cudaMemcpyDeviceToHost,
+                          own),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+    return {.rows_written = static_cast<std::int64_t>(counted.rows_written),
+            .rows_nonfinite = static_cast<std::int64_t>(counted.rows_nonfinite)};
+  }
+
+  MemoryUse memory_use() const override {
+    MemoryUse use;
+    for (const LayerMemory& layer : layers_) {
+      use.graph_bytes += layer.graph_bytes();
+      use.scratch_bytes += layer.scratch_bytes();
+    }
+    for (const Memory* memory : {&shared_, &reported_, &results_, &device_results_, &views_,
+                                 &marks_, &novelty_scratch_, &rows_scratch_, &solve_scratch_}) {
+      use.scratch_bytes += memory->bytes();
+    }
+    return use;
+  }
+
+ private:
+  // Offsets in `results_`: a record of what a check found, then a table.
+  static constexpr std::int64_t kResultTable = 256;
+
+  const LayerView& view(std::int64_t layer) const {
+    return layers_[static_cast<std::size_t>(layer)].view();
+  }
+  const LayerState& state(std::int64_t layer) const {
+    return states_[static_cast<std::size_t>(layer)];
+  }
+  FaultRecord* fault() const { return shared_.as<FaultRecord>(); }
+  FaultRecord* reported() const { return reported_.as<FaultRecord>(); }
+  FaultRecord* checked() const { return results_.as<FaultRecord>(); }
+  cuda::SharedMemory shared() const {
+    return {.fault = fault(),
+            .reported = reported(),
+            .statistics = shared_.as<cuda::Statistics>(kResultTable)};
+  }
+
+  /// Most slots of a layer that may be in use when work queued now runs.
+  std::int64_t extent_of(std::int64_t layer, Stream stream) const {
+    return is_recording(stream) ? view(layer).capacity : state(layer).length;
+  }
+
+  /// Throws what the device has found since, if anything.
+  void raise_reported(std::string_view operation) const {
+    const volatile std::uint32_t& found = reported()->fault;
+    if (found == 0U) return;
+    const FaultRecord record = *reported();
+    const auto kind = static_cast<cuda::Fault>(record.fault);
+    const bool slots = kind == cuda::Fault::slot_range || kind == cuda::Fault::slot_taken ||
+                       kind == cuda::Fault::slots_differ || kind == cuda::Fault::layer_full;
+    cuda::throw_fault(operation == "update" || !slots ? operation : "update", record);
+  }
+
+  cudaStream_t begin(std::string_view operation, Stream stream) const {
+    raise_reported(operation);
+    order_.enter(handle_of(stream), operation);
+    return handle_of(stream);
+  }
+
+  void wait(cudaStream_t stream) const {
+    order_.leave(stream);
+    order_.synchronize();
+  }
+
+  template <class Launch>
+  void read(std::string_view operation, std::int64_t layer, Stream stream, Launch&& launch) const {
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin(operation, stream);
+    const std::int64_t extent = extent_of(layer, stream);
+    if (extent == 0 || view(layer).batch == 0) return;
+    launch(queue, extent);
+    order_.leave(queue);
+  }
+
+  void grow(Memory& memory, std::int64_t bytes, bool recording, std::string_view operation) const {
+    if (bytes <= memory.bytes()) return;
+    if (recording) {
+      throw CudaError("[" + std::string(operation) +
+                      "] needs memory that cannot be taken while it is captured: call it once "
+                      "before the capture");
+    }
+    order_.synchronize();
+    memory = Memory();
+    memory = Memory(bytes, Memory::Kind::device);
+  }
+
+  /// What depends on the shapes of all layers.
+  void finish_resize(cudaStream_t own) {
+    std::int64_t slots = 0;
+    std::int64_t table = 0;
+    std::int64_t novelty = 0;
+    std::vector<LayerView> views;
+    for (const LayerMemory& layer : layers_) {
+      const LayerView& one = layer.view();
+      views.push_back(one);
+      slots = std::max<std::int64_t>(slots, std::int64_t{one.batch} * one.graphs * one.capacity);
+      table = std::max<std::int64_t>(table, std::int64_t{one.batch} * (2 * one.graphs + 2) + 2);
+      if (walk_.needs_novelty()) novelty = std::max(novelty, cuda::novelty_scratch(one));
+    }
+    // What is queued may still use what is about to be freed.
+    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+    order_.synchronize();
+    constexpr std::int64_t kWord = 4;
+    const auto at_least = [](Memory& memory, std::int64_t bytes, Memory::Kind kind) {
+      if (bytes > memory.bytes()) memory = Memory(bytes, kind);
+    };
+    at_least(marks_, slots * kWord, Memory::Kind::device);
+    at_least(novelty_scratch_, novelty * kWord, Memory::Kind::device);
+    at_least(results_, kResultTable + table * 8, Memory::Kind::mapped);
+    at_least(device_results_, kResultTable + table * 8, Memory::Kind::device);
+    const auto bytes = static_cast<std::int64_t>(views.size() * sizeof(LayerView));
+    at_least(views_, bytes, Memory::Kind::device);
+    check(cudaMemcpy(views_.data(), views.data(), static_cast<std::size_t>(bytes),
+                     cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+
+  void upload_counters(std::int64_t layer, cudaStream_t queue) {
+    const LayerState& host = state(layer);
+    upload_counters(layer, host.length, host.ordered, host.seen, host.held, queue);
+  }
+
+  void upload_counters(std::int64_t layer, std::int64_t length, bool ordered,
+                       const std::vector<std::int64_t>& seen, const std::vector<std::int64_t>& held,
+                       cudaStream_t queue) {
+    std::vector<SequenceCounters> sequences;
+    for (std::size_t b = 0; b < seen.size(); ++b) {
+      sequences.push_back({.seen = seen[b],
+                           .held = held[b],
+                           .walked_at = -1,
+                           .walk_block = state(layer).walk_block[b]});
+    }
+    const LayerCounters counters{.length = length, .ordered = ordered ? 1 : 0, .ticket = 0};
+    check(
+        cudaMemcpyAsync(view(layer).sequences, sequences.data(),
+                        sequences.size() * sizeof(SequenceCounters), cudaMemcpyHostToDevice, queue),
+        "cudaMemcpyAsync");
+    check(cudaMemcpyAsync(view(layer).counters, &counters, sizeof(counters), cudaMemcpyHostToDevice,
+                          queue),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  }
+
+  std::vector<SequenceCounters> download_sequences(std::int64_t layer, cudaStream_t queue) const {
+    std::vector<SequenceCounters> sequences(static_cast<std::size_t>(view(layer).batch));
+    check(
+        cudaMemcpyAsync(sequences.data(), view(layer).sequences,
+                        sequences.size() * sizeof(SequenceCounters), cudaMemcpyDeviceToHost, queue),
+        "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+    return sequences;
+  }
+
+  void update_block(std::int64_t layer, const UpdateArgs& args, cudaStream_t queue) {
+    const LayerView& memory = view(layer);
+    const std::int64_t count = args.queries.size(2);
+    const std::int64_t part = std::min(count, cuda::kMostTokensPerLaunch);
+    constexpr std::int64_t kWord = 4;
+    constexpr std::int64_t kAlignment = 64;
+    const std::int64_t drawn = (memory.batch * count + kAlignment - 1) / kAlignment * kAlignment;
+    grow(rows_scratch_, (drawn + cuda::update_rows_scratch(memory, part)) * kWord, false,
+         "update_rows");
+    const bool marked = !args.valid.empty();
+    auto* draws = rows_scratch_.as<std::int32_t>();
+    cuda::launch_admit(memory, args.first_slot, count,
+                       marked ? static_cast<const std::uint8_t*>(args.valid.data) : nullptr,
+                       marked ? args.valid.stride(0) : 0, marked ? args.valid.stride(1) : 0,
+                       args.row_stride, draws, queue);
+    const cuda::UpdateRowsArgs rows{.queries = tokens_of(args.queries),
+                                    .keys = tokens_of(args.keys),
+                                    .first_slot = args.first_slot,
+                                    .count = count,
+                                    .row_stride = args.row_stride,
+                                    .scale = static_cast<float>(args.scale),
+                                    .softcap = static_cast<float>(args.softcap),
+                                    .drawn = draws,
+                                    .normalizers = rows_scratch_.as<float>(drawn * kWord)};
+    for (std::int64_t begin = 0; begin < count; begin += part) {
+      cuda::launch_update_rows(memory, rows, begin, std::min(part, count - begin), queue);
+    }
+  }
+
+  cuda::WalkRules rules() const {
+    cuda::WalkRules rules{};
+    rules.seed = graph_.seed;
+    rules.walk_length = walk_.walk_length;
+    rules.restart_threshold = static_cast<std::uint64_t>(walk_.restart_prob * 0x1p32);
+    rules.decay = static_cast<float>(walk_.decay);
+    rules.populations = static_cast<std::int32_t>(walk_.populations.size());
+    rules.first_stream_of_layer = graph_.total_kv_heads;
+    rules.head_offset = graph_.scope == GraphScope::head ? graph_.head_offset : 0;
+    for (std::size_t p = 0; p < walk_.populations.size(); ++p) {
+      const Population& population = walk_.populations[p];
+      const WalkerRange walkers = walkers_of(walk_, static_cast<int>(p));
+      rules.population[p] = {.first_walker = walkers.first,
+                             .walkers = walkers.count,
+                             .restart = static_cast<std::int32_t>(population.restart),
+                             .count_restarts = population.count == VisitCount::all ? 1 : 0,
+                             .recent_fraction = population.recent_fraction,
+                             .recent_tokens = population.recent_tokens};
+    }
+    return rules;
+  }
+
+  // The device is current while members are made.
+  const GraphConfig graph_;
+  const WalkConfig walk_;
+  const std::vector<LayerState>& states_;
+  Memory shared_{2 * kResultTable, Memory::Kind::device};
+  Memory reported_{kResultTable, Memory::Kind::mapped};
+  Memory results_;         ///< of checks; the host reads them
+  Memory device_results_;  ///< of checks that the host does not wait for
+  Memory views_;           ///< LayerView of every layer
+  Memory marks_;           ///< one word a slot of the largest layer
+  Memory novelty_scratch_;
+  Memory rows_scratch_;
+  Memory solve_scratch_;
+  std::vector<LayerMemory> layers_;
+  mutable StreamOrder order_;  // is destroyed first, and waits
+};
+
+LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& positions,
+                                  const ConstTensorView& neighbors,
+                                  const ConstTensorView& probabilities, Stream stream) {
+  const DeviceGuard guard(graph_.device.index);
+  const cudaStream_t queue = begin("load_rows", stream);
+  const HostCopy host_positions(positions, queue);
+  const HostCopy host_neighbors(neighbors, queue);
+  const HostCopy host_probabilities(probabilities, queue);
+  check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  const LayerView& memory = view(layer);
+  CpuLayer loaded(graph_, walk_, memory.batch, memory.capacity);
+  LoadResult result = load_graphs(graph_, loaded, host_positions.view(), host_neighbors.view(),
+                                  host_probabilities.view());
+  LayerMemory next(graph_, walk_, shared(), layer, memory.batch, memory.capacity, queue);
+  check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
+  order_.synchronize();
+  const std::int64_t slots = std::int64_t{memory.batch} * memory.graphs * memory.capacity;
+  constexpr std::int64_t kWord = 4;
+  if (slots > 0) {
+    check(cudaMemcpy(next.view().positions, loaded.positions(0, 0),
+                     static_cast<std::size_t>(slots * kWord), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+    check(cudaMemcpy(next.view().rows, loaded.row(0, 0, 0).neighbors,
+                     static_cast<std::size_t>(slots * memory.row_words * kWord),
+                     cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+  layers_[static_cast<std::size_t>(layer)] = std::move(next);
+  finish_resize(queue);
+  upload_counters(layer, positions.size(2), result.ordered, result.seen, result.held, queue);
+  return result;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
+                                           const std::vector<LayerState>& layers) {
+  const int devices = cuda::device_count();
+  if (devices <= graph.device.index) {
+    throw BackendUnavailable("[GraphManager] no backend for " + name_of(graph.device) + ": " +
+                             (devices == 0 ? cuda::status()
+                                           : "this machine has " + std::to_string(devices) +
+                                                 " CUDA device" + (devices == 1 ? "" : "s")));
+  }
+  const DeviceGuard guard(graph.device.index);
+  return std::make_unique<CudaBackend>(graph, walk, layers);
+}
+
+}  // namespace spectralkv::detail

@@ -1,0 +1,122 @@
+#include "cuda/layer_memory.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "cuda/cuda_check.h"
+
+namespace spectralkv::cuda {
+namespace {
+
+constexpr std::int64_t kAlignment = 256;
+// f32 holds every integer up to here.
+constexpr std::int64_t kExactCounts = std::int64_t{1} << 24;
+
+std::int64_t aligned(std::int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// Copies `rows` runs of `count` values of 4 bytes.
+void copy_runs(void* to, std::int64_t to_stride, const void* from, std::int64_t from_stride,
+               std::int64_t count, std::int64_t rows, cudaStream_t stream) {
+  if (count == 0) return;
+  constexpr std::int64_t kWord = 4;
+  check(cudaMemcpy2DAsync(to, static_cast<std::size_t>(to_stride * kWord), from,
+                          static_cast<std::size_t>(from_stride * kWord),
+                          static_cast<std::size_t>(count * kWord), static_cast<std::size_t>(rows),
+                          cudaMemcpyDeviceToDevice, stream),
+        "cudaMemcpy2DAsync");
+}
+
+}  // namespace
+
+LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
+                         const SharedMemory& shared, std::int64_t index, std::int64_t batch,
+                         std::int64_t capacity, cudaStream_t stream) {
+  const std::int64_t graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1;
+  const auto populations = static_cast<std::int64_t>(walk.populations.size());
+  const bool weighted = graph.edge_law == EdgeLaw::weighted;
+  view_.index = static_cast<std::int32_t>(index);
+  view_.batch = static_cast<std::int32_t>(batch);
+  view_.heads = static_cast<std::int32_t>(graph.num_kv_heads);
+  view_.graphs = static_cast<std::int32_t>(graphs);
+  view_.heads_per_graph = static_cast<std::int32_t>(graph.num_kv_heads / graphs);
+  view_.group = static_cast<std::int32_t>(graph.num_query_heads / graph.num_kv_heads);
+  view_.head_dim = static_cast<std::int32_t>(graph.head_dim);
+  view_.top_k = graph.top_k;
+  view_.row_words = weighted ? 2 * graph.top_k : graph.top_k;
+  view_.populations = static_cast<std::int32_t>(populations);
+  view_.num_sinks = static_cast<std::int32_t>(graph.num_sinks);
+  view_.weighted = weighted;
+  view_.capacity = capacity;
+  view_.restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
+  view_.guide_bits = std::clamp(
+      static_cast<int>(std::bit_width(static_cast<std::uint64_t>(view_.restart_blocks))), 1, 16);
+  view_.fault = shared.fault;
+  view_.reported = shared.reported;
+  view_.statistics = shared.statistics;
+
+  const std::int64_t slots = batch * graphs * capacity;
+  const bool has_visits = walk.decay != 0.0 || walk.num_walkers * walk.walk_length > kExactCounts;
+  std::int64_t size = 0;
+  const auto take = [&size](std::int64_t bytes) {
+    const std::int64_t offset = size;
+    size = aligned(size + bytes);
+    return offset;
+  };
+  const std::int64_t positions = take(slots * 4);
+  const std::int64_t rows = take(slots * view_.row_words * 4);
+  const std::int64_t scores = take(slots * populations * 4);
+  const std::int64_t visits = take(has_visits ? slots * populations * 4 : 0);
+  const std::int64_t novelty = take(walk.needs_novelty() ? slots * 4 : 0);
+  graph_bytes_ = size;
+  const std::int64_t counters = take(sizeof(LayerCounters));
+  const std::int64_t sequences = take(batch * static_cast<std::int64_t>(sizeof(SequenceCounters)));
+  const std::int64_t tables = batch * graphs * populations;
+  const std::int64_t sums = take(tables * view_.restart_blocks * 8);
+  const std::int64_t guide = take(tables * (std::int64_t{4} << view_.guide_bits));
+  const std::int64_t walk_blocks = take(batch * 8);
+
+  memory_ = Memory(size, Memory::Kind::device);
+  view_.positions = memory_.as<std::int32_t>(positions);
+  view_.rows = memory_.as<std::int32_t>(rows);
+  view_.scores = memory_.as<float>(scores);
+  view_.visits = has_visits ? memory_.as<std::uint32_t>(visits) : nullptr;
+  view_.novelty = walk.needs_novelty() ? memory_.as<std::uint32_t>(novelty) : nullptr;
+  view_.counters = memory_.as<LayerCounters>(counters);
+  view_.sequences = memory_.as<SequenceCounters>(sequences);
+  view_.restart_sums = memory_.as<std::uint64_t>(sums);
+  view_.restart_guide = memory_.as<std::uint32_t>(guide);
+  view_.walk_blocks = memory_.as<std::uint64_t>(walk_blocks);
+  check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
+        "cudaMemsetAsync");
+  if (slots > 0) {
+    check(cudaMemsetAsync(view_.positions, 0xff, static_cast<std::size_t>(slots * 4), stream),
+          "cudaMemsetAsync");
+  }
+}
+
+void LayerMemory::copy_sequence(std::int64_t to, const LayerMemory& other, std::int64_t from,
+                                std::int64_t length, cudaStream_t stream) {
+  const LayerView& mine = view_;
+  const LayerView& its = other.view_;
+  const std::int64_t graphs = mine.graphs;
+  const std::int64_t values = graphs * mine.populations;
+  const auto copy = [&](auto* own, const auto* others, std::int64_t runs, std::int64_t words) {
+    if (own == nullptr) return;
+    copy_runs(own + to * runs * mine.capacity * words, mine.capacity * words,
+              others + from * runs * its.capacity * words, its.capacity * words, length * words,
+              runs, stream);
+  };
+  copy(mine.positions, its.positions, graphs, 1);
+  copy(mine.rows, its.rows, graphs, mine.row_words);
+  copy(mine.scores, its.scores, values, 1);
+  copy(mine.visits, its.visits, values, 1);
+  copy(mine.novelty, its.novelty, graphs, 1);
+  check(cudaMemcpyAsync(mine.sequences + to, its.sequences + from, sizeof(SequenceCounters),
+                        cudaMemcpyDeviceToDevice, stream),
+        "cudaMemcpyAsync");
+}
+
+}  // namespace spectralkv::cuda
