@@ -1,0 +1,133 @@
+// What a layer holds, copied out: scores, visits, positions, rows.
+#include <cstdint>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device/graph_rows.cuh"
+#include "cuda/kernels.h"
+
+namespace spectralkv::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// Calls function(b, h, slot) for the thread's slot of (B, heads, length), if it has one.
+template <class Function>
+__device__ void for_slot(const LayerView& layer, std::int64_t heads, std::int64_t runs,
+                         Function&& function) {
+  const std::int64_t row = std::int64_t{blockIdx.x} / runs;
+  const std::int64_t slot = (std::int64_t{blockIdx.x} % runs) * kThreads + threadIdx.x;
+  if (slot < layer.counters->length) function(row / heads, row % heads, slot);
+}
+
+template <class T>
+__device__ T& at(const TableView<T>& table, std::int64_t b, std::int64_t h, std::int64_t slot) {
+  return table.data[b * table.sequence_stride + h * table.head_stride + slot * table.slot_stride];
+}
+
+__global__ void __launch_bounds__(kThreads)
+    scores_kernel(LayerView layer, int population, TableView<float> out, std::int64_t runs) {
+  for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
+    const std::int64_t g = h / layer.heads_per_graph;
+    float sum = 0.0F;
+    for (int p = 0; p < layer.populations; ++p) {
+      if (population < 0 || population == p) sum += scores_of(layer, b, g, p)[slot];
+    }
+    at(out, b, h, slot) = sum;
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    visits_kernel(LayerView layer, int population, TableView<std::uint32_t> out,
+                  std::int64_t runs) {
+  for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
+    const std::int64_t g = h / layer.heads_per_graph;
+    at(out, b, h, slot) =
+        layer.visits != nullptr
+            ? visits_of(layer, b, g, population)[slot]
+            : static_cast<std::uint32_t>(lroundf(scores_of(layer, b, g, population)[slot]));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    positions_kernel(LayerView layer, TableView<std::int32_t> out, std::int64_t runs) {
+  for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
+    at(out, b, h, slot) = positions_of(layer, b, h / layer.heads_per_graph)[slot];
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(LayerView layer, TableView<std::int32_t> neighbors, TableView<float> probabilities,
+                std::int64_t runs) {
+  for_slot(layer, layer.graphs, runs, [&](std::int64_t b, std::int64_t g, std::int64_t slot) {
+    const int top_k = layer.top_k;
+    const std::int32_t* const positions = positions_of(layer, b, g);
+    const std::int32_t* const row = row_of(layer, b, g, slot);
+    const auto* const thresholds = reinterpret_cast<const std::uint32_t*>(row + top_k);
+    const auto width_of = [&](int k) {
+      return layer.weighted ? thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]) : 1U;
+    };
+    std::int32_t* const to = &at(neighbors, b, g, slot);
+    float* const weight = &at(probabilities, b, g, slot);
+    const std::int32_t position = positions[slot];
+    int count = 0;
+    if (position >= 0) {
+      std::uint64_t total = 0;
+      for (int k = 0; k < top_k; ++k) {
+        if (is_live(positions, position, row[k])) total += width_of(k);
+      }
+      const double unit = 1.0 / static_cast<double>(total);
+      for (int k = 0; total != 0 && k < top_k; ++k) {
+        const std::uint32_t width = width_of(k);
+        if (width == 0 || !is_live(positions, position, row[k])) continue;
+        to[count] = row[k];
+        weight[count++] = static_cast<float>(static_cast<double>(width) * unit);
+      }
+    }
+    for (; count < top_k; ++count) {
+      to[count] = -1;
+      weight[count] = 0.0F;
+    }
+  });
+}
+
+std::int64_t runs_of(std::int64_t extent) { return (extent + kThreads - 1) / kThreads; }
+
+unsigned grid_of(const LayerView& layer, std::int64_t heads, std::int64_t extent) {
+  return static_cast<unsigned>(runs_of(extent) * layer.batch * heads);
+}
+
+}  // namespace
+
+void launch_scores(const LayerView& layer, int population, const TableView<float>& out,
+                   std::int64_t extent, cudaStream_t stream) {
+  const unsigned grid = grid_of(layer, layer.heads, extent);
+  if (grid == 0) return;
+  scores_kernel<<<grid, kThreads, 0, stream>>>(layer, population, out, runs_of(extent));
+  check(cudaGetLastError(), "scores_kernel");
+}
+
+void launch_visits(const LayerView& layer, int population, const TableView<std::uint32_t>& out,
+                   std::int64_t extent, cudaStream_t stream) {
+  const unsigned grid = grid_of(layer, layer.heads, extent);
+  if (grid == 0) return;
+  visits_kernel<<<grid, kThreads, 0, stream>>>(layer, population, out, runs_of(extent));
+  check(cudaGetLastError(), "visits_kernel");
+}
+
+void launch_positions(const LayerView& layer, const TableView<std::int32_t>& out,
+                      std::int64_t extent, cudaStream_t stream) {
+  const unsigned grid = grid_of(layer, layer.heads, extent);
+  if (grid == 0) return;
+  positions_kernel<<<grid, kThreads, 0, stream>>>(layer, out, runs_of(extent));
+  check(cudaGetLastError(), "positions_kernel");
+}
+
+void launch_rows(const LayerView& layer, const TableView<std::int32_t>& neighbors,
+                 const TableView<float>& probabilities, std::int64_t extent, cudaStream_t stream) {
+  const unsigned grid = grid_of(layer, layer.graphs, extent);
+  if (grid == 0) return;
+  rows_kernel<<<grid, kThreads, 0, stream>>>(layer, neighbors, probabilities, runs_of(extent));
+  check(cudaGetLastError(), "rows_kernel");
+}
+
+}  // namespace spectralkv::cuda

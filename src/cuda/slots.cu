@@ -1,0 +1,606 @@
+// Which slots hold tokens: admission, checks of the caller's slots, release, truncation, reset.
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device/graph_rows.cuh"
+#include "cuda/kernels.h"
+
+namespace spectralkv::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWideThreads = 1024;
+constexpr int kWarps = kWideThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffU;
+/// Above every index of a list.
+constexpr unsigned long long kNowhere = ~0ULL;
+
+template <class T>
+__device__ T& at(const TableView<T>& table, std::int64_t b, std::int64_t h, std::int64_t i = 0) {
+  return table.data[b * table.sequence_stride + h * table.head_stride + i * table.slot_stride];
+}
+
+/// What one thread block does: a run of kThreads slots of one graph.
+struct Run {
+  std::int64_t b;
+  std::int64_t g;
+  std::int64_t begin;
+};
+
+__device__ Run run_of(std::int64_t graphs, std::int64_t runs) {
+  const std::int64_t graph = std::int64_t{blockIdx.x} / runs;
+  return {.b = graph / graphs,
+          .g = graph % graphs,
+          .begin = (std::int64_t{blockIdx.x} % runs) * kThreads};
+}
+
+std::int64_t runs_of(std::int64_t slots) { return (slots + kThreads - 1) / kThreads; }
+
+/// Empties slots [first, first + count) of those that `goes` marks (a flag a thread). All threads
+/// of the block take part: rows are written word by word, next to each other.
+__device__ void clear_marked(const LayerView& layer, std::int64_t b, std::int64_t g,
+                             std::int64_t first, std::int64_t count, bool goes) {
+  __shared__ bool marked[kThreads];
+  marked[threadIdx.x] = goes;
+  if (__syncthreads_or(static_cast<int>(goes)) == 0) return;
+  std::int32_t* const rows = row_of(layer, b, g, first);
+  const int words = static_cast<int>(min(count, std::int64_t{kThreads})) * layer.row_words;
+  for (int w = static_cast<int>(threadIdx.x); w < words; w += kThreads) {
+    const int slot = w / layer.row_words;
+    if (marked[slot]) rows[w] = w - slot * layer.row_words < layer.top_k ? -1 : 0;
+  }
+  if (!goes) return;
+  const std::int64_t slot = first + threadIdx.x;
+  for (int p = 0; p < layer.populations; ++p) {
+    scores_of(layer, b, g, p)[slot] = 0.0F;
+    if (layer.visits != nullptr) visits_of(layer, b, g, p)[slot] = 0U;
+  }
+  if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
+}
+
+// ---- admission
+
+struct Valid {
+  const std::uint8_t* data;
+  std::int64_t sequence_stride;
+  std::int64_t token_stride;
+};
+
+/// One block a sequence: positions of graph 0, rows to draw, and what the sequence gained.
+__global__ void __launch_bounds__(kWideThreads)
+    rank_tokens_kernel(LayerView layer, std::int64_t first_slot, std::int64_t count, Valid valid,
+                       std::int64_t row_stride, std::int32_t* drawn) {
+  if (has_fault(layer)) return;
+  __shared__ int warp_counts[kWarps];
+  const std::int64_t b = blockIdx.x;
+  const std::uint8_t* const flags = valid.data + b * valid.sequence_stride;
+  const unsigned warp = threadIdx.x / 32;
+  const unsigned lane = threadIdx.x % 32;
+
+  std::int64_t total = 0;
+  for (std::int64_t base = 0; base < count; base += kWideThreads) {
+    const std::int64_t i = base + threadIdx.x;
+    total += __syncthreads_count(static_cast<int>(i < count && flags[i * valid.token_stride] != 0));
+  }
+  SequenceCounters& sequence = layer.sequences[b];
+  const std::int64_t seen = sequence.seen;
+  std::int32_t* const positions = positions_of(layer, b, 0) + first_slot;
+  std::int64_t before = 0;
+  for (std::int64_t base = 0; base < count; base += kWideThreads) {
+    const std::int64_t i = base + threadIdx.x;
+    const bool token = i < count && flags[i * valid.token_stride] != 0;
+    const unsigned tokens = __ballot_sync(kAllLanes, token);
+    if (lane == 0) warp_counts[warp] = __popc(tokens);
+    __syncthreads();
+    int in_front = 0;
+    int all = 0;
+    for (unsigned w = 0; w < kWarps; ++w) {
+      in_front += w < warp ? warp_counts[w] : 0;
+      all += warp_counts[w];
+    }
+    __syncthreads();
+    const std::int64_t rank = before + in_front + __popc(tokens & ((1U << lane) - 1U));
+    if (i < count) {
+      positions[i] = token ? static_cast<std::int32_t>(seen + rank) : -1;
+      drawn[b * count + i] = token && (total - 1 - rank) % row_stride == 0 ? 1 : 0;
+    }
+    before += all;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sequence.seen = seen + total;
+    sequence.held += total;
+  }
+}
+
+/// Clears the new slots of all graphs. Where there is no padding positions follow from the slot;
+/// otherwise they are those of graph 0.
+__global__ void __launch_bounds__(kThreads)
+    admit_kernel(LayerView layer, std::int64_t first_slot, std::int64_t count, std::int64_t runs,
+                 bool has_padding, std::int64_t row_stride, std::int32_t* drawn) {
+  if (has_fault(layer)) return;
+  const Run run = run_of(layer.graphs, runs);
+  const std::int64_t i = run.begin + threadIdx.x;
+  clear_marked(layer, run.b, run.g, first_slot + run.begin, count - run.begin, i < count);
+  if (i >= count) return;
+  std::int32_t* const positions = positions_of(layer, run.b, run.g) + first_slot;
+  if (has_padding) {
+    if (run.g > 0) positions[i] = positions_of(layer, run.b, 0)[first_slot + i];
+    return;
+  }
+  positions[i] = static_cast<std::int32_t>(layer.sequences[run.b].seen + i);
+  if (run.g == 0) drawn[run.b * count + i] = (count - 1 - i) % row_stride == 0 ? 1 : 0;
+}
+
+/// Its own launch: blocks of the one before read the counters as they were.
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(LayerView layer, std::int64_t length, std::int64_t tokens) {
+  if (has_fault(layer)) return;
+  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
+    layer.sequences[b].seen += tokens;
+    layer.sequences[b].held += tokens;
+  }
+  if (threadIdx.x == 0) layer.counters->length = length;
+}
+
+// ---- slots of new tokens
+
+__device__ FaultRecord check_slot(const LayerView& layer,
+                                  const TableView<const std::int32_t>& slots, std::int64_t length,
+                                  std::int64_t b, std::int64_t h) {
+  const std::int64_t g = h / layer.heads_per_graph;
+  const std::int32_t slot = at(slots, b, h);
+  const std::int32_t first = at(slots, b, g * layer.heads_per_graph);
+  FaultRecord record{.fault = 0U,
+                     .layer = layer.index,
+                     .sequence = static_cast<std::int32_t>(b),
+                     .head = static_cast<std::int32_t>(h),
+                     .value = slot,
+                     .limit = 0};
+  if (slot < 0 || slot >= layer.capacity) {
+    record.fault = static_cast<std::uint32_t>(Fault::slot_range);
+    record.limit = layer.capacity - 1;
+  } else if (slot < length && positions_of(layer, b, g)[slot] >= 0) {
+    record.fault = static_cast<std::uint32_t>(Fault::slot_taken);
+  } else if (slot != first) {
+    record.fault = static_cast<std::uint32_t>(Fault::slots_differ);
+    record.limit = first;
+  }
+  return record;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    plan_slots_kernel(LayerView layer, TableView<const std::int32_t> slots, std::int64_t* plan,
+                      FaultRecord* result) {
+  __shared__ unsigned long long first_bad;
+  __shared__ unsigned long long longest;
+  const std::int64_t length = layer.counters->length;
+  if (threadIdx.x == 0) {
+    first_bad = kNowhere;
+    longest = static_cast<unsigned long long>(length);
+  }
+  __syncthreads();
+  const std::int64_t all = std::int64_t{layer.batch} * layer.heads;
+  bool moved = false;
+  for (std::int64_t i = threadIdx.x; i < all; i += kThreads) {
+    const FaultRecord record = check_slot(layer, slots, length, i / layer.heads, i % layer.heads);
+    if (record.fault != 0U) {
+      atomicMin(&first_bad, static_cast<unsigned long long>(i));
+      continue;
+    }
+    moved = moved || record.value != length;
+    if (record.value >= length) {
+      atomicMax(&longest, static_cast<unsigned long long>(record.value + 1));
+    }
+  }
+  const bool appended = __syncthreads_or(static_cast<int>(moved)) == 0;
+  if (threadIdx.x != 0) return;
+  plan[0] = static_cast<std::int64_t>(longest);
+  plan[1] = appended ? 1 : 0;
+  if (first_bad == kNowhere) {
+    *result = {};
+    return;
+  }
+  const auto i = static_cast<std::int64_t>(first_bad);
+  *result = check_slot(layer, slots, length, i / layer.heads, i % layer.heads);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    next_slots_kernel(LayerView layer, TableView<std::int32_t> out) {
+  __shared__ unsigned long long lowest;
+  const std::int64_t b = blockIdx.x / layer.graphs;
+  const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  const std::int64_t length = layer.counters->length;
+  if (threadIdx.x == 0) lowest = static_cast<unsigned long long>(length);
+  __syncthreads();
+  constexpr int kEach = 8;
+  for (std::int64_t base = 0; base < length; base += kThreads * kEach) {
+    std::int64_t mine = length;
+#pragma unroll
+    for (int k = kEach - 1; k >= 0; --k) {
+      const std::int64_t slot = base + k * kThreads + threadIdx.x;
+      if (slot < length && positions[slot] < 0) mine = slot;
+    }
+    if (mine < length) atomicMin(&lowest, static_cast<unsigned long long>(mine));
+    if (__syncthreads_or(static_cast<int>(mine < length)) != 0) break;
+  }
+  for (int k = static_cast<int>(threadIdx.x); k < layer.heads_per_graph; k += kThreads) {
+    at(out, b, g * layer.heads_per_graph + k) = static_cast<std::int32_t>(lowest);
+  }
+}
+
+// ---- kept slots
+
+/// Checks entry i of a head's list, provided that those before it are right.
+__device__ FaultRecord check_entry(const LayerView& layer,
+                                   const TableView<const std::int32_t>& keep, std::int64_t length,
+                                   std::int64_t b, std::int64_t h, std::int64_t i) {
+  const std::int64_t g = h / layer.heads_per_graph;
+  const std::int64_t first = g * layer.heads_per_graph;
+  const std::int32_t slot = at(keep, b, h, i);
+  // Where the entry before is out of range it is the one to report; this one must only not be
+  // followed to a wrong address.
+  const std::int32_t before = i == 0 ? -1 : max(at(keep, b, h, i - 1), -1);
+  FaultRecord record{.fault = 0U,
+                     .layer = layer.index,
+                     .sequence = static_cast<std::int32_t>(b),
+                     .head = static_cast<std::int32_t>(h),
+                     .value = slot,
+                     .limit = 0};
+  if (slot == -1 && before == -1) return record;
+  if (slot <= before || slot >= length) {
+    record.fault = static_cast<std::uint32_t>(Fault::keep_order);
+    record.limit = before;
+  } else if (positions_of(layer, b, g)[slot] < 0) {
+    record.fault = static_cast<std::uint32_t>(Fault::keep_empty);
+  } else if (h != first && slot != at(keep, b, first, i)) {
+    record.fault = static_cast<std::uint32_t>(Fault::keep_differ);
+  }
+  return record;
+}
+
+/// One block a head. Only notes that something is wrong: find_bad_keep_kernel says what.
+__global__ void __launch_bounds__(kWideThreads)
+    check_keep_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
+                      const std::int64_t* expected, std::int64_t* kept, FaultRecord* result) {
+  const std::int64_t b = blockIdx.x / layer.heads;
+  const std::int64_t h = blockIdx.x % layer.heads;
+  const std::int64_t length = layer.counters->length;
+  bool bad = false;
+  std::int64_t own = 0;
+  std::int64_t of_first = 0;
+#pragma unroll 4
+  for (std::int64_t i = threadIdx.x; i < count; i += kWideThreads) {
+    bad |= check_entry(layer, keep, length, b, h, i).fault != 0U;
+    own += at(keep, b, h, i) >= 0 ? 1 : 0;
+    of_first += at(keep, b, 0, i) >= 0 ? 1 : 0;
+  }
+  __shared__ unsigned long long sums[2];
+  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+  __syncthreads();
+  const unsigned own_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(own));
+  const unsigned first_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(of_first));
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&sums[0], static_cast<unsigned long long>(own_warp));
+    atomicAdd(&sums[1], static_cast<unsigned long long>(first_warp));
+  }
+  bad = __syncthreads_or(static_cast<int>(bad)) != 0;
+  if (threadIdx.x != 0) return;
+  const auto counted = static_cast<std::int64_t>(sums[0]);
+  bad = bad || sums[0] != sums[1] || (expected != nullptr && expected[b] != counted);
+  if (h == 0) kept[b] = counted;
+  if (bad) result->fault = static_cast<std::uint32_t>(Fault::keep_order);
+}
+
+/// One block: the first fault in the order of sequences, heads and slots.
+__global__ void __launch_bounds__(kWideThreads)
+    find_bad_keep_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
+                         const std::int64_t* expected, FaultRecord* result) {
+  if (result->fault == 0U) return;
+  __shared__ unsigned long long first_bad;
+  const std::int64_t length = layer.counters->length;
+  for (std::int64_t b = 0; b < layer.batch; ++b) {
+    std::int64_t of_first = 0;
+    for (std::int64_t h = 0; h < layer.heads; ++h) {
+      __syncthreads();
+      if (threadIdx.x == 0) first_bad = kNowhere;
+      __syncthreads();
+      std::int64_t own = 0;
+      for (std::int64_t base = 0; base < count; base += kWideThreads) {
+        const std::int64_t i = base + threadIdx.x;
+        if (i < count && check_entry(layer, keep, length, b, h, i).fault != 0U) {
+          atomicMin(&first_bad, static_cast<unsigned long long>(i));
+        }
+        own += __syncthreads_count(static_cast<int>(i < count && at(keep, b, h, i) >= 0));
+      }
+      __syncthreads();
+      if (h == 0) of_first = own;
+      const unsigned long long found = first_bad;
+      const bool differs = own != of_first;
+      const bool unexpected = expected != nullptr && own != expected[b];
+      if (found == kNowhere && !differs && !unexpected) continue;
+      if (threadIdx.x != 0) return;
+      if (found != kNowhere) {
+        *result = check_entry(layer, keep, length, b, h, static_cast<std::int64_t>(found));
+      } else {
+        *result = {.fault = static_cast<std::uint32_t>(Fault::keep_count),
+                   .layer = layer.index,
+                   .sequence = static_cast<std::int32_t>(b),
+                   .head = static_cast<std::int32_t>(h),
+                   .value = own,
+                   .limit = differs ? of_first : expected[b]};
+      }
+      return;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    mark_kept_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
+                     std::int64_t runs, std::int32_t* marks) {
+  if (has_fault(layer)) return;
+  const Run run = run_of(layer.graphs, runs);
+  const std::int64_t i = run.begin + threadIdx.x;
+  if (i >= count) return;
+  const std::int32_t slot = at(keep, run.b, run.g * layer.heads_per_graph, i);
+  if (slot >= 0) marks[graph_index(layer, run.b, run.g) * layer.capacity + slot] = 1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    release_kernel(LayerView layer, const std::int32_t* marks, std::int64_t runs) {
+  if (has_fault(layer)) return;
+  const Run run = run_of(layer.graphs, runs);
+  const std::int64_t length = layer.counters->length;
+  const std::int64_t slot = run.begin + threadIdx.x;
+  const bool goes =
+      slot < length && marks[graph_index(layer, run.b, run.g) * layer.capacity + slot] == 0;
+  clear_marked(layer, run.b, run.g, run.begin, length - run.begin, goes);
+  if (goes) positions_of(layer, run.b, run.g)[slot] = -1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    book_release_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count) {
+  if (has_fault(layer)) return;
+  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
+    // Entries of -1 come first.
+    std::int64_t low = 0;
+    std::int64_t high = count;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (at(keep, b, 0, middle) < 0) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    layer.sequences[b].held = count - low;
+  }
+  if (threadIdx.x == 0) layer.counters->ordered = 0;
+}
+
+// ---- truncation
+
+__device__ bool is_newest(const LayerView& layer, std::int64_t b, std::int64_t slot,
+                          std::int32_t position, std::int64_t length, std::int64_t count,
+                          bool ordered) {
+  return ordered ? slot >= length - count : position >= layer.sequences[b].seen - count;
+}
+
+__global__ void __launch_bounds__(kWideThreads)
+    plan_truncate_kernel(LayerView layer, std::int64_t count, bool ordered, std::int64_t* found,
+                         std::int64_t* oldest) {
+  __shared__ unsigned found_in_block;
+  __shared__ unsigned oldest_in_block;
+  const std::int64_t b = blockIdx.x / layer.graphs;
+  const std::int32_t* const positions = positions_of(layer, b, blockIdx.x % layer.graphs);
+  const std::int64_t length = layer.counters->length;
+  const auto seen = static_cast<unsigned>(layer.sequences[b].seen);
+  if (threadIdx.x == 0) {
+    found_in_block = 0;
+    oldest_in_block = seen;
+  }
+  __syncthreads();
+  unsigned mine = 0;
+  unsigned lowest = seen;
+#pragma unroll 4
+  for (std::int64_t slot = threadIdx.x; slot < length; slot += kWideThreads) {
+    const std::int32_t position = positions[slot];
+    if (position < 0 || !is_newest(layer, b, slot, position, length, count, ordered)) continue;
+    ++mine;
+    lowest = min(lowest, static_cast<unsigned>(position));
+  }
+  mine = __reduce_add_sync(kAllLanes, mine);
+  lowest = __reduce_min_sync(kAllLanes, lowest);
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&found_in_block, mine);
+    atomicMin(&oldest_in_block, lowest);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  found[blockIdx.x] = found_in_block;
+  oldest[blockIdx.x] = oldest_in_block;
+}
+
+/// One block looks at the graphs one after the other, from the end: most have a token there.
+__global__ void __launch_bounds__(kWideThreads)
+    last_staying_kernel(LayerView layer, std::int64_t count, bool ordered, std::int64_t* last) {
+  __shared__ long long highest;
+  const std::int64_t length = layer.counters->length;
+  if (threadIdx.x == 0) highest = -1;
+  __syncthreads();
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  for (std::int64_t graph = 0; graph < graphs; ++graph) {
+    const std::int64_t b = graph / layer.graphs;
+    const std::int32_t* const positions = layer.positions + graph * layer.capacity;
+    for (std::int64_t end = length; end > highest + 1; end -= kWideThreads) {
+      const std::int64_t slot = end - 1 - threadIdx.x;
+      const bool stays = slot >= 0 && positions[slot] >= 0 &&
+                         !is_newest(layer, b, slot, positions[slot], length, count, ordered);
+      // Everyone has read `highest` before it changes, and sees the change before the next round.
+      const bool any = __syncthreads_or(static_cast<int>(stays)) != 0;
+      if (stays) atomicMax(&highest, static_cast<long long>(slot));
+      __syncthreads();
+      if (any) break;
+    }
+  }
+  if (threadIdx.x == 0) *last = highest;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    truncate_kernel(LayerView layer, std::int64_t length, const std::int64_t* dropped,
+                    std::int64_t runs) {
+  if (has_fault(layer)) return;
+  const Run run = run_of(layer.graphs, runs);
+  const std::int64_t old_length = layer.counters->length;
+  const std::int64_t first = layer.sequences[run.b].seen - dropped[run.b];
+  const std::int64_t slot = run.begin + threadIdx.x;
+  std::int32_t* const positions = positions_of(layer, run.b, run.g);
+  const bool goes = slot < old_length && (slot >= length || positions[slot] >= first);
+  clear_marked(layer, run.b, run.g, run.begin, old_length - run.begin, goes);
+  if (goes) positions[slot] = -1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    book_truncate_kernel(LayerView layer, std::int64_t length, const std::int64_t* dropped) {
+  if (has_fault(layer)) return;
+  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
+    SequenceCounters& sequence = layer.sequences[b];
+    sequence.seen -= dropped[b];
+    sequence.held -= dropped[b];
+    if (sequence.walked_at > sequence.seen) sequence.walked_at = -1;
+  }
+  if (threadIdx.x == 0) layer.counters->length = length;
+}
+
+// ---- reset
+
+/// No block reads the counters that the first one writes.
+__global__ void __launch_bounds__(kThreads)
+    reset_kernel(LayerView layer, std::int64_t sequence, std::int64_t length, bool ordered,
+                 std::int64_t extent, std::int64_t runs) {
+  if (has_fault(layer)) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    SequenceCounters& counters = layer.sequences[sequence];
+    counters.seen = 0;
+    counters.held = 0;
+    counters.walked_at = -1;
+    layer.counters->length = length;
+    layer.counters->ordered = ordered ? 1 : 0;
+  }
+  if (runs == 0) return;
+  const Run run = run_of(layer.graphs, runs);
+  const std::int64_t slot = run.begin + threadIdx.x;
+  clear_marked(layer, sequence, run.g, run.begin, extent - run.begin, slot < extent);
+  if (slot < extent) positions_of(layer, sequence, run.g)[slot] = -1;
+}
+
+}  // namespace
+
+void launch_admit(const LayerView& layer, std::int64_t first_slot, std::int64_t count,
+                  const std::uint8_t* valid, std::int64_t valid_sequence_stride,
+                  std::int64_t valid_token_stride, std::int64_t row_stride, std::int32_t* drawn,
+                  cudaStream_t stream) {
+  if (layer.batch == 0) return;
+  const bool has_padding = valid != nullptr;
+  if (has_padding) {
+    const Valid flags{valid, valid_sequence_stride, valid_token_stride};
+    rank_tokens_kernel<<<static_cast<unsigned>(layer.batch), kWideThreads, 0, stream>>>(
+        layer, first_slot, count, flags, row_stride, drawn);
+    check(cudaGetLastError(), "rank_tokens_kernel");
+  }
+  const std::int64_t runs = runs_of(count);
+  if (runs > 0) {
+    const auto grid = static_cast<unsigned>(runs * layer.batch * layer.graphs);
+    admit_kernel<<<grid, kThreads, 0, stream>>>(layer, first_slot, count, runs, has_padding,
+                                                row_stride, drawn);
+    check(cudaGetLastError(), "admit_kernel");
+  }
+  advance_kernel<<<1, kThreads, 0, stream>>>(layer, first_slot + count, has_padding ? 0 : count);
+  check(cudaGetLastError(), "advance_kernel");
+}
+
+void launch_plan_slots(const LayerView& layer, const TableView<const std::int32_t>& slots,
+                       std::int64_t* plan, FaultRecord* result, cudaStream_t stream) {
+  plan_slots_kernel<<<1, kThreads, 0, stream>>>(layer, slots, plan, result);
+  check(cudaGetLastError(), "plan_slots_kernel");
+}
+
+void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& out,
+                       std::int64_t /*extent*/, cudaStream_t stream) {
+  const auto graphs = static_cast<unsigned>(layer.batch * layer.graphs);
+  if (graphs == 0) return;
+  next_slots_kernel<<<graphs, kThreads, 0, stream>>>(layer, out);
+  check(cudaGetLastError(), "next_slots_kernel");
+}
+
+void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t count, const std::int64_t* expected, std::int64_t* kept,
+                       FaultRecord* result, cudaStream_t stream) {
+  check(cudaMemsetAsync(result, 0, sizeof(FaultRecord), stream), "cudaMemsetAsync");
+  const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
+  if (heads == 0) return;
+  check_keep_kernel<<<heads, kWideThreads, 0, stream>>>(layer, keep, count, expected, kept, result);
+  check(cudaGetLastError(), "check_keep_kernel");
+  find_bad_keep_kernel<<<1, kWideThreads, 0, stream>>>(layer, keep, count, expected, result);
+  check(cudaGetLastError(), "find_bad_keep_kernel");
+}
+
+void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                    std::int64_t count, std::int32_t* marks, std::int64_t extent,
+                    cudaStream_t stream) {
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  const std::int64_t runs = runs_of(extent);
+  if (graphs > 0 && runs > 0) {
+    constexpr std::size_t kWord = sizeof(std::int32_t);
+    check(cudaMemset2DAsync(marks, static_cast<std::size_t>(layer.capacity) * kWord, 0,
+                            static_cast<std::size_t>(extent) * kWord,
+                            static_cast<std::size_t>(graphs), stream),
+          "cudaMemset2DAsync");
+    if (count > 0) {
+      mark_kept_kernel<<<static_cast<unsigned>(graphs * runs_of(count)), kThreads, 0, stream>>>(
+          layer, keep, count, runs_of(count), marks);
+      check(cudaGetLastError(), "mark_kept_kernel");
+    }
+    release_kernel<<<static_cast<unsigned>(graphs * runs), kThreads, 0, stream>>>(layer, marks,
+                                                                                  runs);
+    check(cudaGetLastError(), "release_kernel");
+  }
+  book_release_kernel<<<1, kThreads, 0, stream>>>(layer, keep, count);
+  check(cudaGetLastError(), "book_release_kernel");
+}
+
+void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
+                          std::int64_t* found, std::int64_t* oldest, std::int64_t* last,
+                          std::int64_t /*extent*/, cudaStream_t stream) {
+  const auto graphs = static_cast<unsigned>(layer.batch * layer.graphs);
+  if (graphs > 0) {
+    plan_truncate_kernel<<<graphs, kWideThreads, 0, stream>>>(layer, count, ordered, found, oldest);
+    check(cudaGetLastError(), "plan_truncate_kernel");
+  }
+  last_staying_kernel<<<1, kWideThreads, 0, stream>>>(layer, count, ordered, last);
+  check(cudaGetLastError(), "last_staying_kernel");
+}
+
+void launch_truncate(const LayerView& layer, std::int64_t length, const std::int64_t* dropped,
+                     std::int64_t extent, cudaStream_t stream) {
+  const std::int64_t runs = runs_of(extent);
+  const auto grid = static_cast<unsigned>(runs * layer.batch * layer.graphs);
+  if (grid > 0) {
+    truncate_kernel<<<grid, kThreads, 0, stream>>>(layer, length, dropped, runs);
+    check(cudaGetLastError(), "truncate_kernel");
+  }
+  book_truncate_kernel<<<1, kThreads, 0, stream>>>(layer, length, dropped);
+  check(cudaGetLastError(), "book_truncate_kernel");
+}
+
+void launch_reset(const LayerView& layer, std::int64_t sequence, std::int64_t length, bool ordered,
+                  std::int64_t extent, cudaStream_t stream) {
+  const std::int64_t runs = runs_of(extent);
+  const auto grid = static_cast<unsigned>(std::max<std::int64_t>(1, runs * layer.graphs));
+  reset_kernel<<<grid, kThreads, 0, stream>>>(layer, sequence, length, ordered, extent, runs);
+  check(cudaGetLastError(), "reset_kernel");
+}
+
+}  // namespace spectralkv::cuda
