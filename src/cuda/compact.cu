@@ -1,0 +1,484 @@
+// Moves kept slots to the front, in place.
+//
+// keep[i] - i never falls along a list, so all moves to the right come before all moves to the
+// left, and the two kinds never touch each other's slots. Moves to the left are done in ascending
+// chunks: what a later chunk reads lies behind everything that an earlier one writes, so its loads
+// may be under way already. Only within a chunk all loads must be done before any store. Moves to
+// the right mirror this.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device/graph_rows.cuh"
+#include "cuda/kernels.h"
+
+namespace spectralkv::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+/// Of launch_move: one thread block holds kStages chunks of its share, kVectors a thread each.
+constexpr int kMoveThreads = 512;
+constexpr int kVectors = 4;
+constexpr int kStages = 3;
+constexpr int kMostVectorBytes = 16;
+constexpr int kMoveShared = kStages * kVectors * kMoveThreads * kMostVectorBytes;
+/// Thread blocks that share one row's chunks; more than 8 are not portable.
+constexpr int kMostCluster = 8;
+/// Thread blocks that keep a GPU busy: about two a multiprocessor.
+constexpr std::int64_t kBusy = 240;
+
+struct MoveArgs {
+  MoveJob jobs[kMostMoveJobs];
+  std::int64_t first_task[kMostMoveJobs];  ///< a task: one row of one sequence
+  std::int32_t vector_bytes[kMostMoveJobs];
+  std::int32_t count;
+  std::int32_t cluster;
+  std::int32_t kept_length;
+  TableView<const std::int32_t> keep;
+  const FaultRecord* fault;
+};
+
+/// One row of a tensor and its list of kept slots.
+struct RowMove {
+  char* base;
+  std::int64_t slot_stride;
+  std::int32_t vectors;  ///< of a slot
+  const std::int32_t* keep;
+  std::int64_t keep_stride;
+};
+
+/// Vectors [number, number + ...) of a row in the order in which they move: slot and vector in it.
+struct Cursor {
+  std::int32_t slot;
+  std::int32_t vector;
+
+  __device__ void advance(std::int32_t slots, std::int32_t vectors, std::int32_t width) {
+    slot += slots;
+    vector += vectors;
+    if (vector >= width) {
+      vector -= width;
+      ++slot;
+    }
+  }
+};
+
+template <class Vector>
+__device__ void copy_async(Vector* to, const Vector* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Vector) >= 4) {
+    const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if constexpr (sizeof(Vector) == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from),
+                   "n"(static_cast<int>(sizeof(Vector)))
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  *static_cast<volatile Vector*>(to) = *from;
+}
+template <>
+__device__ void copy_async<uint4>(uint4* to, const uint4* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+#else
+  *to = *from;
+#endif
+}
+
+__device__ void commit_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/// Waits until all but the newest kStages - 1 groups of the thread are there.
+__device__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+#endif
+}
+
+/// All threads that share a chunk. What they loaded has arrived before they come here and nobody
+/// reads what another one stored, so no memory needs to become visible: "relaxed" spares the wait
+/// for the stores of the last chunk.
+__device__ void chunk_barrier(int cluster) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (cluster > 1) {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+/// Moves slots [begin, end) of the list; `left`: those that come from behind, in ascending order,
+/// else those that come from in front, in descending order.
+template <class Vector>
+__device__ void move_slots(const RowMove& row, bool left, std::int32_t begin, std::int32_t end,
+                           int cluster, int rank, Vector* staged) {
+  const std::int32_t slots = end - begin;
+  const std::int64_t all = std::int64_t{slots} * row.vectors;
+  const std::int32_t step = cluster * kVectors * kMoveThreads;
+  const auto chunks = static_cast<std::int32_t>((all + step - 1) / step);
+  const std::int32_t step_slots = step / row.vectors;
+  const std::int32_t step_vectors = step % row.vectors;
+  const auto index_of = [&](std::int32_t slot) { return left ? begin + slot : end - 1 - slot; };
+
+  Cursor load[kVectors] = {};
+  Cursor store[kVectors];
+  std::int32_t from[kVectors];
+  const auto fetch = [&](int u) {
+    from[u] = load[u].slot < slots ? row.keep[index_of(load[u].slot) * row.keep_stride] : -1;
+  };
+#pragma unroll
+  for (int u = 0; u < kVectors; ++u) {
+    const std::int32_t number =
+        (rank * kVectors + u) * kMoveThreads + static_cast<std::int32_t>(threadIdx.x);
+    load[u] = {number / row.vectors, number % row.vectors};
+    store[u] = load[u];
+    fetch(u);
+  }
+  std::uint32_t moving = 0;  // a bit a vector, the newest chunk's last
+  int load_stage = 0;
+  int store_stage = 0;
+  for (std::int32_t chunk = 0; chunk < chunks + kStages - 1; ++chunk) {
+    moving <<= kVectors;
+    if (chunk < chunks) {
+#pragma unroll
+      for (int u = 0; u < kVectors; ++u) {
+        const std::int32_t to = index_of(load[u].slot);
+        if (from[u] >= 0 && (left ? from[u] > to : from[u] < to)) {
+          moving |= 1U << u;
+          const char* source =
+              row.base + from[u] * row.slot_stride +
+              std::int64_t{load[u].vector} * static_cast<std::int64_t>(sizeof(Vector));
+          copy_async(staged + (load_stage * kVectors + u) * kMoveThreads + threadIdx.x,
+                     reinterpret_cast<const Vector*>(source));
+        }
+        load[u].advance(step_slots, step_vectors, row.vectors);
+        fetch(u);
+      }
+      load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+    }
+    commit_copies();
+    if (chunk < kStages - 1) continue;
+    wait_for_copies();
+    chunk_barrier(cluster);
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      if ((moving >> ((kStages - 1) * kVectors + u) & 1U) != 0) {
+        char* to = row.base + index_of(store[u].slot) * row.slot_stride +
+                   std::int64_t{store[u].vector} * static_cast<std::int64_t>(sizeof(Vector));
+        *reinterpret_cast<Vector*>(to) =
+            staged[(store_stage * kVectors + u) * kMoveThreads + threadIdx.x];
+      }
+      store[u].advance(step_slots, step_vectors, row.vectors);
+    }
+    store_stage = store_stage + 1 == kStages ? 0 : store_stage + 1;
+  }
+}
+
+/// First index i of the list with keep[i] >= (from_itself ? i : 0); what holds for one holds for
+/// all behind it. All threads of the block take part and get the same.
+__device__ std::int32_t first_index(const RowMove& row, std::int32_t length, bool from_itself) {
+  std::int32_t low = 0;
+  std::int32_t high = length;  // the answer lies in [low, high]
+  while (low < high) {
+    const std::int32_t step = (high - low + kMoveThreads - 1) / kMoveThreads;
+    const std::int32_t i =
+        min(low + static_cast<std::int32_t>(threadIdx.x) * step, std::int32_t{high - 1});
+    const std::int32_t slot = row.keep[i * row.keep_stride];
+    // Samples ascend with the thread, so those in front of the answer are counted.
+    const int in_front = __syncthreads_count(static_cast<int>(slot < (from_itself ? i : 0)));
+    if (in_front == 0) return low;
+    const std::int32_t last = min(low + (in_front - 1) * step, std::int32_t{high - 1});
+    if (in_front < kMoveThreads) high = min(low + in_front * step, std::int32_t{high});
+    low = last + 1;
+  }
+  return low;
+}
+
+template <class Vector>
+__device__ void move_row(const RowMove& row, std::int32_t length, int cluster, int rank,
+                         char* shared) {
+  auto* const staged = reinterpret_cast<Vector*>(shared);
+  std::int32_t stays = 0;  // slots from here on stay or come from behind
+  if (row.keep[0] < 0) {
+    const std::int32_t full = first_index(row, length, false);
+    stays = first_index(row, length, true);
+    if (full < stays) move_slots(row, false, full, stays, cluster, rank, staged);
+  }
+  if (stays < length) move_slots(row, true, stays, length, cluster, rank, staged);
+}
+
+__global__ void __launch_bounds__(kMoveThreads, 2)
+    move_kernel(const __grid_constant__ MoveArgs args) {
+  if (*static_cast<const volatile std::uint32_t*>(&args.fault->fault) != 0) return;
+  extern __shared__ __align__(16) char shared[];
+  std::int64_t task = blockIdx.x / args.cluster;
+  const int rank = static_cast<int>(blockIdx.x % args.cluster);
+  int j = 0;
+  while (j + 1 < args.count && task >= args.first_task[j + 1]) ++j;
+  const MoveJob& job = args.jobs[j];
+  task -= args.first_task[j];
+  const std::int64_t b = task / job.rows;
+  const std::int64_t x = task % job.rows;
+  const std::int64_t head = x / job.rows_a_list * job.heads_a_list;
+  const int vector_bytes = args.vector_bytes[j];
+  const RowMove row{
+      .base = static_cast<char*>(job.data) + b * job.sequence_stride + x * job.row_stride,
+      .slot_stride = job.slot_stride,
+      .vectors = static_cast<std::int32_t>(job.width / vector_bytes),
+      .keep = args.keep.data + b * args.keep.sequence_stride + head * args.keep.head_stride,
+      .keep_stride = args.keep.slot_stride};
+  switch (vector_bytes) {
+    case 16:
+      move_row<uint4>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 8:
+      move_row<unsigned long long>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 4:
+      move_row<unsigned>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 2:
+      move_row<unsigned short>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    default:
+      move_row<unsigned char>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+  }
+}
+
+// ---- the graph
+
+/// A thread's entry of the lists of all graphs; false: it has none.
+__device__ bool entry_of(const LayerView& layer, std::int64_t runs, std::int64_t count,
+                         std::int64_t& b, std::int64_t& g, std::int64_t& i) {
+  const std::int64_t graph = std::int64_t{blockIdx.x} / runs;
+  b = graph / layer.graphs;
+  g = graph % layer.graphs;
+  i = (std::int64_t{blockIdx.x} % runs) * kThreads + threadIdx.x;
+  return i < count;
+}
+
+__device__ std::int32_t kept_slot(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                                  std::int64_t b, std::int64_t g, std::int64_t i) {
+  return keep.data[b * keep.sequence_stride + g * layer.heads_per_graph * keep.head_stride +
+                   i * keep.slot_stride];
+}
+
+__global__ void __launch_bounds__(kThreads)
+    new_slots_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t kept_length,
+                     std::int64_t runs, std::int32_t* new_slots) {
+  std::int64_t b;
+  std::int64_t g;
+  std::int64_t i;
+  if (has_fault(layer) || !entry_of(layer, runs, kept_length, b, g, i)) return;
+  const std::int32_t slot = kept_slot(layer, keep, b, g, i);
+  if (slot < 0) return;
+  new_slots[graph_index(layer, b, g) * layer.capacity + slot] = static_cast<std::int32_t>(i);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    remap_rows_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t kept_length,
+                      std::int64_t runs, const std::int32_t* all_new_slots) {
+  std::int64_t b;
+  std::int64_t g;
+  std::int64_t i;
+  if (has_fault(layer) || !entry_of(layer, runs, kept_length, b, g, i)) return;
+  const std::int32_t slot = kept_slot(layer, keep, b, g, i);
+  if (slot < 0) return;
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  const std::int32_t* const new_slots = all_new_slots + graph_index(layer, b, g) * layer.capacity;
+  const std::int32_t position = positions[slot];
+  std::int32_t* const row = row_of(layer, b, g, slot);
+  const int top_k = layer.top_k;
+  auto* const thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
+
+  // Kept edges are pushed together first; writing never overtakes reading. A few edges are read
+  // ahead, so that their loads do not wait for each other.
+  constexpr int kAhead = 4;
+  int count = 0;
+  std::uint32_t sum = 0;
+  std::uint32_t before = 0;
+  for (int k = 0; k < top_k; k += kAhead) {
+    std::int32_t targets[kAhead];
+    std::uint32_t uppers[kAhead];
+#pragma unroll
+    for (int e = 0; e < kAhead; ++e) {
+      const std::int32_t neighbor = k + e < top_k ? row[k + e] : -1;
+      uppers[e] = layer.weighted && k + e < top_k ? thresholds[k + e] : 0U;
+      targets[e] = -1;
+      if (neighbor >= 0) {
+        const std::int32_t its = positions[neighbor];
+        const std::int32_t to = new_slots[neighbor];
+        if (its >= 0 && its < position) targets[e] = to;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kAhead; ++e) {
+      if (k + e >= top_k) break;
+      if (layer.weighted) {
+        const std::uint32_t width = uppers[e] - before;
+        before = uppers[e];
+        if (width == 0 || targets[e] < 0) continue;
+        sum += width;
+        thresholds[count] = sum;
+      } else if (targets[e] < 0) {
+        continue;
+      }
+      row[count++] = targets[e];
+    }
+  }
+  for (int k = count; k < top_k; ++k) row[k] = -1;
+  if (!layer.weighted) return;
+  const std::uint32_t total = sum;
+  if (total != kAllOnes) {
+    for (int k = 0; k + 1 < count; ++k) {
+      thresholds[k] = static_cast<std::uint32_t>(
+          ((static_cast<std::uint64_t>(thresholds[k]) << 32U) + total / 2) / total);
+    }
+    if (count > 0) thresholds[count - 1] = kAllOnes;
+  }
+  for (int k = count; k < top_k; ++k) thresholds[k] = count > 0 ? kAllOnes : 0U;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_compact_kernel(LayerView layer, TableView<const std::int32_t> keep,
+                          std::int64_t kept_length, std::int64_t runs) {
+  std::int64_t b;
+  std::int64_t g;
+  std::int64_t slot;
+  if (has_fault(layer) || !entry_of(layer, runs, layer.counters->length, b, g, slot)) return;
+  if (slot < kept_length) {
+    if (kept_slot(layer, keep, b, g, slot) >= 0) return;
+    clear_slot(layer, b, g, slot);
+  }
+  // What lies behind is cleared when a token takes its place.
+  positions_of(layer, b, g)[slot] = -1;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    book_compact_kernel(LayerView layer, TableView<const std::int32_t> keep,
+                        std::int64_t kept_length) {
+  if (has_fault(layer)) return;
+  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
+    // Entries of -1 come first.
+    std::int64_t low = 0;
+    std::int64_t high = kept_length;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (kept_slot(layer, keep, b, 0, middle) < 0) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    layer.sequences[b].held = kept_length - low;
+  }
+  if (threadIdx.x == 0) layer.counters->length = kept_length;
+}
+
+std::int64_t runs_of(std::int64_t slots) { return (slots + kThreads - 1) / kThreads; }
+
+/// The widest vector that divides all addresses of a job.
+std::int32_t vector_bytes_of(const MoveJob& job) {
+  const auto bits = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(job.data)) |
+                    static_cast<std::uint64_t>(job.sequence_stride | job.row_stride |
+                                               job.slot_stride | job.width);
+  std::int32_t bytes = kMostVectorBytes;
+  while (bits % static_cast<std::uint64_t>(bytes) != 0) bytes /= 2;
+  return bytes;
+}
+
+bool has_clusters() {
+  int device = 0;
+  int major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  return major >= 9;
+}
+
+}  // namespace
+
+void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
+                 const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+                 const FaultRecord* fault, cudaStream_t stream) {
+  if (kept_length == 0) return;
+  MoveArgs args{};
+  args.kept_length = static_cast<std::int32_t>(kept_length);
+  args.keep = keep;
+  args.fault = fault;
+  std::int64_t widest = 0;
+  for (int j = 0; j < count; ++j) widest = std::max(widest, jobs[j].width);
+  std::int64_t tasks = 0;
+  std::int64_t long_tasks = 0;  // those that decide when the launch ends
+  for (int j = 0; j < count; ++j) {
+    if (jobs[j].width == 0) continue;
+    args.jobs[args.count] = jobs[j];
+    args.first_task[args.count] = tasks;
+    args.vector_bytes[args.count++] = vector_bytes_of(jobs[j]);
+    tasks += batch * jobs[j].rows;
+    if (2 * jobs[j].width >= widest) long_tasks += batch * jobs[j].rows;
+  }
+  if (tasks == 0) return;
+  args.cluster = 1;
+  if (has_clusters()) {
+    while (args.cluster < kMostCluster && long_tasks * args.cluster < kBusy) args.cluster *= 2;
+  }
+  check(cudaFuncSetAttribute(move_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMoveShared),
+        "cudaFuncSetAttribute");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(args.cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(tasks * args.cluster));
+  config.blockDim = dim3(kMoveThreads);
+  config.dynamicSmemBytes = kMoveShared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = args.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, move_kernel, args), "move_kernel");
+}
+
+void launch_remap_rows(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t kept_length, std::int32_t* new_slots, std::int64_t extent,
+                       cudaStream_t stream) {
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  const std::int64_t runs = runs_of(kept_length);
+  const auto grid = static_cast<unsigned>(graphs * runs);
+  if (grid == 0) return;
+  constexpr std::size_t kWord = sizeof(std::int32_t);
+  check(cudaMemset2DAsync(new_slots, static_cast<std::size_t>(layer.capacity) * kWord, 0xff,
+                          static_cast<std::size_t>(extent) * kWord,
+                          static_cast<std::size_t>(graphs), stream),
+        "cudaMemset2DAsync");
+  new_slots_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs, new_slots);
+  check(cudaGetLastError(), "new_slots_kernel");
+  remap_rows_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs, new_slots);
+  check(cudaGetLastError(), "remap_rows_kernel");
+}
+
+void launch_finish_compact(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                           std::int64_t kept_length, std::int64_t extent, cudaStream_t stream) {
+  const std::int64_t runs = runs_of(extent);
+  const auto grid = static_cast<unsigned>(runs * layer.batch * layer.graphs);
+  if (grid > 0) {
+    finish_compact_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs);
+    check(cudaGetLastError(), "finish_compact_kernel");
+  }
+  book_compact_kernel<<<1, kThreads, 0, stream>>>(layer, keep, kept_length);
+  check(cudaGetLastError(), "book_compact_kernel");
+}
+
+}  // namespace spectralkv::cuda
