@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "graph.h"
+#include "manager.h"
 #include "spectralkv/error.h"
-#include "spectralkv/graph_manager.h"
 #include "tensors.h"
 
 namespace spectralkv::test {
@@ -21,7 +21,7 @@ namespace spectralkv::test {
 /// All that a manager tells about itself, as bytes: equal snapshots mean that nothing changed.
 struct Snapshot {
   std::vector<Index> numbers;
-  std::vector<std::vector<std::byte>> tensors;
+  std::vector<Bytes> tensors;
 
   explicit Snapshot(const GraphManager& manager) {
     const Statistics statistics = manager.statistics();

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "graph.h"
-#include "spectralkv/graph_manager.h"
+#include "manager.h"
 #include "tensors.h"
 
 namespace spectralkv::test {

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "spectralkv/graph_manager.h"
+#include "manager.h"
 #include "tensors.h"
 
 namespace spectralkv::test {

@@ -8,7 +8,11 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <numbers>
 #include <numeric>
 #include <utility>
@@ -100,6 +104,67 @@ inline std::uint16_t double_to_bfloat(double value) {
   return static_cast<std::uint16_t>((bits + 0x7fffU + ((bits >> 16U) & 1U)) >> 16U);
 }
 
+/// Memory of one HostTensor.
+struct HostRange {
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+/// The memory of all HostTensors, so that a view into one tells how far it may reach.
+class HostRanges {
+ public:
+  static void add(std::byte* data, std::size_t bytes) {
+    const std::lock_guard lock(mutex());
+    ranges()[data] = bytes;
+  }
+  static void remove(std::byte* data) {
+    const std::lock_guard lock(mutex());
+    ranges().erase(data);
+  }
+  /// The one that holds an address; without data where there is none.
+  static HostRange find(const std::byte* address) {
+    const std::lock_guard lock(mutex());
+    auto after = ranges().upper_bound(const_cast<std::byte*>(address));
+    if (after == ranges().begin()) return {};
+    const auto [data, bytes] = *std::prev(after);
+    if (address >= data + bytes) return {};
+    return {.data = data, .bytes = bytes};
+  }
+
+ private:
+  static std::map<std::byte*, std::size_t>& ranges() {
+    static std::map<std::byte*, std::size_t> all;
+    return all;
+  }
+  static std::mutex& mutex() {
+    static std::mutex one;
+    return one;
+  }
+};
+
+/// Allocates and keeps HostRanges up to date.
+template <class T>
+struct TrackingAllocator {
+  using value_type = T;
+
+  TrackingAllocator() = default;
+  template <class Other>
+  TrackingAllocator(const TrackingAllocator<Other>&) {}  // NOLINT(*-explicit-*)
+
+  T* allocate(std::size_t count) {
+    T* data = std::allocator<T>().allocate(count);
+    HostRanges::add(reinterpret_cast<std::byte*>(data), count * sizeof(T));
+    return data;
+  }
+  void deallocate(T* data, std::size_t count) {
+    HostRanges::remove(reinterpret_cast<std::byte*>(data));
+    std::allocator<T>().deallocate(data, count);
+  }
+  friend bool operator==(const TrackingAllocator&, const TrackingAllocator&) { return true; }
+};
+
+using Bytes = std::vector<std::byte, TrackingAllocator<std::byte>>;
+
 /// Memory with a view of it. What lies between the elements is 0xff everywhere: NaN in every
 /// floating type, and easy to recognise when something was written there.
 class HostTensor {
@@ -147,7 +212,7 @@ class HostTensor {
   DType dtype() const { return view_.dtype; }
   Index size(int axis) const { return view_.size(axis); }
   Index elements() const { return elements_; }
-  const std::vector<std::byte>& bytes() const { return bytes_; }
+  const Bytes& bytes() const { return bytes_; }
 
   template <class Indices = std::initializer_list<Index>>
   double get(const Indices& index) const {
@@ -290,7 +355,7 @@ class HostTensor {
 
   TensorView view_;
   Index elements_ = 0;
-  std::vector<std::byte> bytes_;
+  Bytes bytes_;
 };
 
 }  // namespace spectralkv::test

@@ -10,8 +10,8 @@
 #include "expect.h"
 #include "feeder.h"
 #include "graph.h"
+#include "manager.h"
 #include "spectralkv/error.h"
-#include "spectralkv/graph_manager.h"
 #include "spectralkv/version.h"
 #include "tensors.h"
 
@@ -79,7 +79,7 @@ std::vector<std::pair<std::string, View>> spoiled(const View& good, const Freedo
     }
     add(name_of(dtype), [&](View& view) { view.dtype = dtype; });
   }
-  add("on cuda", [](View& view) { view.device = {DeviceType::cuda, 0}; });
+  add("on another device", [](View& view) { view.device = {DeviceType::cuda, 0}; });
   if (!freedom.last_stride) {
     add("last stride",
         [](View& view) { view.strides[static_cast<std::size_t>(view.rank - 1)] = 2; });
@@ -348,7 +348,7 @@ TEST_F(Arguments, OfCompactAndRelease) {
       keep.set(index, static_cast<double>(index[2] + 1));
     });
   };
-  const std::vector<std::byte> bytes = feeder.keys.bytes();
+  const Bytes bytes = feeder.keys.bytes();
   const auto compact = [&](const ConstTensorView& list, const TensorView& k, const TensorView& v) {
     manager.compact(0, list, k, v, Stream{});
   };

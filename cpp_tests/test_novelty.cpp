@@ -7,8 +7,8 @@
 #include "expect.h"
 #include "feeder.h"
 #include "graph.h"
+#include "manager.h"
 #include "reference.h"
-#include "spectralkv/graph_manager.h"
 #include "tensors.h"
 
 namespace spectralkv::test {

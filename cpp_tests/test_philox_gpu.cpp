@@ -9,8 +9,6 @@
 #include "cuda/cuda_check.h"
 #include "cuda/philox.h"
 #include "philox.h"
-#include "spectralkv/error.h"
-#include "spectralkv/version.h"
 
 namespace spectralkv::cuda {
 namespace {
@@ -22,9 +20,6 @@ struct FreeDeviceMemory {
 class PhiloxGpu : public testing::Test {
  protected:
   void SetUp() override {
-    if (cuda_device_count() == 0) {
-      GTEST_SKIP() << cuda_status();
-    }
     // A blocking stream would hide a launch that went to the default stream.
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   }
@@ -74,11 +69,6 @@ TEST_F(PhiloxGpu, DrawsWhatTheCpuDraws) {
 
 TEST_F(PhiloxGpu, QueuesNothingForNoBlocks) {
   EXPECT_NO_THROW(launch_philox_fill(nullptr, 0, 1, 0, 0, stream_));
-}
-
-TEST(PhiloxLauncher, RefusesBadArgumentsBeforeItNeedsADevice) {
-  EXPECT_THROW(launch_philox_fill(nullptr, -1, 1, 0, 0, nullptr), InvalidArgument);
-  EXPECT_THROW(launch_philox_fill(nullptr, 1, 1, 0, 2, nullptr), InvalidArgument);
 }
 
 }  // namespace

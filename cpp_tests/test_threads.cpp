@@ -6,8 +6,8 @@
 #include "expect.h"
 #include "feeder.h"
 #include "graph.h"
+#include "manager.h"
 #include "reference.h"
-#include "spectralkv/graph_manager.h"
 #include "tensors.h"
 
 namespace spectralkv::test {
@@ -33,9 +33,9 @@ WalkConfig walk_config() {
 }
 
 /// A whole life of a layer; the state at its end and all that was selected on the way.
-std::vector<std::vector<std::byte>> run(const GraphConfig& config, const WalkConfig& walk) {
+std::vector<Bytes> run(const GraphConfig& config, const WalkConfig& walk) {
   GraphManager manager(config, walk);
-  std::vector<std::vector<std::byte>> results;
+  std::vector<Bytes> results;
   const auto record = [&](const Snapshot& snapshot) {
     results.insert(results.end(), snapshot.tensors.begin(), snapshot.tensors.end());
   };
@@ -115,7 +115,7 @@ TEST(Threads, ShareTheWalkersOfOneGraph) {
 TEST(Threads, OfManagersAreIndependent) {
   const WalkConfig walk{.decay = 0.5, .populations = {{.recent_tokens = 50}}};
   const auto expected = run(graph_config(2, 1), walk);
-  std::vector<std::vector<std::vector<std::byte>>> results(3);
+  std::vector<std::vector<Bytes>> results(3);
   std::vector<std::thread> threads;
   for (auto& result : results) {
     threads.emplace_back([&result, &walk] { result = run(graph_config(2, 1), walk); });
