@@ -25,10 +25,20 @@ struct UpdateArgs {
   float softcap;  ///< 0: none
 };
 
+/// How an update is spread: thread blocks a graph (0: plain kernels, which read keys twice), and
+/// threads of a block.
+struct UpdatePlan {
+  std::int32_t cluster;
+  std::int32_t threads;
+};
+UpdatePlan plan_update(const LayerView& layer, std::int64_t extent);
+
 /// One new token a sequence: checks and takes its slot, draws its row, clears the slot's scores,
 /// advances the counters. One launch where thread-block clusters hold all scores in shared memory.
 void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                    cudaStream_t stream);
+void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
+                   const UpdatePlan& plan, cudaStream_t stream);
 
 // ---- update_rows.cu
 
@@ -142,6 +152,10 @@ struct WalkRules {
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
                  const SequenceMarks& marks, cudaStream_t stream);
+/// Fills the restart tables of one layer; sequences as in launch_walk.
+void launch_restart_tables(const LayerView& layer, const WalkRules& rules, std::int64_t extent,
+                           std::int64_t first_sequence, const SequenceMarks& marks,
+                           cudaStream_t stream);
 /// f32 (B, G, length) of one population; fills the layer's restart tables on the way.
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
                                  const TableView<float>& out, std::int64_t extent,

@@ -52,8 +52,10 @@ struct Statistics {
   unsigned long long rows_nonfinite;
 };
 
-/// Slots whose restart weights are summed into one number, see ppr_walk.h.
-inline constexpr int kRestartBlock = 32;
+/// Slots whose restart weights are summed into one number: those of one sector of memory.
+inline constexpr int kRestartBlock = 8;
+/// Most sums of the coarse level of a restart table, which a thread block holds in shared memory.
+inline constexpr int kMostCoarseSums = 1024;
 
 struct LayerView {
   std::int32_t index;  ///< of the layer
@@ -82,13 +84,11 @@ struct LayerView {
   FaultRecord* reported;        ///< the same, in memory that the host reads
   Statistics* statistics;       ///< of the manager
 
-  // Tables of a walk, filled by launch_restart_tables; `restart_blocks` is
-  // ceil(capacity / kRestartBlock), `guide_bits` says how many buckets a guide has.
-  std::int64_t restart_blocks;
-  std::int32_t guide_bits;
-  std::uint64_t* restart_sums;   ///< (B, G, P, restart_blocks): weights up to and with a block
-  std::uint32_t* restart_guide;  ///< (B, G, P, 1 << guide_bits)
-  std::uint64_t* walk_blocks;    ///< (B): Philox block of the walk under way
+  // Restart tables, see device/restart.cuh.
+  std::int32_t restart_group;     ///< blocks of one coarse sum, a power of two
+  std::int64_t restart_stride;    ///< words of a table, an even number
+  std::uint64_t* restart_tables;  ///< (B, G, P, restart_stride)
+  std::uint64_t* walk_blocks;     ///< (B): Philox block of the walk under way
 };
 
 /// (B, H, S or Q, D) of the caller; strides count elements, the last axis is contiguous.

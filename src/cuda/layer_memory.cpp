@@ -1,7 +1,6 @@
 #include "cuda/layer_memory.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
@@ -50,9 +49,11 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.num_sinks = static_cast<std::int32_t>(graph.num_sinks);
   view_.weighted = weighted;
   view_.capacity = capacity;
-  view_.restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
-  view_.guide_bits = std::clamp(
-      static_cast<int>(std::bit_width(static_cast<std::uint64_t>(view_.restart_blocks))), 1, 16);
+  const std::int64_t restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
+  view_.restart_group = 1;
+  while (kMostCoarseSums * view_.restart_group < restart_blocks) view_.restart_group *= 2;
+  const std::int64_t coarse = (restart_blocks + view_.restart_group - 1) / view_.restart_group;
+  view_.restart_stride = 2 + (coarse + 1) / 2 * 2 + (coarse * view_.restart_group + 1) / 2 * 2;
   view_.fault = shared.fault;
   view_.reported = shared.reported;
   view_.statistics = shared.statistics;
@@ -74,8 +75,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   const std::int64_t counters = take(sizeof(LayerCounters));
   const std::int64_t sequences = take(batch * static_cast<std::int64_t>(sizeof(SequenceCounters)));
   const std::int64_t tables = batch * graphs * populations;
-  const std::int64_t sums = take(tables * view_.restart_blocks * 8);
-  const std::int64_t guide = take(tables * (std::int64_t{4} << view_.guide_bits));
+  const std::int64_t restart_tables = take(tables * view_.restart_stride * 8);
   const std::int64_t walk_blocks = take(batch * 8);
 
   memory_ = Memory(size, Memory::Kind::device);
@@ -86,8 +86,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.novelty = walk.needs_novelty() ? memory_.as<std::uint32_t>(novelty) : nullptr;
   view_.counters = memory_.as<LayerCounters>(counters);
   view_.sequences = memory_.as<SequenceCounters>(sequences);
-  view_.restart_sums = memory_.as<std::uint64_t>(sums);
-  view_.restart_guide = memory_.as<std::uint32_t>(guide);
+  view_.restart_tables = memory_.as<std::uint64_t>(restart_tables);
   view_.walk_blocks = memory_.as<std::uint64_t>(walk_blocks);
   check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
         "cudaMemsetAsync");

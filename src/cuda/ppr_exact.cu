@@ -12,6 +12,8 @@
 namespace spectralkv::cuda {
 namespace {
 
+constexpr int kTableThreads = 1024;
+
 /// Bytes of a slot: masses under way, masses arriving, all that arrived over edges; the live edges
 /// of its row and the sum of their widths.
 constexpr std::int64_t kBytesASlot = 3 * 8 + 2 * 4;
@@ -52,9 +54,6 @@ __global__ void __launch_bounds__(kTableThreads)
   const std::int64_t b = first_sequence + graph / layer.graphs;
   const std::int64_t g = graph % layer.graphs;
   if (!is_marked(marks, b - first_sequence) || has_fault(layer)) return;
-  fill_restart_table(layer, rules, b, g, p);
-  __syncthreads();
-
   const std::int64_t length = layer.counters->length;
   auto* under_way = reinterpret_cast<unsigned long long*>(
       scratch + ((b * layer.graphs + g) * layer.populations + p) * layer.capacity * kBytesASlot);
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(kTableThreads)
   auto* const live = reinterpret_cast<std::uint32_t*>(arrived + layer.capacity);
   auto* const totals = live + layer.capacity;
   const RestartWeights weight = restart_weights(layer, rules, b, g, p);
-  const std::uint64_t weights =
-      restart_sums_of(layer, graph_index(layer, b, g), p)[layer.restart_blocks - 1];
+  const std::uint64_t weights = restart_table_of(layer, b, g, p).header->total;
   const std::int32_t* positions = positions_of(layer, b, g);
   const auto restart = [&](std::int64_t j) -> unsigned long long {
     if (weights == 0) return 0;
@@ -144,7 +142,7 @@ std::int64_t solve_scratch(const LayerView& layer) {
 
 void launch_solve(const LayerView& layer, const WalkRules& rules, double restart_prob,
                   std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
-                  std::int64_t /*extent*/, cudaStream_t stream) {
+                  std::int64_t extent, cudaStream_t stream) {
   const std::int64_t sequences =
       std::min<std::int64_t>(layer.batch - first_sequence, SequenceMarks::kMost);
   const std::int64_t graphs = sequences * layer.graphs * layer.populations;
@@ -158,6 +156,7 @@ void launch_solve(const LayerView& layer, const WalkRules& rules, double restart
   for (int p = 0; p < rules.populations; ++p) {
     solve.steps[p] = rules.population[p].walkers * rules.walk_length;
   }
+  launch_restart_tables(layer, rules, extent, first_sequence, marks, stream);
   solve_kernel<<<static_cast<unsigned>(graphs), kTableThreads, 0, stream>>>(
       layer, rules, solve, first_sequence, marks, static_cast<std::byte*>(scratch));
   check(cudaGetLastError(), "solve_kernel");

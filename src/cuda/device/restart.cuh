@@ -1,4 +1,9 @@
 // Restart weights and draws: the first slot whose cumulative weight exceeds a share of the total.
+//
+// A restart table is a header, coarse sums and fine sums. A fine sum covers the weights of all
+// slots up to the end of a block of kRestartBlock, a coarse one those up to the end of
+// `restart_group` blocks. A draw searches the coarse sums, which a thread block has in shared
+// memory, then reads the fine sums of one group and the weights of one block.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +23,14 @@ __device__ inline std::uint64_t scaled(std::uint64_t total, std::uint32_t random
 struct RestartWeights {
   const std::int32_t* positions;
   const std::uint32_t* novelty;  ///< null: all positions from `first` on weigh the same
-  std::int64_t first;
+  std::int32_t first;
 
-  __device__ std::uint32_t operator()(std::int64_t slot) const {
-    const std::int32_t position = positions[slot];
-    if (novelty != nullptr) return position >= 0 ? novelty[slot] : 0U;
+  __device__ std::uint32_t of(std::int32_t position, std::uint32_t novelty_weight) const {
+    if (novelty != nullptr) return position >= 0 ? novelty_weight : 0U;
     return position >= first ? 1U : 0U;
+  }
+  __device__ std::uint32_t operator()(std::int64_t slot) const {
+    return of(positions[slot], novelty != nullptr ? novelty[slot] : 0U);
   }
 };
 
@@ -36,83 +43,124 @@ __device__ inline RestartWeights restart_weights(const LayerView& layer, const W
   if (population.restart == static_cast<std::int32_t>(Restart::novelty)) {
     weights.novelty = novelty_of(layer, b, g);
   } else if (population.restart == static_cast<std::int32_t>(Restart::current)) {
-    weights.first = max(seen - 1, sinks);
+    weights.first = static_cast<std::int32_t>(max(seen - 1, sinks));
   } else {
     const auto by_fraction = static_cast<std::int64_t>(
         floor(__dadd_rn(__dmul_rn(population.recent_fraction, static_cast<double>(seen)), 1e-9)));
     const std::int64_t tokens =
         population.recent_tokens > 0 ? population.recent_tokens : max(std::int64_t{1}, by_fraction);
-    weights.first = max(sinks, seen - tokens);
+    weights.first = static_cast<std::int32_t>(max(sinks, seen - tokens));
   }
   return weights;
 }
 
-__device__ inline std::uint64_t* restart_sums_of(const LayerView& layer, std::int64_t graph,
-                                                 int p) {
-  return layer.restart_sums + (graph * layer.populations + p) * layer.restart_blocks;
+struct alignas(16) RestartHeader {
+  std::uint64_t total;
+  /// Where there are sums: RestartWeights::first. Else the slots [first, first + total) weigh 1.
+  std::int32_t first;
+  std::int32_t coarse;  ///< number of coarse sums; 0: there are no sums
+};
+
+struct RestartTable {
+  RestartHeader* header;
+  std::uint64_t* coarse;
+  std::uint64_t* fine;
+};
+
+__device__ inline RestartTable restart_table_of(const LayerView& layer, std::int64_t b,
+                                                std::int64_t g, int p) {
+  std::uint64_t* const table =
+      layer.restart_tables +
+      (graph_index(layer, b, g) * layer.populations + p) * layer.restart_stride;
+  const std::int64_t group = std::int64_t{layer.restart_group} * kRestartBlock;
+  const std::int64_t coarse = (layer.capacity + group - 1) / group;
+  return {.header = reinterpret_cast<RestartHeader*>(table),
+          .coarse = table + 2,
+          .fine = table + 2 + (coarse + 1) / 2 * 2};
 }
-__device__ inline std::uint32_t* restart_guide_of(const LayerView& layer, std::int64_t graph,
-                                                  int p) {
-  return layer.restart_guide + ((graph * layer.populations + p) << layer.guide_bits);
+
+/// Reads the kRestartBlock values of a block; those behind `end` are 0. `aligned`: `end` and the
+/// start of the array are multiples of four values.
+template <class T>
+__device__ inline void load_block(const T* values, std::int64_t first, std::int64_t end,
+                                  bool aligned, T (&out)[kRestartBlock]) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kRestartBlock; i += 4) {
+      uint4 four{};
+      if (first + i < end) four = *reinterpret_cast<const uint4*>(values + first + i);
+      out[i] = static_cast<T>(four.x);
+      out[i + 1] = static_cast<T>(four.y);
+      out[i + 2] = static_cast<T>(four.z);
+      out[i + 3] = static_cast<T>(four.w);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRestartBlock; ++i) out[i] = first + i < end ? values[first + i] : T{0};
+  }
 }
 
-inline constexpr int kTableThreads = 1024;
+/// Draws of one population of one graph.
+struct Restarts {
+  RestartHeader header;
+  const std::uint64_t* coarse;
+  const std::uint64_t* fine;
+  std::int32_t group;
+  std::int32_t coarse_step;  ///< highest power of two up to the number of coarse sums
+  bool aligned;
+  std::int64_t capacity;
+  const std::int32_t* positions;
+  const std::uint32_t* novelty;  ///< null: as in RestartWeights
 
-/// Fills the tables of one population of one graph; all threads of a block of kTableThreads.
-__device__ inline void fill_restart_table(const LayerView& layer, const WalkRules& rules,
-                                          std::int64_t b, std::int64_t g, int p) {
-  __shared__ std::uint64_t warp_totals[kTableThreads / 32];
-  const std::int64_t length = layer.counters->length;
-  const RestartWeights weight = restart_weights(layer, rules, b, g, p);
-  const std::int64_t graph = graph_index(layer, b, g);
-  std::uint64_t* const sums = restart_sums_of(layer, graph, p);
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-
-  for (std::int64_t block = warp; block < layer.restart_blocks; block += kTableThreads / 32) {
-    const std::int64_t slot = block * kRestartBlock + lane;
-    std::uint64_t sum = slot < length ? weight(slot) : 0U;
-    for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_xor_sync(0xffffffffU, sum, offset);
+  __device__ std::int32_t draw(std::uint32_t random) const {
+    const std::uint64_t target = scaled(header.total, random);
+    if (header.coarse == 0) return header.first + static_cast<std::int32_t>(target);
+    std::int32_t at = 0;
+    for (std::int32_t step = coarse_step; step > 0; step /= 2) {
+      if (at + step <= header.coarse && coarse[at + step - 1] <= target) at += step;
     }
-    if (lane == 0) sums[block] = sum;
-  }
-  __syncthreads();
-  std::uint64_t carry = 0;
-  for (std::int64_t first = 0; first < layer.restart_blocks; first += kTableThreads) {
-    const std::int64_t block = first + threadIdx.x;
-    std::uint64_t sum = block < layer.restart_blocks ? sums[block] : 0U;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const std::uint64_t before = __shfl_up_sync(0xffffffffU, sum, offset);
-      if (lane >= offset) sum += before;
-    }
-    if (lane == 31) warp_totals[warp] = sum;
-    __syncthreads();
-    std::uint64_t total = 0;
-    for (int w = 0; w < kTableThreads / 32; ++w) {
-      if (w == warp) sum += total;
-      total += warp_totals[w];
-    }
-    if (block < layer.restart_blocks) sums[block] = carry + sum;
-    carry += total;
-    __syncthreads();
-  }
-  std::uint32_t* const guide = restart_guide_of(layer, graph, p);
-  for (std::uint32_t bucket = threadIdx.x; bucket < (1U << layer.guide_bits);
-       bucket += kTableThreads) {
-    const std::uint64_t target = scaled(carry, bucket << (32 - layer.guide_bits));
-    std::int64_t low = 0;
-    std::int64_t high = layer.restart_blocks - 1;
-    while (low < high) {
-      const std::int64_t middle = (low + high) / 2;
-      if (sums[middle] > target) {
-        high = middle;
-      } else {
-        low = middle + 1;
+    std::uint64_t before = at > 0 ? coarse[at - 1] : 0U;
+    std::int64_t block = std::int64_t{at} * group;
+    constexpr int kScan = 8;
+    std::int32_t blocks = group;
+    for (; blocks > kScan; blocks /= 2) {
+      const std::uint64_t sum = fine[block + blocks / 2 - 1];
+      if (sum <= target) {
+        before = sum;
+        block += blocks / 2;
       }
     }
-    guide[bucket] = static_cast<std::uint32_t>(low);
+    if (blocks > 1) {
+      std::uint64_t sums[kScan - 1];
+      const std::uint64_t* const from = fine + block;
+#pragma unroll
+      for (int i = 0; i < kScan - 1; ++i) sums[i] = i + 1 < blocks ? from[i] : ~std::uint64_t{0};
+#pragma unroll
+      for (int i = 0; i < kScan - 1; ++i) {
+        if (sums[i] <= target) {
+          before = sums[i];
+          ++block;
+        }
+      }
+    }
+    const std::int64_t first = block * kRestartBlock;
+    auto slot = static_cast<std::int32_t>(first);
+    std::uint32_t weight[kRestartBlock];
+    if (novelty != nullptr) {  // 0 where there is no token, see fill_restart_table
+      load_block(novelty, first, capacity, aligned, weight);
+    } else {
+      std::int32_t position[kRestartBlock];
+      load_block(positions, first, capacity, aligned, position);
+#pragma unroll
+      for (int i = 0; i < kRestartBlock; ++i) weight[i] = position[i] >= header.first ? 1U : 0U;
+    }
+#pragma unroll
+    for (int i = 0; i + 1 < kRestartBlock; ++i) {
+      before += weight[i];
+      slot += before <= target ? 1 : 0;
+    }
+    return slot;
   }
-}
+};
 
 }  // namespace spectralkv::cuda
