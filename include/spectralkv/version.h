@@ -20,6 +20,12 @@ SPECTRALKV_API int cuda_device_count() noexcept;
 /// Why `cuda_device_count()` is 0; empty when it is not.
 SPECTRALKV_API std::string cuda_status();
 
+/// Name of a device, such as "NVIDIA H200"; empty where there is no such device.
+SPECTRALKV_API std::string cuda_device_name(int index);
+
+/// Newest CUDA that the driver supports, as 1000 * major + 10 * minor; 0 without a driver.
+SPECTRALKV_API int cuda_driver_version() noexcept;
+
 /// Instruction set that the CPU backend uses here: "avx512", "avx2" or "baseline".
 SPECTRALKV_API const char* cpu_simd() noexcept;
 

@@ -12,6 +12,8 @@ from spectralkv._core import (
     cpu_simd,
     cpu_threads,
     cuda_device_count,
+    cuda_device_name,
+    cuda_driver_version,
     cuda_status,
 )
 from spectralkv._paths import get_cmake_dir, get_include
@@ -47,6 +49,8 @@ __all__ = [
     "cpu_simd",
     "cpu_threads",
     "cuda_device_count",
+    "cuda_device_name",
+    "cuda_driver_version",
     "cuda_status",
     "get_cmake_dir",
     "get_include",

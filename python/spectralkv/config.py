@@ -71,9 +71,13 @@ class GraphConfig:
         For tensor parallelism: the first KV head here, and KV heads over all ranks (0:
         ``num_kv_heads``).
     device
-        ``"cpu"`` or ``"cuda:N"``.
+        ``"cpu"``, ``"cuda"`` (the first one) or ``"cuda:N"``.
     num_threads
         Of the CPU backend; 0: one for each processor the process may run on.
+    eager_checks
+        CUDA: wait for the device to check slots and kept lists, so that a call with bad ones raises
+        and changes nothing. Otherwise no call waits: faulty ones stop all later changes, and the
+        calls after the device found it raise until ``reset()`` of all layers.
 
     Raises
     ------
@@ -96,6 +100,7 @@ class GraphConfig:
     total_kv_heads: int = 0
     device: str = "cpu"
     num_threads: int = 0
+    eager_checks: bool = False
 
     def __post_init__(self) -> None:
         self._to_core().validate()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spectralkv._arrays import Array, constant_int32
+from spectralkv._arrays import Array, StreamLike
 from spectralkv._core import InvalidArgument, MemoryUse, Statistics
 from spectralkv.config import (
     EvictionConfig,
@@ -49,8 +49,9 @@ class SpectralGraph:
         Used instead of the preset's walk.
     top_k
         Used instead of the preset's.
-    scope, num_sinks, seed, device, num_threads
-        See :class:`spectralkv.GraphConfig`.
+    scope, num_sinks, seed, device, num_threads, eager_checks
+        See :class:`spectralkv.GraphConfig`. Tensors lie on ``device``; how calls are ordered on
+        CUDA, and ``stream=``, are as in :class:`spectralkv.GraphManager`.
 
     Raises
     ------
@@ -85,6 +86,7 @@ class SpectralGraph:
         seed: int = 0,
         device: str = "cpu",
         num_threads: int = 0,
+        eager_checks: bool = False,
     ) -> None:
         graph, preset_walk = apply_preset(
             preset,
@@ -99,6 +101,7 @@ class SpectralGraph:
                 seed=seed,
                 device=device,
                 num_threads=num_threads,
+                eager_checks=eager_checks,
             ),
         )
         if top_k is not None:
@@ -116,7 +119,9 @@ class SpectralGraph:
         """Slots in use."""
         return self._manager.length(0)
 
-    def update_and_step(self, query: Array, keys: Array, current_idx: int) -> None:
+    def update_and_step(
+        self, query: Array, keys: Array, current_idx: int, *, stream: StreamLike = None
+    ) -> None:
         """Take in one token (a sequence) and walk the graph.
 
         Parameters
@@ -128,16 +133,22 @@ class SpectralGraph:
             the tokens held.
         current_idx
             Slot of the token: the next one (``len(graph)``), or one that was freed.
+        stream
+            See :class:`spectralkv.GraphManager`.
         """
         query, keys = self._batched(query, keys, query_rank=3)
-        self._manager.update_and_step(0, query, keys, slots=self._slots(current_idx))
+        slots = self._slots(current_idx, keys, stream)
+        self._manager.update_and_step(0, query, keys, slots=slots, stream=stream)
 
-    def update(self, query: Array, keys: Array, current_idx: int) -> None:
+    def update(
+        self, query: Array, keys: Array, current_idx: int, *, stream: StreamLike = None
+    ) -> None:
         """`update_and_step` without the walk."""
         query, keys = self._batched(query, keys, query_rank=3)
-        self._manager.update(0, query, keys, slots=self._slots(current_idx))
+        slots = self._slots(current_idx, keys, stream)
+        self._manager.update(0, query, keys, slots=slots, stream=stream)
 
-    def update_rows(self, queries: Array, keys: Array) -> None:
+    def update_rows(self, queries: Array, keys: Array, *, stream: StreamLike = None) -> None:
         """Take in Q tokens at once, a prompt for instance, behind those already held.
 
         Parameters
@@ -146,21 +157,23 @@ class SpectralGraph:
             (Q, D), (Hq, Q, D) or (B, Hq, Q, D).
         keys
             (N, D), (Hkv, N, D) or (B, Hkv, N, D), with all new keys in their slots.
+        stream
+            See :class:`spectralkv.GraphManager`.
         """
         queries, keys = self._batched(queries, keys, query_rank=4)
-        self._manager.update_rows(0, queries, keys)
+        self._manager.update_rows(0, queries, keys, stream=stream)
 
-    def walk(self, keys: Array | None = None) -> None:
+    def walk(self, keys: Array | None = None, *, stream: StreamLike = None) -> None:
         """Renew the scores by random walks; novelty restarts are renewed from ``keys`` if given."""
-        self._renew_novelty(keys)
-        self._manager.walk(0)
+        self._renew_novelty(keys, stream)
+        self._manager.walk(0, stream=stream)
 
-    def solve(self, keys: Array | None = None) -> None:
+    def solve(self, keys: Array | None = None, *, stream: StreamLike = None) -> None:
         """Renew the scores exactly; novelty restarts are renewed from ``keys`` if given."""
-        self._renew_novelty(keys)
-        self._manager.solve(0)
+        self._renew_novelty(keys, stream)
+        self._manager.solve(0, stream=stream)
 
-    def get_scores(self) -> Array:
+    def get_scores(self, *, stream: StreamLike = None) -> Array:
         """Return the importance of every slot in use, in the framework of the last keys.
 
         Returns
@@ -168,13 +181,17 @@ class SpectralGraph:
         Array
             float32 (length,), (Hkv, length) or (B, Hkv, length), like the last keys.
         """
-        return self._unbatched(self._manager.scores(0, like=self._known_like("get_scores")))
+        like = self._known_like("get_scores")
+        return self._unbatched(self._manager.scores(0, like=like, stream=stream))
 
-    def positions(self) -> Array:
+    def positions(self, *, stream: StreamLike = None) -> Array:
         """Position of the token in each slot, -1 if empty: int32, shaped as the scores."""
-        return self._unbatched(self._manager.positions(0, like=self._known_like("positions")))
+        like = self._known_like("positions")
+        return self._unbatched(self._manager.positions(0, like=like, stream=stream))
 
-    def select(self, budget: int, *, window: int = 50, sinks: int = 4) -> Array:
+    def select(
+        self, budget: int, *, window: int = 50, sinks: int = 4, stream: StreamLike = None
+    ) -> Array:
         """Slots to keep when every head is cut to ``budget`` tokens: int32, ascending.
 
         Returns
@@ -184,13 +201,22 @@ class SpectralGraph:
         """
         eviction = EvictionConfig(budget=budget, interval=1, window=window, sinks=sinks)
         like = self._known_like("select")
-        return self._unbatched(self._manager.select(0, eviction, like=like, force=True))
+        keep = self._manager.select(0, eviction, like=like, force=True, stream=stream)
+        return self._unbatched(keep)
 
-    def compact(self, keep: Array, keys: Array, values: Array | None = None) -> None:
+    def compact(
+        self,
+        keep: Array,
+        keys: Array,
+        values: Array | None = None,
+        *,
+        stream: StreamLike = None,
+    ) -> None:
         """Move the kept slots of keys, values and graph to the front, in place."""
         rank = len(keys.shape)
         add = (None,) * (4 - rank)
-        self._manager.compact(0, keep[add], keys[add], None if values is None else values[add])
+        moved = None if values is None else values[add]
+        self._manager.compact(0, keep[add], keys[add], moved, stream=stream)
 
     def truncate(self, count: int) -> None:
         """Forget the newest ``count`` tokens."""
@@ -231,7 +257,7 @@ class SpectralGraph:
     def _unbatched(self, result: Array) -> Array:
         return result[(0,) * (4 - self._keys_rank)]
 
-    def _slots(self, current_idx: int) -> memoryview | None:
+    def _slots(self, current_idx: int, keys: Array, stream: StreamLike) -> Array | None:
         length = self._manager.length(0)
         if current_idx == length:
             return None
@@ -241,11 +267,12 @@ class SpectralGraph:
                 f"got {current_idx}"
             )
         shape = (self._manager.batch_size(0), self._manager.graph_config.num_kv_heads)
-        return constant_int32(current_idx, shape)
+        return self._manager._queue.constant_int32(current_idx, shape, keys, stream)
 
-    def _renew_novelty(self, keys: Array | None) -> None:
+    def _renew_novelty(self, keys: Array | None, stream: StreamLike) -> None:
         if keys is not None and self._manager.walk_config.needs_novelty:
-            self._manager.update_novelty(0, keys[(None,) * (4 - len(keys.shape))])
+            keys = keys[(None,) * (4 - len(keys.shape))]
+            self._manager.update_novelty(0, keys, stream=stream)
 
     def _known_like(self, operation: str) -> Array:
         if self._like is None:

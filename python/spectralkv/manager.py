@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spectralkv import _core
-from spectralkv._arrays import Array, filled, readable
+from spectralkv._arrays import Array, Queue, StreamLike
 from spectralkv._core import ALL_LAYERS, MemoryUse, Statistics
 from spectralkv.config import EvictionConfig, GraphConfig, WalkConfig
 
@@ -19,7 +19,17 @@ class GraphManager:
     Slots ``[0, length)`` are in use. Tensors are of any DLPack framework (torch, numpy, cupy,
     jax); axes are B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim and
     K neighbours. Keys and queries are float32, float16 or bfloat16 with a contiguous last axis;
-    nothing is copied.
+    nothing is copied. All tensors lie on ``graph.device``.
+
+    On CUDA calls are queued and return; nothing is waited for, and no stream but the call's own
+    and the manager's is touched. By default that is the current stream of the tensors' framework
+    on the manager's device, and of a call without tensors that of the call before it. ``stream=``
+    names another one: its handle as an integer, or an object with ``cuda_stream`` (torch), ``ptr``
+    (cupy) or ``__cuda_stream__``. A CUDA graph captures these calls after `synchronize`, as long
+    as nothing must be allocated or counted by the host; `refresh` follows its replays.
+
+    jax has no streams to name. Calls with its arrays use the legacy default stream, wait for what
+    computes the arrays on the device, and return when the device is done.
 
     Parameters
     ----------
@@ -32,12 +42,15 @@ class GraphManager:
         A ``ValueError``; the manager is as it was before the call.
     BackendUnavailable
         A ``RuntimeError``: there is no backend for ``graph.device`` here.
+    CudaError
+        A ``RuntimeError``: a call of the CUDA runtime failed.
     """
 
     def __init__(self, graph: GraphConfig, walk: WalkConfig | None = None) -> None:
         self._graph_config = graph
         self._walk_config = walk or WalkConfig()
         self._core = _core.GraphManager(graph._to_core(), self._walk_config._to_core())
+        self._queue = Queue(graph.device, self._core.synchronize)
 
     @classmethod
     def _wrap(cls, core: _core.GraphManager, graph: GraphConfig, walk: WalkConfig) -> GraphManager:
@@ -45,6 +58,7 @@ class GraphManager:
         self._graph_config = graph
         self._walk_config = walk
         self._core = core
+        self._queue = Queue(graph.device, core.synchronize)
         return self
 
     @property
@@ -68,6 +82,7 @@ class GraphManager:
         slots: Array | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        stream: StreamLike = None,
     ) -> None:
         """Draw the row of one new token a sequence.
 
@@ -83,10 +98,21 @@ class GraphManager:
             int32 (B, Hkv): a free slot of each head (see `next_slots`); None: the slot ``length``.
         scale, softcap
             How the model scales and caps scores; None: ``1 / sqrt(D)`` and no cap.
+        stream
+            See the class.
         """
+        queue = self._queue
+        handle = queue.enter(stream, keys)
         self._core.update(
-            layer, readable(query), readable(keys), slots, scale or 0.0, softcap or 0.0
+            layer,
+            queue.read(query, handle),
+            queue.read(keys, handle),
+            queue.read(slots, handle),
+            scale or 0.0,
+            softcap or 0.0,
+            handle,
         )
+        queue.leave()
 
     def update_rows(
         self,
@@ -98,6 +124,7 @@ class GraphManager:
         scale: float | None = None,
         softcap: float | None = None,
         row_stride: int = 1,
+        stream: StreamLike = None,
     ) -> None:
         """Draw the rows of Q new tokens a sequence, appended at slots ``[length, length + Q)``.
 
@@ -115,30 +142,73 @@ class GraphManager:
             As in `update`.
         row_stride
             Only every so many tokens, counted from the newest, get a row.
+        stream
+            See the class. With ``valid`` the call waits for the device, to count the tokens.
         """
+        queue = self._queue
+        handle = queue.enter(stream, keys)
         self._core.update_rows(
             layer,
-            readable(queries),
-            readable(keys),
-            valid,
+            queue.read(queries, handle),
+            queue.read(keys, handle),
+            queue.read(valid, handle),
             scale or 0.0,
             softcap or 0.0,
             row_stride,
+            handle,
         )
+        queue.leave()
 
     # -- importance
 
-    def update_novelty(self, layer: int, keys: Array) -> None:
+    def update_novelty(self, layer: int, keys: Array, *, stream: StreamLike = None) -> None:
         """Renew the restart weights of novelty populations from the keys (B, Hkv, S, D)."""
-        self._core.update_novelty(layer, readable(keys))
+        handle = self._queue.enter(stream, keys)
+        self._core.update_novelty(layer, self._queue.read(keys, handle), handle)
+        self._queue.leave()
 
-    def walk(self, layer: int = ALL_LAYERS, sequences: Sequence[bool] = ()) -> None:
-        """Walk the graphs of a layer, or of all; of the marked sequences, or of all."""
-        self._core.walk(layer, [int(mark) for mark in sequences])
+    def load_restart_weights(
+        self, layer: int, weights: Array, *, stream: StreamLike = None
+    ) -> None:
+        """Replace the restart weights of novelty populations.
 
-    def solve(self, layer: int = ALL_LAYERS, sequences: Sequence[bool] = ()) -> None:
+        Parameters
+        ----------
+        layer
+            Which layer.
+        weights
+            uint32 (B, G, length), relative to each other; a slot without a token has none.
+        stream
+            See the class.
+        """
+        handle = self._queue.enter(stream, weights)
+        self._core.load_restart_weights(layer, self._queue.read(weights, handle), handle)
+        self._queue.leave()
+
+    def walk(
+        self,
+        layer: int = ALL_LAYERS,
+        sequences: Sequence[bool] = (),
+        *,
+        stream: StreamLike = None,
+    ) -> None:
+        """Walk the graphs of a layer, or of all; of the marked sequences, or of all.
+
+        On CUDA the walk runs beside what the caller queues next, until a call needs its result.
+        """
+        handle = self._queue.enter(stream)
+        self._core.walk(layer, [int(mark) for mark in sequences], handle)
+
+    def solve(
+        self,
+        layer: int = ALL_LAYERS,
+        sequences: Sequence[bool] = (),
+        *,
+        stream: StreamLike = None,
+    ) -> None:
         """Compute the same scores without noise, in units of visits."""
-        self._core.solve(layer, [int(mark) for mark in sequences])
+        handle = self._queue.enter(stream)
+        self._core.solve(layer, [int(mark) for mark in sequences], handle)
 
     def update_and_step(
         self,
@@ -149,31 +219,50 @@ class GraphManager:
         slots: Array | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        stream: StreamLike = None,
     ) -> None:
         """`update`, `update_novelty` where the walk needs it, and `walk`."""
+        queue = self._queue
+        handle = queue.enter(stream, keys)
         self._core.update_and_step(
-            layer, readable(query), readable(keys), slots, scale or 0.0, softcap or 0.0
+            layer,
+            queue.read(query, handle),
+            queue.read(keys, handle),
+            queue.read(slots, handle),
+            scale or 0.0,
+            softcap or 0.0,
+            handle,
         )
+        queue.leave()
 
-    def scores(self, layer: int, *, like: Array, population: int = -1) -> Array:
-        """Decayed visits of a population, or of all together: float32 (B, Hkv, length)."""
-        return filled(
+    def scores(
+        self, layer: int, *, like: Array, population: int = -1, stream: StreamLike = None
+    ) -> Array:
+        """Decayed visits of a population, or of all together: float32 (B, Hkv, length).
+
+        The result is of the framework of ``like``, on its device; so it is with all results.
+        """
+        return self._queue.filled(
             like,
             self._slot_shape(layer),
             "float32",
-            lambda out: self._core.scores(layer, out, population),
+            lambda out, handle: self._core.scores(layer, out, population, handle),
+            stream,
         )
 
-    def visits(self, layer: int, *, like: Array, population: int = 0) -> Array:
+    def visits(
+        self, layer: int, *, like: Array, population: int = 0, stream: StreamLike = None
+    ) -> Array:
         """Visits of a population in the last walk: uint32 (B, Hkv, length).
 
         After `solve`, what it expects of a walk, rounded.
         """
-        return filled(
+        return self._queue.filled(
             like,
             self._slot_shape(layer),
             "uint32",
-            lambda out: self._core.visits(layer, out, population),
+            lambda out, handle: self._core.visits(layer, out, population, handle),
+            stream,
         )
 
     # -- eviction
@@ -190,8 +279,20 @@ class GraphManager:
         """Slots a head needs after `select`: the M of its result."""
         return self._core.kept_length(layer, eviction._to_core(), force)
 
+    def kept_counts(
+        self, layer: int, eviction: EvictionConfig, *, force: bool = False
+    ) -> list[int]:
+        """Tokens that each head of a sequence keeps after `select`: one entry a sequence."""
+        return self._core.kept_counts(layer, eviction._to_core(), force)
+
     def select(
-        self, layer: int, eviction: EvictionConfig, *, like: Array, force: bool = False
+        self,
+        layer: int,
+        eviction: EvictionConfig,
+        *,
+        like: Array,
+        force: bool = False,
+        stream: StreamLike = None,
     ) -> Array:
         """Slots that stay: int32 (B, Hkv, M), ascending, right-aligned behind -1.
 
@@ -201,15 +302,22 @@ class GraphManager:
         """
         core = eviction._to_core()
         batch, heads, _ = self._slot_shape(layer)
-        return filled(
+        return self._queue.filled(
             like,
             (batch, heads, self._core.kept_length(layer, core, force)),
             "int32",
-            lambda out: self._core.select(layer, core, force, out),
+            lambda out, handle: self._core.select(layer, core, force, out, handle),
+            stream,
         )
 
     def safety_mask(
-        self, layer: int, eviction: EvictionConfig, top_fraction: float, *, like: Array
+        self,
+        layer: int,
+        eviction: EvictionConfig,
+        top_fraction: float,
+        *,
+        like: Array,
+        stream: StreamLike = None,
     ) -> Array:
         """Which tokens may go: uint8 (B, Hkv, length).
 
@@ -217,11 +325,12 @@ class GraphManager:
         sinks and window.
         """
         core = eviction._to_core()
-        return filled(
+        return self._queue.filled(
             like,
             self._slot_shape(layer),
             "uint8",
-            lambda out: self._core.safety_mask(layer, core, top_fraction, out),
+            lambda out, handle: self._core.safety_mask(layer, core, top_fraction, out, handle),
+            stream,
         )
 
     def compact(
@@ -230,6 +339,9 @@ class GraphManager:
         keep: Array,
         keys: Array | None = None,
         values: Array | None = None,
+        *,
+        kept: Sequence[int] = (),
+        stream: StreamLike = None,
     ) -> None:
         """Move the kept slots to the front, in place.
 
@@ -240,26 +352,49 @@ class GraphManager:
         keep
             int32 (B, Hkv, M) as `select` returns it.
         keys, values
-            (B, Hkv, S, D) of any dtype, mutated; None: only the graph moves.
+            (B, Hkv, S, D), mutated; None: only the graph moves.
+        kept
+            How many slots of ``keep`` are not -1, one entry a sequence (see `kept_counts`). Left
+            out, they are counted, for which the call waits on CUDA.
+        stream
+            See the class.
         """
+        queue = self._queue
+        handle = queue.enter(stream, keep)
         self._core.compact(
             layer,
-            keep,
-            None if keys is None else readable(keys),
-            None if values is None else readable(values),
+            queue.read(keep, handle),
+            queue.write(keys, handle),
+            queue.write(values, handle),
+            list(kept),
+            handle,
         )
+        queue.leave()
 
-    def release(self, layer: int, keep: Array) -> None:
-        """Free every slot that is not in ``keep`` int32 (B, Hkv, M); nothing moves."""
-        self._core.release(layer, keep)
+    def release(
+        self,
+        layer: int,
+        keep: Array,
+        *,
+        kept: Sequence[int] = (),
+        stream: StreamLike = None,
+    ) -> None:
+        """Free every slot that is not in ``keep`` int32 (B, Hkv, M); nothing moves.
 
-    def next_slots(self, layer: int, *, like: Array) -> Array:
+        ``kept`` is as in `compact`.
+        """
+        handle = self._queue.enter(stream, keep)
+        self._core.release(layer, self._queue.read(keep, handle), list(kept), handle)
+        self._queue.leave()
+
+    def next_slots(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Find the lowest free slot of each head: int32 (B, Hkv)."""
-        return filled(
+        return self._queue.filled(
             like,
             self._slot_shape(layer)[:2],
             "int32",
-            lambda out: self._core.next_slots(layer, out),
+            lambda out, handle: self._core.next_slots(layer, out, handle),
+            stream,
         )
 
     # -- sequences
@@ -283,6 +418,10 @@ class GraphManager:
     def synchronize(self) -> None:
         """Wait for the device's work of this manager."""
         self._core.synchronize()
+
+    def refresh(self) -> None:
+        """Read lengths and counts from the device, after replays of captured calls; waits."""
+        self._core.refresh()
 
     # -- inspection
 
@@ -315,16 +454,17 @@ class GraphManager:
         """Graphs that a sequence has in a layer: Hkv, or 1 where a layer's heads share one."""
         return self._core.graphs_per_sequence()
 
-    def positions(self, layer: int, *, like: Array) -> Array:
+    def positions(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Position of the token in each slot, -1 if empty: int32 (B, Hkv, length)."""
-        return filled(
+        return self._queue.filled(
             like,
             self._slot_shape(layer),
             "int32",
-            lambda out: self._core.positions(layer, out),
+            lambda out, handle: self._core.positions(layer, out, handle),
+            stream,
         )
 
-    def rows(self, layer: int, *, like: Array) -> tuple[Array, Array]:
+    def rows(self, layer: int, *, like: Array, stream: StreamLike = None) -> tuple[Array, Array]:
         """Neighbours int32 and probabilities float32, both (B, G, length, K).
 
         G is the number of graphs a sequence. Absent and stale edges are -1 and 0; the others are as
@@ -339,21 +479,28 @@ class GraphManager:
         )
         probabilities: list[Array] = []
 
-        def write(neighbors: Array) -> None:
+        def write(neighbors: Array, _: int) -> None:
             probabilities.append(
-                filled(
+                self._queue.filled(
                     like,
                     shape,
                     "float32",
-                    lambda out: self._core.rows(layer, neighbors, out),
+                    lambda out, handle: self._core.rows(layer, neighbors, out, handle),
+                    stream,
                 )
             )
 
-        neighbors = filled(like, shape, "int32", write)
+        neighbors = self._queue.filled(like, shape, "int32", write, stream)
         return neighbors, probabilities[0]
 
     def load_rows(
-        self, layer: int, positions: Array, neighbors: Array, probabilities: Array
+        self,
+        layer: int,
+        positions: Array,
+        neighbors: Array,
+        probabilities: Array,
+        *,
+        stream: StreamLike = None,
     ) -> None:
         """Replace the graphs of a layer.
 
@@ -366,17 +513,31 @@ class GraphManager:
         neighbors, probabilities
             int32 and float32 (B, G, S, K): edges to slots with older tokens; a row's probabilities
             sum to 1, or to 0 where it has no edges.
+        stream
+            See the class; the call waits.
         """
-        self._core.load_rows(layer, positions, neighbors, probabilities)
+        queue = self._queue
+        handle = queue.enter(stream, positions)
+        self._core.load_rows(
+            layer,
+            queue.read(positions, handle),
+            queue.read(neighbors, handle),
+            queue.read(probabilities, handle),
+            handle,
+        )
+        queue.leave()
 
-    def restart_distribution(self, layer: int, population: int, *, like: Array) -> Array:
+    def restart_distribution(
+        self, layer: int, population: int, *, like: Array, stream: StreamLike = None
+    ) -> Array:
         """Where a population's walkers restart: float32 (B, G, length), sums to 1."""
         batch, _, length = self._slot_shape(layer)
-        return filled(
+        return self._queue.filled(
             like,
             (batch, self.graphs_per_sequence, length),
             "float32",
-            lambda out: self._core.restart_distribution(layer, population, out),
+            lambda out, handle: self._core.restart_distribution(layer, population, out, handle),
+            stream,
         )
 
     def statistics(self) -> Statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectralkv import _core
-from spectralkv._arrays import Array, filled, readable
+from spectralkv._arrays import Array, StreamLike
 from spectralkv.config import EvictionConfig, GraphConfig, MonitorConfig, Solver, WalkConfig
 from spectralkv.manager import GraphManager
 
@@ -20,11 +20,13 @@ class Monitor:
         for each step and each layer:
             monitor.on_step(layer, query, keys)
             if monitor.is_full(layer):
+                kept = monitor.kept_counts(layer)
                 keep = monitor.keep(layer, keys)
-                monitor.graph.compact(layer, keep, keys, values)
+                monitor.graph.compact(layer, keep, keys, values, kept=kept)
         monitor.on_finish(sequence)
 
     Each sequence keeps its own schedule, so it is treated in a batch as it would be alone.
+    Devices, frameworks and ``stream=`` are as in :class:`GraphManager`.
 
     Parameters
     ----------
@@ -61,6 +63,7 @@ class Monitor:
         )
         self._core = _core.Monitor(graph._to_core(), walk._to_core(), self._config._to_core())
         self._graph = GraphManager._wrap(self._core.graph, graph, walk)
+        self._queue = self._graph._queue
 
     @property
     def config(self) -> MonitorConfig:
@@ -81,15 +84,27 @@ class Monitor:
         valid: Array | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        stream: StreamLike = None,
     ) -> None:
         """Take in a chunk of prompt; arguments as in :meth:`GraphManager.update_rows`."""
+        queue = self._queue
+        handle = queue.enter(stream, keys)
         self._core.on_prefill(
-            layer, readable(queries), readable(keys), valid, scale or 0.0, softcap or 0.0
+            layer,
+            queue.read(queries, handle),
+            queue.read(keys, handle),
+            queue.read(valid, handle),
+            scale or 0.0,
+            softcap or 0.0,
+            handle,
         )
+        queue.leave()
 
-    def on_prefill_end(self, layer: int, keys: Array) -> None:
+    def on_prefill_end(self, layer: int, keys: Array, *, stream: StreamLike = None) -> None:
         """Renew the importance of all sequences of a layer now that their prompt is complete."""
-        self._core.on_prefill_end(layer, readable(keys))
+        handle = self._queue.enter(stream, keys)
+        self._core.on_prefill_end(layer, self._queue.read(keys, handle), handle)
+        self._queue.leave()
 
     def on_step(
         self,
@@ -100,14 +115,24 @@ class Monitor:
         slots: Array | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        stream: StreamLike = None,
     ) -> None:
         """Take in one new token a sequence; arguments as in :meth:`GraphManager.update`.
 
         Renews the importance of the sequences whose ``walk_interval`` is over.
         """
+        queue = self._queue
+        handle = queue.enter(stream, keys)
         self._core.on_step(
-            layer, readable(query), readable(keys), slots, scale or 0.0, softcap or 0.0
+            layer,
+            queue.read(query, handle),
+            queue.read(keys, handle),
+            queue.read(slots, handle),
+            scale or 0.0,
+            softcap or 0.0,
+            handle,
         )
+        queue.leave()
 
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""
@@ -117,25 +142,45 @@ class Monitor:
         """Whether any sequence of the layer holds ``budget + interval`` tokens."""
         return self._core.is_full(layer)
 
-    def keep(self, layer: int, keys: Array) -> Array:
+    def kept_counts(self, layer: int) -> list[int]:
+        """Tokens that each head of a sequence keeps after the cut: one entry a sequence.
+
+        Handed to :meth:`GraphManager.compact` or `release` it spares them counting, for which they
+        would wait on CUDA.
+        """
+        return self._graph.kept_counts(layer, self._config.eviction)
+
+    def keep(self, layer: int, keys: Array, *, stream: StreamLike = None) -> Array:
         """Slots that stay: int32 (B, Hkv, M) of the framework of ``keys`` (B, Hkv, S, D).
 
         Ascending and right-aligned behind -1, see :meth:`GraphManager.select`. First renews the
         importance of full sequences that got tokens since their last walk.
         """
-        keys = readable(keys)
         shape = (
             self._graph.batch_size(layer),
             self._graph.graph_config.num_kv_heads,
             self._core.kept_length(layer),
         )
-        return filled(keys, shape, "int32", lambda out: self._core.keep(layer, keys, out))
+        queue = self._queue
+        return queue.filled(
+            keys,
+            shape,
+            "int32",
+            lambda out, handle: self._core.keep(layer, queue.read(keys, handle), out, handle),
+            stream,
+        )
 
-    def safety_mask(self, layer: int, *, like: Array) -> Array:
+    def safety_mask(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Which tokens may go: uint8 (B, Hkv, length), see :meth:`GraphManager.safety_mask`."""
         shape = (
             self._graph.batch_size(layer),
             self._graph.graph_config.num_kv_heads,
             self._graph.length(layer),
         )
-        return filled(like, shape, "uint8", lambda out: self._core.safety_mask(layer, out))
+        return self._queue.filled(
+            like,
+            shape,
+            "uint8",
+            lambda out, handle: self._core.safety_mask(layer, out, handle),
+            stream,
+        )

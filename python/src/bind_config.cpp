@@ -59,6 +59,7 @@ void init_config(nb::module_& m) {
       .def_rw("total_kv_heads", &skv::GraphConfig::total_kv_heads)
       .def_rw("device", &skv::GraphConfig::device)
       .def_rw("num_threads", &skv::GraphConfig::num_threads)
+      .def_rw("eager_checks", &skv::GraphConfig::eager_checks)
       .def("validate", &skv::GraphConfig::validate);
 
   nb::class_<skv::Population>(m, "Population", "A part of the walkers with its restart and count.")

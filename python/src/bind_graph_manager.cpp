@@ -24,6 +24,7 @@ namespace {
 
 using Release = nb::call_guard<nb::gil_scoped_release>;
 using Marks = std::vector<std::uint8_t>;
+using Counts = std::vector<std::int64_t>;
 using Self = skv::GraphManager;
 
 }  // namespace
@@ -112,6 +113,7 @@ void init_graph_manager(nb::module_& m) {
       .def("is_full", &Self::is_full, "layer"_a, "eviction"_a)
       .def("full_sequences", &Self::full_sequences, "layer"_a, "eviction"_a)
       .def("kept_length", &Self::kept_length, "layer"_a, "eviction"_a, "force"_a = false)
+      .def("kept_counts", &Self::kept_counts, "layer"_a, "eviction"_a, "force"_a = false)
       .def(
           "select",
           [](const Self& self, std::int64_t layer, const skv::EvictionConfig& eviction, bool force,
@@ -129,18 +131,20 @@ void init_graph_manager(nb::module_& m) {
       .def(
           "compact",
           [](Self& self, std::int64_t layer, const Input& keep, const std::optional<Output>& keys,
-             const std::optional<Output>& values, std::uintptr_t stream) {
+             const std::optional<Output>& values, const Counts& kept, std::uintptr_t stream) {
             self.compact(layer, view(keep), keys ? writable(*keys) : skv::TensorView{},
-                         values ? writable(*values) : skv::TensorView{}, stream_of(stream));
+                         values ? writable(*values) : skv::TensorView{}, stream_of(stream), kept);
           },
           "layer"_a, "keep"_a.noconvert(), "keys"_a.noconvert().none() = nb::none(),
-          "values"_a.noconvert().none() = nb::none(), "stream"_a = 0, Release())
+          "values"_a.noconvert().none() = nb::none(), "kept"_a = Counts{}, "stream"_a = 0,
+          Release())
       .def(
           "release",
-          [](Self& self, std::int64_t layer, const Input& keep, std::uintptr_t stream) {
-            self.release(layer, view(keep), stream_of(stream));
+          [](Self& self, std::int64_t layer, const Input& keep, const Counts& kept,
+             std::uintptr_t stream) {
+            self.release(layer, view(keep), stream_of(stream), kept);
           },
-          "layer"_a, "keep"_a.noconvert(), "stream"_a = 0, Release())
+          "layer"_a, "keep"_a.noconvert(), "kept"_a = Counts{}, "stream"_a = 0, Release())
       .def(
           "next_slots",
           [](const Self& self, std::int64_t layer, const Output& out, std::uintptr_t stream) {
@@ -157,6 +161,7 @@ void init_graph_manager(nb::module_& m) {
       .def("reset", &Self::reset, "layer"_a = skv::kAllLayers, "sequence"_a = nb::none(), Release())
       .def("reserve", &Self::reserve, "layer"_a, "capacity"_a, Release())
       .def("synchronize", &Self::synchronize, Release())
+      .def("refresh", &Self::refresh, Release())
       .def("length", &Self::length, "layer"_a)
       .def("capacity", &Self::capacity, "layer"_a)
       .def("batch_size", &Self::batch_size, "layer"_a)
@@ -181,11 +186,18 @@ void init_graph_manager(nb::module_& m) {
       .def(
           "load_rows",
           [](Self& self, std::int64_t layer, const Input& positions, const Input& neighbors,
-             const Input& probabilities) {
-            self.load_rows(layer, view(positions), view(neighbors), view(probabilities));
+             const Input& probabilities, std::uintptr_t stream) {
+            self.load_rows(layer, view(positions), view(neighbors), view(probabilities),
+                           stream_of(stream));
           },
           "layer"_a, "positions"_a.noconvert(), "neighbors"_a.noconvert(),
-          "probabilities"_a.noconvert(), Release())
+          "probabilities"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "load_restart_weights",
+          [](Self& self, std::int64_t layer, const Input& weights, std::uintptr_t stream) {
+            self.load_restart_weights(layer, view(weights), stream_of(stream));
+          },
+          "layer"_a, "weights"_a.noconvert(), "stream"_a = 0, Release())
       .def(
           "restart_distribution",
           [](const Self& self, std::int64_t layer, int population, const Output& out,
@@ -193,6 +205,6 @@ void init_graph_manager(nb::module_& m) {
             self.restart_distribution(layer, population, writable(out), stream_of(stream));
           },
           "layer"_a, "population"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
-      .def("statistics", &Self::statistics)
+      .def("statistics", &Self::statistics, Release())
       .def("memory_use", &Self::memory_use);
 }

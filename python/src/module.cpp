@@ -6,6 +6,7 @@
 #include "spectralkv/version.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 NB_MODULE(_core, m) {
   m.doc() = "Bindings of libspectralkv.";
@@ -16,6 +17,10 @@ NB_MODULE(_core, m) {
         "CUDA devices that can be used now; 0 without backend, driver or device.");
   m.def("cuda_status", &spectralkv::cuda_status,
         "Why ``cuda_device_count()`` is 0; empty when it is not.");
+  m.def("cuda_device_name", &spectralkv::cuda_device_name, "index"_a,
+        "Name of a CUDA device; empty where there is no such device.");
+  m.def("cuda_driver_version", &spectralkv::cuda_driver_version,
+        "Newest CUDA that the driver supports, as 1000 * major + 10 * minor; 0 without a driver.");
   m.def("cpu_simd", &spectralkv::cpu_simd, "Instruction set that the CPU backend uses here.");
   m.def("cpu_threads", &spectralkv::cpu_threads,
         "Threads that the CPU backend uses unless told otherwise.");

@@ -37,4 +37,23 @@ std::string status() {
   return query.count > 0 ? "" : "this machine has no CUDA device";
 }
 
+std::string device_name(int index) {
+  cudaDeviceProp properties{};
+  if (index < 0 || index >= device_count() ||
+      cudaGetDeviceProperties(&properties, index) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return {};
+  }
+  return properties.name;
+}
+
+int driver_version() noexcept {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  return version;
+}
+
 }  // namespace spectralkv::cuda

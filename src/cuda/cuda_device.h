@@ -12,4 +12,10 @@ int device_count() noexcept;
 /// Why `device_count()` is 0; empty when it is not.
 std::string status();
 
+/// Empty where there is no such device.
+std::string device_name(int index);
+
+/// 1000 * major + 10 * minor; 0 without a driver.
+int driver_version() noexcept;
+
 }  // namespace spectralkv::cuda

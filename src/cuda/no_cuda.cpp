@@ -15,6 +15,10 @@ int device_count() noexcept { return 0; }
 // NOLINTNEXTLINE(modernize-use-string-view): one signature with and without CUDA
 std::string status() { return "this libspectralkv was built without CUDA"; }
 
+std::string device_name(int /*index*/) { return {}; }
+
+int driver_version() noexcept { return 0; }
+
 }  // namespace spectralkv::cuda
 
 namespace spectralkv::detail {

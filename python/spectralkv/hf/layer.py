@@ -91,6 +91,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._capacity = 0
         self._seen = 0  # tokens seen, padding included
         self._lengths: tuple[int, ...] = ()  # tokens held by each sequence
+        self._tokens: tuple[int, ...] = ()  # real tokens seen by each, while a policy watches
         self._new: masks.NewTokens | None = None
         self._awaits_attention = False
         self._compacted = False  # slots no longer follow the text
@@ -105,7 +106,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Take over shapes, dtype and device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         batch = key_states.shape[0]
-        self._lengths = self._base_seen = (0,) * batch
+        self._lengths = self._tokens = self._base_seen = (0,) * batch
         # Normal tensors, so that a cache can be used inside and outside of inference mode.
         with torch.inference_mode(False):
             self._key_slab = key_states.new_empty(_with_size(key_states, 0))
@@ -187,6 +188,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         batch, count = query.shape[0], query.shape[2]
         new = self._new = self._reader.new_tokens(mask, batch, count, self._seen)
         self._lengths = tuple(map(operator.add, self._lengths, new.counts))
+        self._tokens = tuple(map(operator.add, self._tokens, new.counts))
         if new.valid is not None and self._valid_slab is None:
             self._valid_slab = self._all_valid()
         valid = None
@@ -274,6 +276,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         else:
             gone = tuple(self._valid_slab[:, end : self._size].sum(-1).tolist())
         self._lengths = tuple(map(operator.sub, self._lengths, gone))
+        self._tokens = tuple(map(operator.sub, self._tokens, gone))
         if self._base_positions is not None and end < base:
             lost = (self._base_positions[:, 0, end:] >= 0).sum(-1).tolist()
             self._base_positions = self._base_positions[:, :, :end]
@@ -304,6 +307,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self._base_positions = self._base_positions.index_select(0, index)
             chosen = index.tolist()
             self._lengths = tuple(self._lengths[row] for row in chosen)
+            self._tokens = tuple(self._tokens[row] for row in chosen)
             self._base_seen = tuple(self._base_seen[row] for row in chosen)
             self._show()
             if self._tracker is not None:
@@ -346,7 +350,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         else:
             valid = self._valid_slab[:, base : self._size]
             rank, empty = valid.cumsum(-1) - 1, ~valid
-        later = rank + torch.tensor(self._base_seen, device=self.device)[:, None]
+        if len(set(self._base_seen)) == 1:  # a tensor made from numbers waits for the device
+            later = rank + self._base_seen[0]
+        else:
+            later = rank + torch.tensor(self._base_seen, device=self.device)[:, None]
         if empty is not None:
             later = later.masked_fill(empty, -1)
         later = later.to(torch.int32)[:, None].expand(-1, heads, -1)
@@ -426,7 +433,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _cut(self, keep: torch.Tensor) -> None:
         shape = self.keys.shape  # type: ignore[union-attr]
-        kept = check_keep(keep, self._lengths, self._policy, (shape[0], shape[1], shape[2]))
+        look = self._tracker is None or not self._tracker.checks_kept
+        kept = check_keep(
+            keep, self._lengths, self._policy, (shape[0], shape[1], shape[2]), look=look
+        )
         if self._on_evict is not None and self._tracker is not None:
             self._on_evict(
                 EvictionEvent(
@@ -446,14 +456,13 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _compact(self, keep: torch.Tensor, kept: tuple[int, ...]) -> None:
         positions = self.positions()
-        seen = self._tokens_seen()
         size = keep.shape[2]
         if self._tracker is None or self.keys is None or self.values is None:
             raise RuntimeError(f"[cache] layer {self.index} has nothing to compact")
         self._tracker.compact(keep, self.keys, self.values)
         move_slots(positions, keep)
         self._base_positions = positions[:, :, :size].masked_fill(keep < 0, -1)
-        self._base_seen = seen
+        self._base_seen = self._tokens
         self._size, self._lengths, self._compacted = size, kept, True
         if min(kept, default=size) == size:
             self._valid_slab = None
@@ -462,14 +471,6 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self._valid_slab = self._all_valid()
             self._valid_slab[:, :size] = keep[:, 0] >= 0
         self._show()
-
-    def _tokens_seen(self) -> tuple[int, ...]:
-        """Return the real tokens each sequence has seen."""
-        base = 0 if self._base_positions is None else self._base_positions.shape[2]
-        if self._valid_slab is None:
-            return tuple(seen + self._size - base for seen in self._base_seen)
-        later = self._valid_slab[:, base : self._size].sum(-1).tolist()
-        return tuple(map(operator.add, self._base_seen, later))
 
 
 def _with_size(tensor: torch.Tensor, size: int) -> tuple[int, ...]:

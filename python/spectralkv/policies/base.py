@@ -112,6 +112,10 @@ class Observation(NamedTuple):
 class Tracker(ABC):
     """The mutable state of a policy for one layer of one cache."""
 
+    #: True: :meth:`compact` refuses kept slots that break the contract of :meth:`keep`, so the
+    #: cache does not look at them first, for which it would wait for the device.
+    checks_kept: ClassVar[bool] = False
+
     @abstractmethod
     def observe(self, observation: Observation) -> None:
         """Take in the new tokens."""
@@ -295,7 +299,12 @@ def select_slots(
 
 
 def check_keep(
-    keep: torch.Tensor, lengths: Sequence[int], policy: Policy, shape: tuple[int, int, int]
+    keep: torch.Tensor,
+    lengths: Sequence[int],
+    policy: Policy,
+    shape: tuple[int, int, int],
+    *,
+    look: bool = True,
 ) -> tuple[int, ...]:
     """Check what a policy chose, and return how many tokens each sequence keeps.
 
@@ -309,6 +318,8 @@ def check_keep(
         The policy; a sequence at ``budget + interval`` must come out with `budget` tokens.
     shape : tuple of int
         (B, Hkv, S).
+    look : bool
+        Check the slots themselves, not only their number.
 
     Raises
     ------
@@ -330,6 +341,8 @@ def check_keep(
     )
     if keep.shape[-1] != max(expected, default=0):
         raise fail(f"{max(expected, default=0)} a head", keep.shape[-1])
+    if not look:
+        return expected
     first_kept = torch.tensor([keep.shape[-1] - count for count in expected], device=keep.device)
     first_live = torch.tensor([size - length for length in lengths], device=keep.device)
     is_kept = torch.arange(keep.shape[-1], device=keep.device) >= first_kept[:, None]

@@ -57,8 +57,10 @@ class Spectral(Policy):
 
     Notes
     -----
-    All layers of a cache share one :class:`spectralkv.Monitor`. The place in a batch is no part of
-    the random numbers: a sequence walks in a batch as it would alone.
+    All layers of a cache on one device share one :class:`spectralkv.Monitor`, which computes on
+    that device. On CUDA nothing waits for it while sequences without padding are decoded. The
+    place in a batch is no part of the random numbers: a sequence walks in a batch as it would
+    alone.
 
     References
     ----------
@@ -173,6 +175,8 @@ class _Monitors:
 
 
 class _SpectralTracker(Tracker):
+    checks_kept = True
+
     def __init__(self, policy: Spectral, layer: int, monitors: _Monitors) -> None:
         self._policy = policy
         self._layer = layer
@@ -181,6 +185,8 @@ class _SpectralTracker(Tracker):
         self._counts_memory = False
         self._capacity = 0
         self._keys: torch.Tensor | None = None
+        self._chosen: torch.Tensor | None = None  # what `keep` returned last
+        self._kept: list[int] = []  # and how many of it each sequence keeps
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
@@ -219,11 +225,15 @@ class _SpectralTracker(Tracker):
         monitor, keys = self._active(), self._keys
         if keys is None or not monitor.is_full(self._layer):
             return None
+        self._kept = monitor.kept_counts(self._layer)
         keep: torch.Tensor = monitor.keep(self._layer, keys)
+        self._chosen = keep
         return keep
 
     def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._active().graph.compact(self._layer, keep, keys, values)
+        kept = self._kept if keep is self._chosen else ()
+        self._active().graph.compact(self._layer, keep, keys, values, kept=kept)
+        self._chosen = None
         self._keys = keys[:, :, : keep.shape[2]]
 
     def truncate(self, count: int) -> None:
