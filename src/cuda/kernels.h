@@ -25,13 +25,15 @@ struct UpdateArgs {
   float softcap;  ///< 0: none
 };
 
-/// How an update is spread: thread blocks a graph (0: plain kernels, which read keys twice), and
-/// threads of a block.
+/// How an update is spread: thread blocks a graph (0: as many as fill the device, which read the
+/// keys twice and need LayerView::update_scratch), and threads of a block.
 struct UpdatePlan {
   std::int32_t cluster;
   std::int32_t threads;
 };
 UpdatePlan plan_update(const LayerView& layer, std::int64_t extent);
+/// Bytes of LayerView::update_scratch: what updates of this layer may need.
+std::int64_t update_scratch(const LayerView& layer);
 
 /// One new token a sequence: checks and takes its slot, draws its row, clears the slot's scores,
 /// advances the counters. One launch where thread-block clusters hold all scores in shared memory.
@@ -152,10 +154,11 @@ struct WalkRules {
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
                  const SequenceMarks& marks, cudaStream_t stream);
-/// Fills the restart tables of one layer; sequences as in launch_walk.
-void launch_restart_tables(const LayerView& layer, const WalkRules& rules, std::int64_t extent,
-                           std::int64_t first_sequence, const SequenceMarks& marks,
-                           cudaStream_t stream);
+/// Fills the restart tables of layers as in launch_walk; `layers` null: of `shape` alone.
+void launch_restart_tables(const LayerView* layers, int count, const LayerView& shape,
+                           const WalkRules& rules, std::int64_t most_batch,
+                           std::int64_t most_extent, std::int64_t first_sequence,
+                           const SequenceMarks& marks, cudaStream_t stream);
 /// f32 (B, G, length) of one population; fills the layer's restart tables on the way.
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
                                  const TableView<float>& out, std::int64_t extent,
@@ -163,12 +166,14 @@ void launch_restart_distribution(const LayerView& layer, const WalkRules& rules,
 
 // ---- ppr_exact.cu
 
-/// Bytes of scratch of one layer.
-std::int64_t solve_scratch(const LayerView& layer);
-/// As the CPU's solve; marks as in launch_walk. The restart tables are filled on the way.
-void launch_solve(const LayerView& layer, const WalkRules& rules, double restart_prob,
+/// Bytes of scratch for so many graphs, over layers and sequences.
+std::int64_t solve_scratch(const LayerView& shape, std::int64_t graphs, std::int64_t most_capacity);
+/// As the CPU's solve; layers and sequences as in launch_walk. Restart tables are filled on the way.
+void launch_solve(const LayerView* layers, int count, const LayerView& shape,
+                  const WalkRules& rules, double restart_prob, std::int64_t most_batch,
+                  std::int64_t most_capacity, std::int64_t most_extent,
                   std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
-                  std::int64_t extent, cudaStream_t stream);
+                  cudaStream_t stream);
 
 // ---- select.cu
 

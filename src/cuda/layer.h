@@ -83,6 +83,7 @@ struct LayerView {
   FaultRecord* fault;           ///< of the manager, on the device
   FaultRecord* reported;        ///< the same, in memory that the host reads
   Statistics* statistics;       ///< of the manager
+  void* update_scratch;         ///< see update_scratch() in kernels.h; null: never needed
 
   // Restart tables, see device/restart.cuh.
   std::int32_t restart_group;     ///< blocks of one coarse sum, a power of two

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
+#include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
 namespace {
@@ -77,6 +78,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   const std::int64_t tables = batch * graphs * populations;
   const std::int64_t restart_tables = take(tables * view_.restart_stride * 8);
   const std::int64_t walk_blocks = take(batch * 8);
+  const std::int64_t update = take(update_scratch(view_));
 
   memory_ = Memory(size, Memory::Kind::device);
   view_.positions = memory_.as<std::int32_t>(positions);
@@ -88,6 +90,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.sequences = memory_.as<SequenceCounters>(sequences);
   view_.restart_tables = memory_.as<std::uint64_t>(restart_tables);
   view_.walk_blocks = memory_.as<std::uint64_t>(walk_blocks);
+  view_.update_scratch = memory_.as<void>(update);
   check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
         "cudaMemsetAsync");
   if (slots > 0) {

@@ -1,0 +1,120 @@
+// The K highest of many values by one thread block.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace spectralkv::cuda {
+
+/// A value and its slot as one number, so that of equal values the lower slot is the higher. 0 is
+/// less than any of them. Values are not negative.
+__device__ inline std::uint64_t candidate(float value, int slot) {
+  return std::uint64_t{__float_as_uint(value)} << 32U | ~static_cast<std::uint32_t>(slot);
+}
+__device__ inline float value_of(std::uint64_t candidate) {
+  return __uint_as_float(static_cast<std::uint32_t>(candidate >> 32U));
+}
+__device__ inline std::int32_t slot_of(std::uint64_t candidate) {
+  return static_cast<std::int32_t>(~static_cast<std::uint32_t>(candidate));
+}
+
+__device__ inline std::uint32_t warp_max(std::uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffU, value);
+#else
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(0xffffffffU, value, offset));
+  }
+  return value;
+#endif
+}
+
+struct TopKScratch {
+  std::uint64_t list[512];  ///< one entry a thread
+  std::uint32_t highest[32];
+  int found;  ///< 0 before a search
+};
+
+/// Keeps the K highest that a warp is shown, one a lane, in the first K lanes in descending order.
+__device__ inline void insert(std::uint64_t& mine, std::uint64_t shown, int top_k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  while (true) {
+    const std::uint64_t least = __shfl_sync(0xffffffffU, mine, top_k - 1);
+    const std::uint32_t hits = __ballot_sync(0xffffffffU, shown > least);
+    if (hits == 0) return;
+    const int source = __ffs(static_cast<int>(hits)) - 1;
+    const std::uint64_t value = __shfl_sync(0xffffffffU, shown, source);
+    if (lane == source) shown = 0;
+    const int at = __popc(__ballot_sync(0xffffffffU, mine > value));
+    const std::uint64_t before = __shfl_up_sync(0xffffffffU, mine, 1);
+    if (lane == at) mine = value;
+    if (lane > at) mine = before;
+    if (lane >= top_k) mine = 0;
+  }
+}
+
+/// Of values[0, count), which belong to the slots from first_slot on, the K highest above 0.
+/// Thread t must have written those at t, t + blockDim.x, ... and says the highest of them; this
+/// may be called right behind. `emit(rank, candidate)` gets each from some thread. Warps: a power
+/// of two.
+template <class Emit>
+__device__ void block_top_k(const float* values, int count, int first_slot, float highest,
+                            int top_k, TopKScratch& scratch, Emit&& emit) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int rounds = max(32 * 32 / threads, 1);
+
+  // The K-th highest of 32 values that are there is a bound for the K-th highest of all.
+  std::uint32_t rest = __float_as_uint(highest);
+  for (int round = 0; round < rounds; ++round) {
+    const std::uint32_t best = warp_max(rest);
+    const std::uint32_t owners = __ballot_sync(0xffffffffU, rest == best);
+    if (lane == __ffs(static_cast<int>(owners)) - 1) rest = 0;
+    if (lane == 0) scratch.highest[warp * rounds + round] = best;
+  }
+  __syncthreads();
+  const std::uint32_t mine = scratch.highest[lane];
+  int rank = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const std::uint32_t other = scratch.highest[i];
+    rank += other > mine || (other == mine && i < lane) ? 1 : 0;
+  }
+  const std::uint32_t owners = __ballot_sync(0xffffffffU, rank == top_k - 1);
+  const std::uint32_t bits = __shfl_sync(0xffffffffU, mine, __ffs(static_cast<int>(owners)) - 1);
+  const float bound = __uint_as_float(bits);
+
+  if (highest >= bound && highest > 0.0F) {
+    for (int j = thread; j < count; j += threads) {
+      const float value = values[j];
+      if (value < bound || !(value > 0.0F)) continue;
+      const int at = atomicAdd(&scratch.found, 1);
+      if (at < threads) scratch.list[at] = candidate(value, first_slot + j);
+    }
+  }
+  __syncthreads();
+  int found = scratch.found;
+  if (found > threads) {  // many equal values, or all the high ones in one warp
+    std::uint64_t best = 0;
+    for (int first = warp * 32; first < count; first += threads) {
+      const int j = first + lane;
+      const float value = j < count ? values[j] : 0.0F;
+      insert(best, value > 0.0F ? candidate(value, first_slot + j) : 0, top_k);
+    }
+    scratch.list[thread] = best;
+    __syncthreads();
+    found = threads;
+  }
+  if (thread >= found) return;
+  const std::uint64_t own = scratch.list[thread];
+  if (own == 0) return;
+  int better = 0;
+#pragma unroll 4
+  for (int i = 0; i < found; ++i) better += scratch.list[i] > own ? 1 : 0;
+  if (better < top_k) emit(better, own);
+}
+
+}  // namespace spectralkv::cuda
