@@ -20,7 +20,8 @@ GraphConfig on_tested_device(GraphConfig config);
 /// and what the call may write comes back when this object goes, also after an error.
 class DeviceCall {
  public:
-  DeviceCall();
+  /// To a manager on `device`.
+  explicit DeviceCall(Device device);
   ~DeviceCall();
   DeviceCall(const DeviceCall&) = delete;
   DeviceCall& operator=(const DeviceCall&) = delete;

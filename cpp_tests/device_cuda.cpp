@@ -108,9 +108,11 @@ struct DeviceCall::Mirrors {
   }
 };
 
-DeviceCall::DeviceCall() : mirrors_(std::make_unique<Mirrors>()) {}
+DeviceCall::DeviceCall(Device device)
+    : mirrors_(device.type == DeviceType::cuda ? std::make_unique<Mirrors>() : nullptr) {}
 
 DeviceCall::~DeviceCall() {
+  if (mirrors_ == nullptr) return;
   try {
     mirrors_->finish();
   } catch (const CudaError& error) {
@@ -119,11 +121,13 @@ DeviceCall::~DeviceCall() {
 }
 
 ConstTensorView DeviceCall::operator()(const ConstTensorView& read) {
-  return mirrors_->view_of(read, false);
+  return mirrors_ == nullptr ? read : mirrors_->view_of(read, false);
 }
 TensorView DeviceCall::operator()(const TensorView& written) {
-  return mirrors_->view_of(written, true);
+  return mirrors_ == nullptr ? written : mirrors_->view_of(written, true);
 }
-Stream DeviceCall::stream() const { return {mirrors_->stream}; }
+Stream DeviceCall::stream() const {
+  return mirrors_ == nullptr ? Stream{} : Stream{mirrors_->stream};
+}
 
 }  // namespace spectralkv::test

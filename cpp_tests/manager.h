@@ -23,42 +23,42 @@ class GraphManager {
   GraphManager(const GraphConfig& graph, const WalkConfig& walk)
       : owned_(std::make_unique<spectralkv::GraphManager>(on_tested_device(graph), walk)),
         manager_(owned_.get()) {}
-  /// One that somebody else owns.
+  /// One that somebody else owns, on its own device.
   explicit GraphManager(spectralkv::GraphManager& manager) : manager_(&manager) {}
 
   void update(Index layer, const ConstTensorView& query, const ConstTensorView& keys,
               const ConstTensorView& slots, const ScoreOptions& options, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->update(layer, on(query), on(keys), on(slots), options, on.stream());
   }
   void update_rows(Index layer, const ConstTensorView& queries, const ConstTensorView& keys,
                    const RowOptions& options, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     RowOptions same = options;
     same.valid = on(options.valid);
     manager_->update_rows(layer, on(queries), on(keys), same, on.stream());
   }
   void update_novelty(Index layer, const ConstTensorView& keys, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->update_novelty(layer, on(keys), on.stream());
   }
   void walk(Index layer, std::span<const std::uint8_t> sequences, Stream) {
-    manager_->walk(layer, sequences, DeviceCall().stream());
+    manager_->walk(layer, sequences, DeviceCall(device()).stream());
   }
   void solve(Index layer, std::span<const std::uint8_t> sequences, Stream) {
-    manager_->solve(layer, sequences, DeviceCall().stream());
+    manager_->solve(layer, sequences, DeviceCall(device()).stream());
   }
   void update_and_step(Index layer, const ConstTensorView& query, const ConstTensorView& keys,
                        const ConstTensorView& slots, const ScoreOptions& options, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->update_and_step(layer, on(query), on(keys), on(slots), options, on.stream());
   }
   void scores(Index layer, int population, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->scores(layer, population, on(out), on.stream());
   }
   void visits(Index layer, int population, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->visits(layer, population, on(out), on.stream());
   }
 
@@ -76,25 +76,25 @@ class GraphManager {
   }
   void select(Index layer, const EvictionConfig& eviction, bool force, const TensorView& out,
               Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->select(layer, eviction, force, on(out), on.stream());
   }
   void safety_mask(Index layer, const EvictionConfig& eviction, double top_fraction,
                    const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->safety_mask(layer, eviction, top_fraction, on(out), on.stream());
   }
   void compact(Index layer, const ConstTensorView& keep, const TensorView& keys,
                const TensorView& values, Stream, std::span<const Index> kept = {}) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->compact(layer, on(keep), on(keys), on(values), on.stream(), kept);
   }
   void release(Index layer, const ConstTensorView& keep, Stream, std::span<const Index> kept = {}) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->release(layer, on(keep), on.stream(), kept);
   }
   void next_slots(Index layer, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->next_slots(layer, on(out), on.stream());
   }
 
@@ -125,31 +125,33 @@ class GraphManager {
     return manager_->tokens_walked(layer, sequence);
   }
   void positions(Index layer, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->positions(layer, on(out), on.stream());
   }
   void rows(Index layer, const TensorView& neighbors, const TensorView& probabilities,
             Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->rows(layer, on(neighbors), on(probabilities), on.stream());
   }
   void load_rows(Index layer, const ConstTensorView& positions, const ConstTensorView& neighbors,
                  const ConstTensorView& probabilities, Stream = {}) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->load_rows(layer, on(positions), on(neighbors), on(probabilities), on.stream());
   }
   void load_restart_weights(Index layer, const ConstTensorView& weights, Stream = {}) {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->load_restart_weights(layer, on(weights), on.stream());
   }
   void restart_distribution(Index layer, int population, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     manager_->restart_distribution(layer, population, on(out), on.stream());
   }
   Statistics statistics() const { return manager_->statistics(); }
   MemoryUse memory_use() const { return manager_->memory_use(); }
 
  private:
+  Device device() const { return manager_->graph_config().device; }
+
   std::unique_ptr<spectralkv::GraphManager> owned_;
   spectralkv::GraphManager* manager_;
 };
@@ -162,27 +164,27 @@ class Monitor {
 
   void on_prefill(Index layer, const ConstTensorView& queries, const ConstTensorView& keys,
                   const ScoreOptions& options, const ConstTensorView& valid, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     monitor_->on_prefill(layer, on(queries), on(keys), options, on(valid), on.stream());
   }
   void on_prefill_end(Index layer, const ConstTensorView& keys, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     monitor_->on_prefill_end(layer, on(keys), on.stream());
   }
   void on_step(Index layer, const ConstTensorView& query, const ConstTensorView& keys,
                const ConstTensorView& slots, const ScoreOptions& options, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     monitor_->on_step(layer, on(query), on(keys), on(slots), options, on.stream());
   }
   void on_finish(Index sequence) { monitor_->on_finish(sequence); }
   bool is_full(Index layer) const { return monitor_->is_full(layer); }
   Index kept_length(Index layer) const { return monitor_->kept_length(layer); }
   void keep(Index layer, const ConstTensorView& keys, const TensorView& out, Stream) {
-    DeviceCall on;
+    DeviceCall on(device());
     monitor_->keep(layer, on(keys), on(out), on.stream());
   }
   void safety_mask(Index layer, const TensorView& out, Stream) const {
-    DeviceCall on;
+    DeviceCall on(device());
     monitor_->safety_mask(layer, on(out), on.stream());
   }
   const MonitorConfig& config() const { return monitor_->config(); }
@@ -190,6 +192,8 @@ class Monitor {
   const GraphManager& graph() const { return graph_; }
 
  private:
+  Device device() const { return graph_.graph_config().device; }
+
   std::unique_ptr<spectralkv::Monitor> monitor_;
   GraphManager graph_;
 };

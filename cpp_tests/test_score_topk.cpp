@@ -70,11 +70,12 @@ struct Case {
   Index num_sinks = 0;
   bool strided = false;
   ScoreOptions options{};
+  Index batch = 2;
 };
 
 /// Loads `length` tokens without edges, feeds one and compares its row.
 void check_update(const Case& c, Random& random, double tolerance = kTolerance) {
-  const GraphConfig config{.batch_size = 2,
+  const GraphConfig config{.batch_size = c.batch,
                            .num_query_heads = 2 * c.group,
                            .num_kv_heads = 2,
                            .head_dim = c.head_dim,
@@ -87,17 +88,17 @@ void check_update(const Case& c, Random& random, double tolerance = kTolerance) 
   GraphManager manager(config, {});
   const Index graphs = manager.graphs_per_sequence();
   if (c.length > 0) {
-    load_graphs(manager, 0, Graphs(2, std::vector<Graph>(at(graphs), plain_graph(c.length))));
+    load_graphs(manager, 0, Graphs(at(c.batch), std::vector<Graph>(at(graphs), plain_graph(c.length))));
   }
-  const std::vector<Index> shape{2, 2, c.length + 3, c.head_dim};
+  const std::vector<Index> shape{c.batch, 2, c.length + 3, c.head_dim};
   HostTensor keys =
       c.strided ? HostTensor(c.dtype, shape, {2, 0, 1, 3}, 3) : HostTensor(c.dtype, shape);
-  const std::vector<Index> query_shape{2, 2 * c.group, c.head_dim};
+  const std::vector<Index> query_shape{c.batch, 2 * c.group, c.head_dim};
   HostTensor query =
       c.strided ? HostTensor(c.dtype, query_shape, {1, 0, 2}, 5) : HostTensor(c.dtype, query_shape);
   keys.fill_normal(random);
   query.fill_normal(random);
-  for (Index b = 0; b < 2; ++b) {
+  for (Index b = 0; b < c.batch; ++b) {
     for (Index h = 0; h < 2; ++h) {
       for (Index slot = c.length + 1; slot < c.length + 3; ++slot) {  // nobody may read these
         for (Index d = 0; d < c.head_dim; ++d) keys.set({b, h, slot, d}, kNan);
@@ -108,7 +109,7 @@ void check_update(const Case& c, Random& random, double tolerance = kTolerance) 
 
   ASSERT_EQ(manager.length(0), c.length + 1);
   const Graphs state = read_graphs(manager, 0);
-  for (Index b = 0; b < 2; ++b) {
+  for (Index b = 0; b < c.batch; ++b) {
     EXPECT_EQ(manager.tokens_seen(0, b), c.length + 1);
     EXPECT_EQ(manager.tokens_held(0, b), c.length + 1);
     const std::vector<Matrix> matrices{matrix_of(keys, b, 0, c.length + 1),
@@ -178,6 +179,22 @@ TEST(ScoreTopK, EqualsTheReferenceForOddHeadDims) {
       check_update({.dtype = dtype, .group = 3, .head_dim = head_dim, .length = 37}, random);
     }
   }
+}
+
+TEST(ScoreTopK, EqualsTheReferenceForLongCaches) {
+  Random random(14);
+  check_update({.dtype = DType::bf16, .group = 4, .head_dim = 128, .length = 4096, .num_sinks = 4},
+               random);
+  check_update({.dtype = DType::f32, .group = 8, .head_dim = 80, .length = 4095, .strided = true},
+               random);
+  // The probabilities of 65540 tokens are small: they agree to a part of the largest of a row.
+  check_update({.dtype = DType::f16,
+                .group = 2,
+                .length = 65539,
+                .top_k = 32,
+                .num_sinks = 4,
+                .batch = 1},
+               random);
 }
 
 TEST(ScoreTopK, AppliesScaleAndSoftcap) {
