@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from typing import Any
 
 import pytest
+
+from arrays import Arrays, missing_cuda
+
+# jax would take most of the GPU's memory for itself.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +22,20 @@ def _one_thread() -> None:
     except ImportError:
         return
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn; CUDA is skipped, with the reason, where it cannot be used."""
+    if request.param == "cuda" and (reason := missing_cuda()):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def arrays(device: str) -> Arrays:
+    """Arrays on each device: numpy's on the CPU, torch's on CUDA."""
+    return Arrays("numpy" if device == "cpu" else "torch", device)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def dense_run(
     cache = DynamicCache(config=model.config)
     batch = chunks[0].shape[0]
     total = sum(chunk.shape[1] for chunk in chunks)
-    mask = torch.ones(batch, total, dtype=torch.long) if attention_mask is None else attention_mask
+    mask = chunks[0].new_ones(batch, total) if attention_mask is None else attention_mask
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     logits, seen = [], 0
     for chunk in chunks:
@@ -94,13 +94,14 @@ def _alive_columns(event: Any, mask: torch.Tensor, seen: int) -> torch.Tensor:
     batch, heads, _ = event.positions.shape
     alive = torch.zeros(batch, heads, seen, dtype=torch.bool)
     alive[:, :, event.tokens_seen :] = True
+    keep, positions = event.keep.tolist(), event.positions.tolist()
     for row in range(batch):
         columns = mask[row].nonzero()[:, 0].tolist()
         for head in range(heads):
-            for slot in event.keep[row, head].tolist():
+            for slot in keep[row][head]:
                 if slot >= 0:
-                    alive[row, head, columns[int(event.positions[row, head, slot])]] = True
-    return alive
+                    alive[row, head, columns[positions[row][head][slot]]] = True
+    return alive.to(mask.device)
 
 
 # -- the cut

@@ -58,13 +58,14 @@ def make_model(
     implementation: str = "sdpa",
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    device: str = "cpu",
     **overrides: Any,
 ) -> Any:
     """Return a model; the same arguments give the same object."""
     config = make_config(family, **overrides)
     config._attn_implementation = implementation
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
     model.generation_config.pad_token_id = 0
     return model
 
@@ -74,6 +75,6 @@ def implementations(family: str) -> tuple[str, ...]:
     return ("eager",) if family == "gemma2" else ("sdpa", "eager")
 
 
-def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+def random_ids(batch: int, length: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator).to(device)

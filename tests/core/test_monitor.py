@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 import spectralkv
+from arrays import Arrays
 
 HEADS, DIM = 2, 16
 
 
-def _monitor(batch: int, capacity: int, **options: object) -> spectralkv.Monitor:
+def _monitor(
+    batch: int, capacity: int, device: str = "cpu", **options: object
+) -> spectralkv.Monitor:
     return spectralkv.Monitor(
         spectralkv.GraphConfig(
             batch_size=batch,
@@ -18,6 +21,7 @@ def _monitor(batch: int, capacity: int, **options: object) -> spectralkv.Monitor
             num_kv_heads=HEADS,
             head_dim=DIM,
             capacity=capacity,
+            device=device,
         ),
         spectralkv.WalkConfig(num_walkers=256),
         spectralkv.EvictionConfig(budget=40, interval=8, window=10, sinks=4),
@@ -26,38 +30,44 @@ def _monitor(batch: int, capacity: int, **options: object) -> spectralkv.Monitor
 
 
 def _run(
-    monitor: spectralkv.Monitor, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray
+    monitor: spectralkv.Monitor,
+    arrays: Arrays,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    valid: np.ndarray,
 ) -> list[list[int]]:
     """Feed a prompt (as long as ``valid``), then steps; returns the positions left in head 0."""
     batch, _, length, _ = keys.shape
-    slab = np.zeros((batch, HEADS, 64, DIM), dtype=np.float32)
+    slab = arrays(np.zeros((batch, HEADS, 64, DIM), dtype=np.float32))
+    queries, keys, valid = arrays(queries), arrays(keys), arrays(valid)
     prompt = valid.shape[1]
     slab[:, :, :prompt] = keys[:, :, :prompt]
-    monitor.on_prefill(0, np.ascontiguousarray(queries[:, :, :prompt]), slab, valid=valid)
+    monitor.on_prefill(0, queries[:, :, :prompt], slab, valid=valid)
     monitor.on_prefill_end(0, slab)
     for t in range(prompt, length + 1):
         if monitor.is_full(0):
-            keep = monitor.keep(0, slab)
-            monitor.graph.compact(0, keep, slab)
+            kept = monitor.kept_counts(0)
+            monitor.graph.compact(0, monitor.keep(0, slab), slab, kept=kept)
         if t < length:
             slab[:, :, monitor.graph.length(0)] = keys[:, :, t]
-            monitor.on_step(0, np.ascontiguousarray(queries[:, :, t]), slab)
-    positions = monitor.graph.positions(0, like=slab)
+            monitor.on_step(0, queries[:, :, t], slab)
+    positions = arrays.host(monitor.graph.positions(0, like=slab))
     return [[int(p) for p in row if p >= 0] for row in positions[:, 0]]
 
 
 @pytest.mark.parametrize("options", [{}, {"walk_interval": 5}, {"solver": "exact"}])
-def test_a_padded_sequence_is_treated_as_alone(options: dict[str, object]) -> None:
+def test_a_padded_sequence_is_treated_as_alone(options: dict[str, object], arrays: Arrays) -> None:
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((2, 2 * HEADS, 130, DIM), dtype=np.float32)
     keys = rng.standard_normal((2, HEADS, 130, DIM), dtype=np.float32)
     for pads in (3, 30, 50):
         valid = np.ones((2, pads + 7), dtype=bool)
         valid[1, :pads] = False
-        together = _run(_monitor(2, 64, **options), queries, keys, valid)
+        together = _run(_monitor(2, 64, arrays.device, **options), arrays, queries, keys, valid)
         for row, first in ((0, 0), (1, pads)):
             alone = _run(
-                _monitor(1, 64, **options),
+                _monitor(1, 64, arrays.device, **options),
+                arrays,
                 queries[row : row + 1, :, first:],
                 keys[row : row + 1, :, first:],
                 np.ones((1, pads + 7 - first), dtype=bool),
@@ -65,24 +75,26 @@ def test_a_padded_sequence_is_treated_as_alone(options: dict[str, object]) -> No
             assert together[row] == alone[0]
 
 
-def test_the_budget_is_kept_and_sinks_and_window_stay() -> None:
+def test_the_budget_is_kept_and_sinks_and_window_stay(arrays: Arrays) -> None:
     rng = np.random.default_rng(1)
-    monitor = _monitor(1, 48)
-    slab = np.zeros((1, HEADS, 48, DIM), dtype=np.float32)
+    monitor = _monitor(1, 48, arrays.device)
+    slab = arrays(np.zeros((1, HEADS, 48, DIM), dtype=np.float32))
     cuts = 0
     for t in range(200):
         n = monitor.graph.length(0)
-        slab[:, :, n] = rng.standard_normal((1, HEADS, DIM))
-        monitor.on_step(0, rng.standard_normal((1, 2 * HEADS, DIM), dtype=np.float32), slab)
+        slab[:, :, n] = arrays(rng.standard_normal((1, HEADS, DIM), dtype=np.float32))
+        query = rng.standard_normal((1, 2 * HEADS, DIM), dtype=np.float32)
+        monitor.on_step(0, arrays(query), slab)
         assert monitor.is_full(0) == (n + 1 == 48)
         if not monitor.is_full(0):
             continue
-        keep = monitor.keep(0, slab)
+        chosen = monitor.keep(0, slab)
+        keep = arrays.host(chosen)
         assert keep.shape == (1, HEADS, 40)
         assert (np.diff(keep, axis=-1) > 0).all()
-        before = monitor.graph.positions(0, like=slab)
-        monitor.graph.compact(0, keep, slab)
-        after = monitor.graph.positions(0, like=slab)
+        before = arrays.host(monitor.graph.positions(0, like=slab))
+        monitor.graph.compact(0, chosen, slab)
+        after = arrays.host(monitor.graph.positions(0, like=slab))
         np.testing.assert_array_equal(after, np.take_along_axis(before, keep, -1))
         for head in after[0]:
             assert set(range(4)) <= set(head)
@@ -93,14 +105,15 @@ def test_the_budget_is_kept_and_sinks_and_window_stay() -> None:
     assert monitor.graph.tokens_seen(0) == 200
 
 
-def test_the_safety_mask_protects_the_best_the_sinks_and_the_window() -> None:
+def test_the_safety_mask_protects_the_best_the_sinks_and_the_window(arrays: Arrays) -> None:
     rng = np.random.default_rng(2)
-    monitor = _monitor(1, 47, top_fraction=0.25)
-    keys = rng.standard_normal((1, HEADS, 47, DIM), dtype=np.float32)
-    monitor.on_prefill(0, rng.standard_normal((1, 2 * HEADS, 47, DIM), dtype=np.float32), keys)
+    monitor = _monitor(1, 47, arrays.device, top_fraction=0.25)
+    keys = arrays(rng.standard_normal((1, HEADS, 47, DIM), dtype=np.float32))
+    queries = rng.standard_normal((1, 2 * HEADS, 47, DIM), dtype=np.float32)
+    monitor.on_prefill(0, arrays(queries), keys)
     monitor.on_prefill_end(0, keys)
-    mask = monitor.safety_mask(0, like=keys)
-    scores = monitor.graph.scores(0, like=keys)
+    mask = arrays.host(monitor.safety_mask(0, like=keys))
+    scores = arrays.host(monitor.graph.scores(0, like=keys))
     assert mask.shape == scores.shape == (1, HEADS, 47)
     for m, s in zip(mask[0], scores[0], strict=True):
         assert not m[:4].any()
@@ -111,10 +124,10 @@ def test_the_safety_mask_protects_the_best_the_sinks_and_the_window() -> None:
         assert m[others].all()
 
 
-def test_a_finished_sequence_makes_room() -> None:
-    monitor = _monitor(2, 20)
-    keys = np.ones((2, HEADS, 20, DIM), dtype=np.float32)
-    monitor.on_prefill(0, np.ones((2, 2 * HEADS, 12, DIM), dtype=np.float32), keys)
+def test_a_finished_sequence_makes_room(arrays: Arrays) -> None:
+    monitor = _monitor(2, 20, arrays.device)
+    keys = arrays(np.ones((2, HEADS, 20, DIM), dtype=np.float32))
+    monitor.on_prefill(0, arrays(np.ones((2, 2 * HEADS, 12, DIM), dtype=np.float32)), keys)
     monitor.on_finish(1)
     assert monitor.graph.tokens_held(0, 0) == 12
     assert monitor.graph.tokens_held(0, 1) == 0

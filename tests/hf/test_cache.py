@@ -29,10 +29,10 @@ def slab_bytes(capacity: int, batch: int = 1, dtype: torch.dtype = torch.float64
 # -- lengths and positions
 
 
-def test_logical_and_physical_lengths_part() -> None:
-    model = make_model("llama")
+def test_logical_and_physical_lengths_part(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(1, 60), [50, 1, 1, 8])
+    feed(model, cache, random_ids(1, 60, device=device), [50, 1, 1, 8])
     layer = cache.evicting_layers[0]
     # 50 -> 24, two more, eight more: 34 -> 24.
     assert (cache.get_seq_length(), layer.num_slots, layer.lengths) == (60, 24, (24,))
@@ -43,11 +43,11 @@ def test_logical_and_physical_lengths_part() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[31], [32], [24], [1] * 32, [31, 1], [25, 32], [5, 90]])
-def test_a_sequence_is_cut_at_budget_plus_interval(sizes: list[int]) -> None:
-    model = make_model("llama")
+def test_a_sequence_is_cut_at_budget_plus_interval(sizes: list[int], device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
     held = 0
-    ids = random_ids(1, sum(sizes))
+    ids = random_ids(1, sum(sizes), device=device)
     for chunk in ids.split(sizes, dim=1):
         feed(model, cache, chunk, [chunk.shape[1]])
         held += chunk.shape[1]
@@ -55,12 +55,12 @@ def test_a_sequence_is_cut_at_budget_plus_interval(sizes: list[int]) -> None:
         assert [layer.num_slots for layer in cache.evicting_layers] == [held, held]
 
 
-def test_positions_tell_where_each_token_stands() -> None:
-    model = make_model("llama")
+def test_positions_tell_where_each_token_stands(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(
         model.config, policies.StreamingLLM(budget=24, interval=8, window=4, sinks=4)
     )
-    feed(model, cache, random_ids(1, 45), [40, *[1] * 5])
+    feed(model, cache, random_ids(1, 45, device=device), [40, *[1] * 5])
     expected = [*range(4), *range(20, 40), *range(40, 45)]
     for layer in cache.evicting_layers:
         positions = layer.positions()
@@ -68,18 +68,18 @@ def test_positions_tell_where_each_token_stands() -> None:
         assert positions.tolist() == [[expected, expected]]
 
 
-def test_heads_keep_different_tokens() -> None:
-    model = make_model("llama")
+def test_heads_keep_different_tokens(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, policies.KeyDiff(budget=24, interval=8))
-    feed(model, cache, random_ids(1, 60), [60])
+    feed(model, cache, random_ids(1, 60, device=device), [60])
     positions = cache.evicting_layers[1].positions()[0]
     assert positions[0].tolist() != positions[1].tolist()
 
 
-def test_all_heads_of_tova_keep_the_same_tokens() -> None:
-    model = make_model("llama")
+def test_all_heads_of_tova_keep_the_same_tokens(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, policies.TOVA(budget=24, interval=8))
-    feed(model, cache, random_ids(2, 60), [60])
+    feed(model, cache, random_ids(2, 60, device=device), [60])
     positions = cache.evicting_layers[1].positions()
     assert torch.equal(positions[:, 0], positions[:, 1])
 
@@ -87,40 +87,40 @@ def test_all_heads_of_tova_keep_the_same_tokens() -> None:
 # -- memory
 
 
-def test_bytes_are_those_of_the_tensors() -> None:
-    model = make_model("llama")
+def test_bytes_are_those_of_the_tensors(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
     assert cache.stats().kv_bytes == 0
-    feed(model, cache, random_ids(1, 20), [20])
+    feed(model, cache, random_ids(1, 20, device=device), [20])
     layer = cache.evicting_layers[0]
     storage = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
     assert cache.stats().kv_bytes == 2 * storage == slab_bytes(32)
     stats = cache.stats()
     # H2O: one float64 sum a slot, for 2 layers and 2 heads; nothing was compacted yet.
     assert stats.graph_bytes == 2 * 2 * 32 * 8
-    feed(model, cache, random_ids(1, 100), [100])
+    feed(model, cache, random_ids(1, 100, device=device), [100])
     # Now also int32 positions of what was kept.
     assert cache.stats().graph_bytes == 2 * (2 * 32 * 8 + 2 * 24 * 4)
 
 
-def test_memory_is_given_back_after_a_long_prompt() -> None:
-    model = make_model("llama")
+def test_memory_is_given_back_after_a_long_prompt(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(2, 700), [700])
+    feed(model, cache, random_ids(2, 700, device=device), [700])
     assert cache.stats().kv_bytes == slab_bytes(32, batch=2)
     assert [layer.keys.untyped_storage().nbytes() for layer in cache.evicting_layers] == [
         2 * 2 * 32 * 8 * 8
     ] * 2
-    feed(model, cache, random_ids(2, 40), [1] * 40)
+    feed(model, cache, random_ids(2, 40, device=device), [1] * 40)
     assert cache.stats().kv_bytes == slab_bytes(32, batch=2)
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "keydiff", "rkv", "random", "spectral"])
-def test_no_policy_keeps_the_prompt_alive(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_no_policy_keeps_the_prompt_alive(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     policy = policies.create(name, budget=24, interval=8, window=4)
     cache = make_cache(model.config, policy)
-    feed(model, cache, random_ids(1, 900), [900])
+    feed(model, cache, random_ids(1, 900, device=device), [900])
     alive = [
         tensor
         for tensor in gc.get_objects()
@@ -131,28 +131,28 @@ def test_no_policy_keeps_the_prompt_alive(name: str) -> None:
     assert cache.stats().kv_bytes == slab_bytes(32, dtype=torch.float32)
 
 
-def test_steady_decoding_allocates_no_new_slab() -> None:
-    model = make_model("llama")
+def test_steady_decoding_allocates_no_new_slab(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(1, 40), [40])
+    feed(model, cache, random_ids(1, 40, device=device), [40])
     addresses = {layer.keys.data_ptr() for layer in cache.evicting_layers}
-    for token in random_ids(1, 50).split(1, dim=1):
+    for token in random_ids(1, 50, device=device).split(1, dim=1):
         feed(model, cache, token, [1])
         assert {layer.keys.data_ptr() for layer in cache.evicting_layers} == addresses
 
 
-def test_a_full_cache_grows_by_an_eighth() -> None:
-    model = make_model("llama")
+def test_a_full_cache_grows_by_an_eighth(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, policies.Full())
-    feed(model, cache, random_ids(1, 801), [800, 1])
+    feed(model, cache, random_ids(1, 801, device=device), [800, 1])
     assert cache.stats().kv_bytes == slab_bytes(801 + 801 // 8)
     assert cache.stats().tokens_kept == 801
 
 
-def test_stats() -> None:
-    model = make_model("llama")
+def test_stats(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(1, 57), [40, 10, *[1] * 7])
+    feed(model, cache, random_ids(1, 57, device=device), [40, 10, *[1] * 7])
     stats = cache.stats()
     assert (stats.tokens_seen, stats.tokens_kept) == (57, 31)
     assert (stats.evictions, stats.evicting_layers, stats.total_layers) == (4, 2, 2)
@@ -176,10 +176,10 @@ def test_sliding_layers_stay_and_the_user_is_told() -> None:
         SpectralCache(config, budget=60)
 
 
-def test_bytes_of_sliding_layers_count() -> None:
-    model = make_model("gemma3", dtype=torch.float32)
+def test_bytes_of_sliding_layers_count(device: str) -> None:
+    model = make_model("gemma3", dtype=torch.float32, device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(1, 60), [60])
+    feed(model, cache, random_ids(1, 60, device=device), [60])
     sliding = sum(
         tensor.untyped_storage().nbytes()
         for layer in (cache.layers[0], cache.layers[2])
@@ -199,10 +199,10 @@ def test_no_warning_where_all_layers_evict_or_none_is_asked_to() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_crop_takes_the_newest_back(padded: bool) -> None:
-    model = make_model("llama")
-    ids = random_ids(2, 60)
-    mask = torch.ones(2, 60, dtype=torch.long)
+def test_crop_takes_the_newest_back(padded: bool, device: str) -> None:
+    model = make_model("llama", device=device)
+    ids = random_ids(2, 60, device=device)
+    mask = torch.ones(2, 60, dtype=torch.long, device=device)
     if padded:
         mask[1, :20] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -235,11 +235,11 @@ def test_crop_takes_the_newest_back(padded: bool) -> None:
     assert held.lengths == (24, 24)
 
 
-def test_crop_errors() -> None:
-    model = make_model("llama")
+def test_crop_errors(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, policies.KeyDiff(budget=24, interval=8, window=10))
     cache.crop(-3)  # nothing is there yet
-    feed(model, cache, random_ids(1, 43), [40, 3])
+    feed(model, cache, random_ids(1, 43, device=device), [40, 3])
     with pytest.raises(ValueError, match=r"tokens_to_remove must be 0 or minus .* got 5"):
         cache.crop(5)
     message = r"\[crop\] layer 0: at most 13 tokens can be taken back .*, got 14"
@@ -250,7 +250,7 @@ def test_crop_errors() -> None:
     cache.crop(-13)
     assert cache.get_seq_length() == 30
     unevicted = make_cache(model.config, H2O)
-    feed(model, unevicted, random_ids(1, 20), [20])
+    feed(model, unevicted, random_ids(1, 20, device=device), [20])
     with pytest.raises(RuntimeError, match="at most 20 tokens"):
         unevicted.crop(-21)
     unevicted.crop(-20)
@@ -258,13 +258,13 @@ def test_crop_errors() -> None:
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "keydiff", "rkv", "random", "spectral"])
-def test_every_policy_goes_on_after_a_crop(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_every_policy_goes_on_after_a_crop(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     policy = policies.create(name, budget=24, interval=8, window=8)
     cache = make_cache(model.config, policy)
-    feed(model, cache, random_ids(1, 45), [40, *[1] * 5])
+    feed(model, cache, random_ids(1, 45, device=device), [40, *[1] * 5])
     cache.crop(-7)
-    feed(model, cache, random_ids(1, 30, seed=4), [*[1] * 10, 20])
+    feed(model, cache, random_ids(1, 30, seed=4, device=device), [*[1] * 10, 20])
     assert cache.get_seq_length() == 68
     assert {layer.lengths for layer in cache.evicting_layers} == {(24,)}
 
@@ -279,11 +279,11 @@ def test_only_a_cache_that_never_evicts_is_croppable_without_a_trace() -> None:
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "keydiff", "rkv", "random", "spectral"])
-def test_sequences_can_be_selected_and_repeated(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_sequences_can_be_selected_and_repeated(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     policy = policies.create(name, budget=24, interval=8, window=8)
-    ids = random_ids(3, 80)
-    mask = torch.ones(3, 80, dtype=torch.long)
+    ids = random_ids(3, 80, device=device)
+    mask = torch.ones(3, 80, dtype=torch.long, device=device)
     mask[2, :12] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
 
@@ -306,34 +306,39 @@ def test_sequences_can_be_selected_and_repeated(name: str) -> None:
     run(cache, [0, 1, 2], 0, [40])
     whole = make_cache(model.config, policy)
     run(whole, [0, 1, 2], 0, [40])
-    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_select_indices(torch.tensor([2, 0], device=device))
     cache.batch_repeat_interleave(2)
-    cache.reorder_cache(torch.tensor([0, 2, 3]))  # sequences 2, 0, 0
+    cache.reorder_cache(torch.tensor([0, 2, 3], device=device))  # sequences 2, 0, 0
     got = run(cache, [2, 0, 0], 40, [1] * 10 + [30])
     expected = run(whole, [0, 1, 2], 40, [1] * 10 + [30])[[2, 0, 0]]
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_another_batch_size_is_refused() -> None:
-    model = make_model("llama")
+def test_another_batch_size_is_refused(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, H2O)
-    feed(model, cache, random_ids(2, 10), [10])
+    feed(model, cache, random_ids(2, 10, device=device), [10])
     message = r"layer 0: new keys must be .*64 \(2, 2, Q, 8\) .* got torch.float64 \(1, 2, 1, 8\)"
     with pytest.raises(ValueError, match=message):
-        feed(model, cache, random_ids(1, 1), [1])
+        feed(model, cache, random_ids(1, 1, device=device), [1])
     with pytest.raises(ValueError, match=r"new keys must be torch\.float64 .* got torch\.float32"):
-        feed(make_model("llama", dtype=torch.float32), cache, random_ids(2, 1), [1])
+        feed(
+            make_model("llama", dtype=torch.float32, device=device),
+            cache,
+            random_ids(2, 1, device=device),
+            [1],
+        )
 
 
 # -- events
 
 
-def test_events_tell_what_was_there_and_what_stays() -> None:
-    model = make_model("llama")
+def test_events_tell_what_was_there_and_what_stays(device: str) -> None:
+    model = make_model("llama", device=device)
     events: list[EvictionEvent] = []
     policy = policies.H2O(budget=24, interval=8, window=5, sinks=3)
     cache = make_cache(model.config, policy, on_evict=events.append)
-    feed(model, cache, random_ids(2, 60), [50, *[1] * 10])
+    feed(model, cache, random_ids(2, 60, device=device), [50, *[1] * 10])
     assert [(event.layer, event.tokens_seen) for event in events] == [
         (0, 50), (1, 50), (0, 58), (1, 58),
     ]  # fmt: skip
@@ -361,20 +366,26 @@ def test_events_tell_what_was_there_and_what_stays() -> None:
                 assert scores[gone].max() <= scores[free].min()
 
 
-def test_a_policy_that_breaks_its_word_is_caught() -> None:
+def test_a_policy_that_breaks_its_word_is_caught(device: str) -> None:
     class TooMany(policies.ScoreTracker):  # type: ignore[type-arg]
         def scores(self) -> torch.Tensor:
             raise NotImplementedError
 
         def keep(self) -> torch.Tensor | None:
             size = self._observed().keys.shape[2]
-            return None if size < 32 else torch.arange(25, dtype=torch.int32).expand(1, 2, 25)
+            return (
+                None
+                if size < 32
+                else torch.arange(25, dtype=torch.int32, device=device).expand(1, 2, 25)
+            )
 
     class Twice(TooMany):
         def keep(self) -> torch.Tensor | None:
             keep = super().keep()
             return (
-                None if keep is None else keep[..., :24].clone().index_fill_(2, torch.tensor(3), 2)
+                None
+                if keep is None
+                else keep[..., :24].clone().index_fill_(2, torch.tensor(3, device=device), 2)
             )
 
     for tracker, message in ((TooMany, "must be 24 a head, got 25"), (Twice, "ascending, unique")):
@@ -385,7 +396,7 @@ def test_a_policy_that_breaks_its_word_is_caught() -> None:
 
         cache = make_cache(make_config("llama"), Broken(budget=24, interval=8))
         with pytest.raises(RuntimeError, match=message):
-            feed(make_model("llama"), cache, random_ids(1, 40), [40])
+            feed(make_model("llama", device=device), cache, random_ids(1, 40, device=device), [40])
 
 
 # -- what is refused
@@ -428,26 +439,26 @@ def test_layers_that_would_share_a_mask_but_not_a_size_are_refused(
     assert EvictingCache(make_config("llama"), policies.Full()).evicting_layers[0].index == 0
 
 
-def test_flex_attention_is_refused_before_anything_runs() -> None:
+def test_flex_attention_is_refused_before_anything_runs(device: str) -> None:
     config = make_config("llama")
     config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match=r"must be sdpa, eager or a flash .* got flex_attention"):
         EvictingCache(config, H2O)
     EvictingCache(config, policies.Full())
-    model = make_model("llama", seed=7)
+    model = make_model("llama", seed=7, device=device)
     cache = make_cache(model.config, H2O)
     model.config._attn_implementation = "flex_attention"
     try:
         with pytest.raises(ValueError, match="got flex_attention"):
-            feed(model, cache, random_ids(1, 10), [10])
+            feed(model, cache, random_ids(1, 10, device=device), [10])
     finally:
         model.config._attn_implementation = "sdpa"
     assert cache.get_seq_length() == 0
 
 
-def test_attention_that_bypasses_the_tap_is_noticed() -> None:
+def test_attention_that_bypasses_the_tap_is_noticed(device: str) -> None:
     cache = make_cache(make_config("llama"), H2O)
-    keys = torch.zeros(1, 2, 3, 8)
+    keys = torch.zeros(1, 2, 3, 8, device=device)
     cache.update(keys, keys, 0)
     with pytest.raises(RuntimeError, match="expected the keys of the last forward pass to reach"):
         cache.update(keys, keys, 0)
@@ -463,10 +474,10 @@ def test_attention_that_bypasses_the_tap_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "tova", "keydiff", "rkv", "random"])
-def test_a_copy_lives_on_its_own(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_a_copy_lives_on_its_own(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     cache = make_cache(model.config, policies.create(name, budget=24, interval=8, window=8))
-    ids = random_ids(1, 90)
+    ids = random_ids(1, 90, device=device)
     feed(model, cache, ids[:, :45], [40, *[1] * 5])
     copied = copy.deepcopy(cache)
     one = feed(model, cache, ids[:, 45:], [1] * 45)
@@ -475,10 +486,10 @@ def test_a_copy_lives_on_its_own(name: str) -> None:
     assert copied.layers[0].keys.data_ptr() != cache.layers[0].keys.data_ptr()
 
 
-def test_a_cache_with_graphs_refuses_to_be_copied() -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_a_cache_with_graphs_refuses_to_be_copied(device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     cache = make_cache(model.config, policies.Spectral(budget=24, interval=8, window=8))
-    feed(model, cache, random_ids(1, 40), [40])
+    feed(model, cache, random_ids(1, 40, device=device), [40])
     with pytest.raises(TypeError, match="a cache with graphs cannot be copied"):
         copy.deepcopy(cache)
 

@@ -75,13 +75,13 @@ def assert_same(
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_every_policy(name: str, implementation: str) -> None:
-    ids = random_ids(2, sum(CHUNKS))
+def test_every_policy(name: str, implementation: str, device: str) -> None:
+    ids = random_ids(2, sum(CHUNKS), device=device)
     chunks = list(ids.split(CHUNKS, dim=1))
     dtype = dtype_for(name)
-    model = make_model("llama", implementation, dtype)
+    model = make_model("llama", implementation, dtype, device=device)
     got, events, cache = evicting_run(model, POLICIES[name], chunks)
-    expected = dense_run(make_model("llama", DENSE, dtype), chunks, events)
+    expected = dense_run(make_model("llama", DENSE, dtype, device=device), chunks, events)
     assert_same(got, expected, torch.ones_like(ids), implementation)
     assert len(events) >= 2 * 5
     assert {event.keep.shape[-1] for event in events} == {24}
@@ -93,12 +93,12 @@ def test_every_policy(name: str, implementation: str) -> None:
     ("family", "implementation"),
     [(family, name) for family in FAMILIES for name in implementations(family)],
 )
-def test_every_family(family: str, implementation: str) -> None:
-    ids = random_ids(2, sum(CHUNKS), seed=3)
+def test_every_family(family: str, implementation: str, device: str) -> None:
+    ids = random_ids(2, sum(CHUNKS), seed=3, device=device)
     chunks = list(ids.split(CHUNKS, dim=1))
     policy = POLICIES["snapkv"]
-    got, events, _ = evicting_run(make_model(family, implementation), policy, chunks)
-    expected = dense_run(make_model(family, DENSE), chunks, events)
+    got, events, _ = evicting_run(make_model(family, implementation, device=device), policy, chunks)
+    expected = dense_run(make_model(family, DENSE, device=device), chunks, events)
     assert_same(got, expected, torch.ones_like(ids), implementation)
 
 
@@ -106,8 +106,8 @@ def test_every_family(family: str, implementation: str) -> None:
 PADDED_CHUNKS = [30, 12, 1, 1, 16, *[1] * 14]
 
 
-def padding() -> torch.Tensor:
-    mask = torch.ones(4, sum(PADDED_CHUNKS), dtype=torch.long)
+def padding(device: str) -> torch.Tensor:
+    mask = torch.ones(4, sum(PADDED_CHUNKS), dtype=torch.long, device=device)
     mask[1, :25] = 0  # left: longer than the first cut
     mask[1, 30:36] = 0  # and again at the next turn
     mask[2, 22:30] = 0  # right
@@ -119,14 +119,14 @@ def padding() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_any_padding(name: str, implementation: str) -> None:
-    mask = padding()
-    chunks = list(random_ids(4, mask.shape[1]).split(PADDED_CHUNKS, dim=1))
+def test_any_padding(name: str, implementation: str, device: str) -> None:
+    mask = padding(device=device)
+    chunks = list(random_ids(4, mask.shape[1], device=device).split(PADDED_CHUNKS, dim=1))
     # In float64 transformers' eager attention turns a row of nothing but padding into NaN.
     dtype = dtype_for(name) if implementation == "sdpa" else torch.float32
-    model = make_model("llama", implementation, dtype)
+    model = make_model("llama", implementation, dtype, device=device)
     got, events, _ = evicting_run(model, POLICIES[name], chunks, mask)
-    expected = dense_run(make_model("llama", DENSE, dtype), chunks, events, mask)
+    expected = dense_run(make_model("llama", DENSE, dtype, device=device), chunks, events, mask)
     assert_same(got, expected, mask, implementation)
     assert events
 
@@ -134,10 +134,10 @@ def test_any_padding(name: str, implementation: str) -> None:
 # A walk_interval counts from the last walk, and prompts are walked by chunks: with padding inside a
 # chunk the moments differ, so the policy that has one is left out.
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "spectral_layer"])
-def test_a_padded_sequence_fares_as_alone(name: str) -> None:
-    mask = padding()
-    ids = random_ids(4, mask.shape[1])
-    model = make_model("llama", dtype=dtype_for(name))
+def test_a_padded_sequence_fares_as_alone(name: str, device: str) -> None:
+    mask = padding(device=device)
+    ids = random_ids(4, mask.shape[1], device=device)
+    model = make_model("llama", dtype=dtype_for(name), device=device)
     tolerance = 1e-9 if dtype_for(name) == torch.float64 else 1e-3
     got, events, cache = evicting_run(
         model, POLICIES[name], list(ids.split(PADDED_CHUNKS, dim=1)), mask

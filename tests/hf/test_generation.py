@@ -32,20 +32,21 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch
     return model.generate(ids, past_key_values=cache, **(defaults | options))
 
 
-def left_padded(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(lengths)
-    ids, mask = random_ids(len(lengths), longest), torch.ones(len(lengths), longest).long()
+    ids = random_ids(len(lengths), longest, device=device)
+    mask = torch.ones_like(ids)
     for row, length in enumerate(lengths):
         mask[row, : longest - length] = 0
     return ids.masked_fill(mask == 0, 0), mask
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_left_padded_batch_generates_what_each_prompt_does_alone(name: str) -> None:
+def test_a_left_padded_batch_generates_what_each_prompt_does_alone(name: str, device: str) -> None:
     dtype = torch.float32 if name == "spectral" else torch.float64
-    model = make_model("llama", dtype=dtype)
+    model = make_model("llama", dtype=dtype, device=device)
     lengths = [10, 70, 31, 33, 24]
-    ids, mask = left_padded(lengths)
+    ids, mask = left_padded(lengths, device=device)
     cache = make_cache(model.config, POLICIES[name])
     together = generate(model, ids, cache, attention_mask=mask)
     for row, length in enumerate(lengths):
@@ -56,10 +57,10 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(name: str) ->
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_prefill_in_chunks_by_generate(implementation: str) -> None:
-    model = make_model("llama", implementation)
+def test_prefill_in_chunks_by_generate(implementation: str, device: str) -> None:
+    model = make_model("llama", implementation, device=device)
     cache = make_cache(model.config, POLICIES["snapkv"])
-    generate(model, random_ids(2, 75), cache, prefill_chunk_size=16)
+    generate(model, random_ids(2, 75, device=device), cache, prefill_chunk_size=16)
     stats = cache.stats()
     assert stats.tokens_seen == 75 + 39
     assert 24 <= stats.tokens_kept < 32
@@ -67,9 +68,9 @@ def test_prefill_in_chunks_by_generate(implementation: str) -> None:
     assert newest.tolist() == [[list(range(104, 114))] * 2] * 2
 
 
-def test_beams_follow_their_sequences() -> None:
-    model = make_model("llama")
-    ids = random_ids(2, 30)
+def test_beams_follow_their_sequences(device: str) -> None:
+    model = make_model("llama", device=device)
+    ids = random_ids(2, 30, device=device)
     options = {"num_beams": 3, "max_new_tokens": 30}
     expected = generate(model, ids, DynamicCache(config=model.config), **options)
     unevicted = make_cache(model.config, policies.H2O(budget=200))
@@ -83,17 +84,19 @@ def test_beams_follow_their_sequences() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_beams_with_every_policy(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_beams_with_every_policy(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     cache = make_cache(model.config, POLICIES[name])
-    output = generate(model, random_ids(1, 40), cache, num_beams=2, max_new_tokens=20)
+    output = generate(
+        model, random_ids(1, 40, device=device), cache, num_beams=2, max_new_tokens=20
+    )
     assert output.shape == (1, 60)
     assert cache.evicting_layers[0].lengths == (27, 27)
 
 
-def test_num_return_sequences() -> None:
-    model = make_model("llama")
-    ids = random_ids(1, 45)
+def test_num_return_sequences(device: str) -> None:
+    model = make_model("llama", device=device)
+    ids = random_ids(1, 45, device=device)
     cache = make_cache(model.config, POLICIES["tova"])
     torch.manual_seed(5)
     output = generate(model, ids, cache, do_sample=True, num_return_sequences=3)
@@ -105,30 +108,30 @@ def test_num_return_sequences() -> None:
     assert greedy.shape == (3, 85)
 
 
-def repetitive_ids() -> torch.Tensor:
-    return torch.cat([random_ids(1, 12)] * 5, 1)
+def repetitive_ids(device: str) -> torch.Tensor:
+    return torch.cat([random_ids(1, 12, device=device)] * 5, 1)
 
 
 @pytest.mark.parametrize("draft", ["prompt_lookup", "assistant"])
-def test_speculation_without_eviction_changes_nothing(draft: str) -> None:
-    model = make_model("llama")
+def test_speculation_without_eviction_changes_nothing(draft: str, device: str) -> None:
+    model = make_model("llama", device=device)
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
     if draft == "assistant":
-        options = {"assistant_model": make_model("llama", seed=1)}
-    expected = generate(model, repetitive_ids(), DynamicCache(config=model.config))
+        options = {"assistant_model": make_model("llama", seed=1, device=device)}
+    expected = generate(model, repetitive_ids(device=device), DynamicCache(config=model.config))
     cache = make_cache(model.config, policies.H2O(budget=300))
-    assert torch.equal(generate(model, repetitive_ids(), cache, **options), expected)
+    assert torch.equal(generate(model, repetitive_ids(device=device), cache, **options), expected)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_speculation_with_eviction(name: str) -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_speculation_with_eviction(name: str, device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     cache = make_cache(model.config, POLICIES[name])
     if POLICIES[name].protected_window == 0:  # a draft's tokens may be evicted at once
         with pytest.raises(RuntimeError, match=r"\[crop\] layer 0: at most \d+ tokens"):
-            generate(model, repetitive_ids(), cache, prompt_lookup_num_tokens=4)
+            generate(model, repetitive_ids(device=device), cache, prompt_lookup_num_tokens=4)
         return
-    output = generate(model, repetitive_ids(), cache, prompt_lookup_num_tokens=4)
+    output = generate(model, repetitive_ids(device=device), cache, prompt_lookup_num_tokens=4)
     assert output.shape == (1, 100)
     for layer in cache.evicting_layers:
         newest = layer.positions()[0, 0, -2:].tolist()
@@ -136,34 +139,41 @@ def test_speculation_with_eviction(name: str) -> None:
     assert cache.get_seq_length() == 99
 
 
-def test_an_assistant_may_have_an_evicting_cache_beside_it() -> None:
-    model, assistant = make_model("llama"), make_model("llama", seed=1)
+def test_an_assistant_may_have_an_evicting_cache_beside_it(device: str) -> None:
+    model, assistant = (
+        make_model("llama", device=device),
+        make_model("llama", seed=1, device=device),
+    )
     cache = make_cache(model.config, POLICIES["snapkv"])
-    output = generate(model, random_ids(1, 40), cache, assistant_model=assistant)
+    output = generate(model, random_ids(1, 40, device=device), cache, assistant_model=assistant)
     assert output.shape == (1, 80)
     assert cache.stats().tokens_kept < 32
 
 
-def test_two_turns() -> None:
-    model = make_model("llama")
+def test_two_turns(device: str) -> None:
+    model = make_model("llama", device=device)
     cache = make_cache(model.config, POLICIES["h2o"])
-    first = generate(model, random_ids(1, 50), cache, max_new_tokens=10)
-    prompt = torch.cat((first, random_ids(1, 20, seed=9)), 1)
+    first = generate(model, random_ids(1, 50, device=device), cache, max_new_tokens=10)
+    prompt = torch.cat((first, random_ids(1, 20, seed=9, device=device)), 1)
     second = generate(model, prompt, cache, max_new_tokens=10)
     assert second[:, :80].tolist() == prompt.tolist()
     assert cache.get_seq_length() == 89
     # The same, with the second turn fed by hand.
     other = make_cache(model.config, POLICIES["h2o"])
-    generate(model, random_ids(1, 50), other, max_new_tokens=10)
+    generate(model, random_ids(1, 50, device=device), other, max_new_tokens=10)
     with torch.no_grad():
         logits = model(prompt[:, 59:], past_key_values=other).logits
     assert int(logits[0, -1].argmax()) == int(second[0, 80])
 
 
-def test_two_models_in_two_threads() -> None:
+def test_two_models_in_two_threads(device: str) -> None:
     jobs = [
-        (make_model("llama"), POLICIES["h2o"], random_ids(1, 60)),
-        (make_model("qwen3"), POLICIES["snapkv"], random_ids(2, 45, seed=2)),
+        (make_model("llama", device=device), POLICIES["h2o"], random_ids(1, 60, device=device)),
+        (
+            make_model("qwen3", device=device),
+            POLICIES["snapkv"],
+            random_ids(2, 45, seed=2, device=device),
+        ),
     ]
     expected = [
         generate(model, ids, make_cache(model.config, policy)) for model, policy, ids in jobs
@@ -187,10 +197,10 @@ def test_two_models_in_two_threads() -> None:
         assert all(torch.equal(output, wanted) for output in got)
 
 
-def test_one_policy_serves_many_caches() -> None:
-    model = make_model("llama")
+def test_one_policy_serves_many_caches(device: str) -> None:
+    model = make_model("llama", device=device)
     policy = POLICIES["h2o"]
-    ids = [random_ids(1, 50, seed=seed) for seed in range(2)]
+    ids = [random_ids(1, 50, seed=seed, device=device) for seed in range(2)]
     caches = [make_cache(model.config, policy) for _ in range(2)]
     alone = [generate(model, one, make_cache(model.config, policy)) for one in ids]
     with torch.no_grad():  # interleaved, token by token
@@ -206,24 +216,27 @@ def test_one_policy_serves_many_caches() -> None:
         assert torch.cat(tokens[job], 1).tolist() == alone[job][:, 50:].tolist()
 
 
-def test_a_reset_cache_is_new() -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_a_reset_cache_is_new(device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     for name, policy in POLICIES.items():
         cache = make_cache(model.config, policy)
-        first = generate(model, random_ids(1, 50), cache)
+        first = generate(model, random_ids(1, 50, device=device), cache)
         cache.reset()
         assert cache.get_seq_length() == 0
         assert cache.stats().kv_bytes == 0
         assert cache.stats().evictions == 0
-        again = generate(model, random_ids(1, 50), cache)
+        again = generate(model, random_ids(1, 50, device=device), cache)
         assert torch.equal(first, again), name
         cache.reset()
-        assert generate(model, random_ids(3, 40), cache).shape == (3, 80)  # another batch size
+        assert generate(model, random_ids(3, 40, device=device), cache).shape == (
+            3,
+            80,
+        )  # another batch size
 
 
-def test_inference_mode_may_come_and_go() -> None:
-    model = make_model("llama", dtype=torch.float32)
-    ids = random_ids(1, 60)
+def test_inference_mode_may_come_and_go(device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
+    ids = random_ids(1, 60, device=device)
     for policy in POLICIES.values():
         cache = make_cache(model.config, policy)
         with torch.inference_mode():
@@ -237,9 +250,9 @@ def test_inference_mode_may_come_and_go() -> None:
         assert not cache.evicting_layers[0].keys.requires_grad
 
 
-def test_inference_mode_may_come_and_go_with_padding() -> None:
-    model = make_model("llama", dtype=torch.float32)
-    ids, mask = left_padded([60, 45, 33])
+def test_inference_mode_may_come_and_go_with_padding(device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
+    ids, mask = left_padded([60, 45, 33], device=device)
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     for policy in POLICIES.values():
         cache = make_cache(model.config, policy)
@@ -259,21 +272,25 @@ def test_inference_mode_may_come_and_go_with_padding() -> None:
         assert cache.evicting_layers[0].lengths == (25, 25, 25)
         with torch.inference_mode():
             cache.crop(0)
-            cache.reorder_cache(torch.tensor([2, 0, 1]))
-        cache.batch_select_indices(torch.tensor([1]))
+            cache.reorder_cache(torch.tensor([2, 0, 1], device=device))
+        cache.batch_select_indices(torch.tensor([1], device=device))
         with torch.no_grad():
             model(ids[:1, -1:], past_key_values=cache)
 
 
-def test_spectral_cache_takes_options_and_a_seed() -> None:
-    model = make_model("llama", dtype=torch.float32)
+def test_spectral_cache_takes_options_and_a_seed(device: str) -> None:
+    model = make_model("llama", dtype=torch.float32, device=device)
     options = {"budget": 24, "interval": 8, "window": 4, "sinks": 2, "top_k": 4}
     outputs = [
-        generate(model, random_ids(1, 90), SpectralCache(model.config, **options, seed=seed))
+        generate(
+            model,
+            random_ids(1, 90, device=device),
+            SpectralCache(model.config, **options, seed=seed),
+        )
         for seed in (0, 0)
     ]
     assert torch.equal(*outputs)
     cache = SpectralCache(model.config, **options, preset="uniform32")
-    generate(model, random_ids(1, 90), cache)
+    generate(model, random_ids(1, 90, device=device), cache)
     assert cache.stats().policy == "spectral"
     assert cache.stats().graph_bytes > 0

@@ -16,10 +16,10 @@ CASES = [(family, name) for family in FAMILIES for name in implementations(famil
 @pytest.mark.parametrize("policy", [policies.Full(), policies.H2O(budget=500)], ids=["full", "h2o"])
 @pytest.mark.parametrize(("family", "implementation"), CASES)
 def test_generation_without_eviction_equals_dynamic_cache(
-    family: str, implementation: str, policy: policies.Policy
+    family: str, implementation: str, policy: policies.Policy, device: str
 ) -> None:
-    model = make_model(family, implementation, torch.float32)
-    ids = random_ids(2, 37)
+    model = make_model(family, implementation, torch.float32, device=device)
+    ids = random_ids(2, 37, device=device)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     options = {
@@ -36,9 +36,11 @@ def test_generation_without_eviction_equals_dynamic_cache(
 
 
 @pytest.mark.parametrize(("family", "implementation"), CASES)
-def test_chunks_without_eviction_equal_dynamic_cache(family: str, implementation: str) -> None:
-    model = make_model(family, implementation)
-    ids = random_ids(2, 60)
+def test_chunks_without_eviction_equal_dynamic_cache(
+    family: str, implementation: str, device: str
+) -> None:
+    model = make_model(family, implementation, device=device)
+    ids = random_ids(2, 60, device=device)
     caches = [DynamicCache(config=model.config), make_cache(model.config, policies.TOVA(budget=99))]
     with torch.no_grad():
         for chunk in ids.split([20, 1, 1, 17, 21], dim=1):

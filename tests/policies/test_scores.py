@@ -47,12 +47,16 @@ CASES: dict[str, tuple[policies.Policy, Reference]] = {
 
 
 def tokens(
-    batch: int, count: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    batch: int,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, QUERY_HEADS, count, DIM, generator=generator)
     keys = torch.randn(batch, HEADS, count, DIM, generator=generator) + 0.5
-    return query.to(dtype), keys.to(dtype)
+    return query.to(device, dtype), keys.to(device, dtype)
 
 
 def observe(
@@ -104,11 +108,13 @@ def inside(name: str, scores: torch.Tensor, window: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sizes", [[26], [1] * 26, [20, 1, 5], [7, 7, 7, 4, 1]])
-def test_scores_equal_the_reference(name: str, sizes: list[int]) -> None:
+def test_scores_equal_the_reference(name: str, sizes: list[int], device: str) -> None:
     policy, expected = CASES[name]
-    query, keys = tokens(2, 26)
+    query, keys = tokens(2, 26, device=device)
     scores = run(policy, query, keys, sizes).scores()
     assert scores.dtype == torch.float32
+    assert scores.device.type == device
+    query, keys, scores = query.cpu(), keys.cpu(), scores.cpu()
     assert scores.shape == (2, HEADS, 26)
     for row in range(2):
         torch.testing.assert_close(
@@ -120,28 +126,34 @@ def test_scores_equal_the_reference(name: str, sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_padding_changes_no_score(name: str) -> None:
+def test_padding_changes_no_score(name: str, device: str) -> None:
     policy, expected = CASES[name]
-    query, keys = tokens(2, 30)
-    mask = torch.ones(2, 30, dtype=torch.bool)
+    query, keys = tokens(2, 30, device=device)
+    mask = torch.ones(2, 30, dtype=torch.bool, device=device)
     mask[1, :7] = False
     # What a model leaves in padding may be anything.
     keys[1, :, :7] = float("nan")
     query[1, :, :7] = float("inf")
     for sizes in ([30], [4, 10, *[1] * 16]):
-        scores = run(policy, query, keys, sizes, mask=mask).scores()
+        scores = run(policy, query, keys, sizes, mask=mask).scores().cpu()
         torch.testing.assert_close(
             inside(name, scores[1, :, 7:], policy.window or 0) - (7 if "streaming" in name else 0),
-            inside(name, expected(query[1, :, 7:], keys[1, :, 7:]).float(), policy.window or 0),
+            inside(
+                name,
+                expected(query[1, :, 7:].cpu(), keys[1, :, 7:].cpu()).float(),
+                policy.window or 0,
+            ),
             rtol=1e-4,
             atol=1e-6,
         )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_long_prompts_are_scored_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_scored_in_blocks(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, _ = CASES[name]
-    query, keys = tokens(1, 40)
+    query, keys = tokens(1, 40, device=device)
     whole = run(policy, query, keys, [40]).scores()
     monkeypatch.setattr(attention_module, "_BLOCK_ELEMENTS", 6 * 40 * 3)
     monkeypatch.setattr(rkv_module, "_BLOCK_ELEMENTS", 2 * 40 * 3)
@@ -162,9 +174,9 @@ def test_softcap_is_respected(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_as_float32(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_read_as_float32(name: str, dtype: torch.dtype, device: str) -> None:
     policy, _ = CASES[name]
-    query, keys = tokens(1, 20, dtype)
+    query, keys = tokens(1, 20, dtype, device=device)
     scores = run(policy, query, keys, [20]).scores()
     widened = run(policy, query.float(), keys.float(), [20]).scores()
     assert scores.dtype == torch.float32
@@ -175,10 +187,10 @@ def test_half_precision_is_read_as_float32(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("name", [*CASES, "random"])
-def test_nothing_is_due_before_budget_plus_interval(name: str) -> None:
+def test_nothing_is_due_before_budget_plus_interval(name: str, device: str) -> None:
     options = {"budget": 24, "interval": 3, "window": 8}
     (tracker,) = policies.create(name.partition("_d")[0].partition("_m")[0], **options).trackers(1)
-    query, keys = tokens(1, 30)
+    query, keys = tokens(1, 30, device=device)
     observe(tracker, query, keys, 0, 26)
     assert tracker.keep() is None
     observe(tracker, query, keys, 26, 27)
@@ -217,8 +229,8 @@ def test_h2o_sums_move_with_their_tokens() -> None:
     torch.testing.assert_close(tracker.scores()[0], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_random_depends_on_seed_layer_head_and_cut_alone() -> None:
-    query, keys = tokens(2, 40)
+def test_random_depends_on_seed_layer_head_and_cut_alone(device: str) -> None:
+    query, keys = tokens(2, 40, device=device)
     options = {"budget": 20, "interval": 4, "window": 4, "sinks": 2}
 
     def kept(seed: int, layer: int) -> torch.Tensor:
@@ -226,7 +238,7 @@ def test_random_depends_on_seed_layer_head_and_cut_alone() -> None:
         observe(tracker, query, keys, 0, 40)
         keep = tracker.keep()
         assert keep is not None
-        return keep
+        return keep.cpu()
 
     first = kept(0, 0)
     assert torch.equal(first, kept(0, 0))

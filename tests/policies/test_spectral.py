@@ -12,7 +12,7 @@ from spectralkv import policies
 OPTIONS = {"budget": 24, "interval": 8, "window": 6, "sinks": 2}
 
 
-def monitor(**options: object) -> spectralkv.Monitor:
+def monitor(device: str, **options: object) -> spectralkv.Monitor:
     graph = spectralkv.GraphConfig(
         num_layers=1,
         batch_size=1,
@@ -21,6 +21,7 @@ def monitor(**options: object) -> spectralkv.Monitor:
         head_dim=DIM,
         capacity=64,
         num_sinks=2,
+        device=device,
     )
     graph, walk = spectralkv.apply_preset("default", graph)
     return spectralkv.Monitor(
@@ -31,9 +32,9 @@ def monitor(**options: object) -> spectralkv.Monitor:
     )
 
 
-def test_it_keeps_what_the_monitor_keeps() -> None:
-    query, keys = tokens(1, 40)
-    direct = monitor(solver="exact")
+def test_it_keeps_what_the_monitor_keeps(device: str) -> None:
+    query, keys = tokens(1, 40, device=device)
+    direct = monitor(device, solver="exact")
     direct.on_prefill(0, query[:, :, :30], keys[:, :, :30].contiguous(), scale=SCALING)
     for t in range(30, 33):
         direct.on_step(0, query[:, :, t], keys[:, :, : t + 1].contiguous(), scale=SCALING)
@@ -47,13 +48,14 @@ def test_it_keeps_what_the_monitor_keeps() -> None:
     assert torch.equal(keep, expected)
     assert keep.shape == (1, HEADS, 24)
     torch.testing.assert_close(tracker.scores(), direct.graph.scores(0, like=keys))
+    assert keep.device.type == device
 
 
 @pytest.mark.parametrize("preset", ["default", "uniform32", "weighted4"])
 @pytest.mark.parametrize("scope", ["head", "layer"])
-def test_presets_and_scopes(preset: str, scope: str) -> None:
+def test_presets_and_scopes(preset: str, scope: str, device: str) -> None:
     policy = policies.Spectral(**OPTIONS, preset=preset, scope=scope)
-    query, keys = tokens(2, 40)
+    query, keys = tokens(2, 40, device=device)
     (tracker,) = policy.trackers(1)
     observe(tracker, query, keys, 0, 40)
     keep = tracker.keep()
@@ -82,8 +84,8 @@ def test_options_override_the_preset() -> None:
     assert (untouched[0].top_k, untouched[1].restart_prob) == (4, 0.15)
 
 
-def test_walks_follow_the_seed() -> None:
-    query, keys = tokens(1, 60)
+def test_walks_follow_the_seed(device: str) -> None:
+    query, keys = tokens(1, 60, device=device)
 
     def scores(seed: int) -> torch.Tensor:
         (tracker,) = policies.Spectral(**OPTIONS, seed=seed).trackers(1)
@@ -95,9 +97,9 @@ def test_walks_follow_the_seed() -> None:
     assert not torch.equal(scores(1), scores(2))
 
 
-def test_layers_share_a_monitor_whose_bytes_count_once() -> None:
+def test_layers_share_a_monitor_whose_bytes_count_once(device: str) -> None:
     trackers = policies.Spectral(**OPTIONS).trackers(3)
-    query, keys = tokens(1, 30)
+    query, keys = tokens(1, 30, device=device)
     assert [tracker.nbytes() for tracker in trackers] == [0, 0, 0]
     for tracker in trackers:
         tracker.reserve(32)
@@ -112,9 +114,9 @@ def test_layers_share_a_monitor_whose_bytes_count_once() -> None:
     assert [tracker.nbytes() for tracker in trackers] == [0, 0, 0]
 
 
-def test_without_a_budget_it_watches_and_never_cuts() -> None:
+def test_without_a_budget_it_watches_and_never_cuts(device: str) -> None:
     (tracker,) = policies.Spectral(budget=None).trackers(1)
-    query, keys = tokens(1, 200)
+    query, keys = tokens(1, 200, device=device)
     observe(tracker, query, keys, 0, 200)
     assert tracker.keep() is None
 

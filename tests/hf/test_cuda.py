@@ -1,0 +1,188 @@
+"""Caches of models on CUDA: the same choices as on the CPU, and nothing that waits."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import feed, make_cache
+from test_generation import POLICIES, generate
+
+from arrays import missing_cuda
+from spectralkv import policies
+from spectralkv.hf import EvictionEvent, SpectralCache
+from tiny_models import FAMILIES, implementations, make_model, random_ids
+
+pytestmark = pytest.mark.gpu
+
+WALK = policies.Spectral(budget=24, interval=8, window=6, sinks=2)
+ALL = POLICIES | {"spectral_walk": WALK, "full": policies.Full()}
+
+
+@pytest.fixture(autouse=True)
+def _cuda() -> None:
+    if reason := missing_cuda():
+        pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """Make torch refuse whatever would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_tokens_and_cuts_are_those_of_the_cpu(name: str, implementation: str) -> None:
+    """In float32: its rounding differs between devices, too little to change a choice here."""
+    ids = random_ids(1, 60)
+    outputs, events = [], []
+    for device in ("cpu", "cuda"):
+        model = make_model("llama", implementation, torch.float32, device=device)
+        seen: list[EvictionEvent] = []
+        cache = make_cache(model.config, ALL[name], on_evict=seen.append)
+        outputs.append(generate(model, ids.to(device), cache).tolist())
+        events.append(seen)
+    assert outputs[0] == outputs[1]
+    assert len(events[0]) == len(events[1])
+    for ours, theirs in zip(*events, strict=True):
+        assert theirs.keep.is_cuda
+        assert torch.equal(ours.keep, theirs.keep.cpu())
+        assert torch.equal(ours.positions, theirs.positions.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
+    model = make_model("llama", dtype=dtype, device="cuda")
+    cache = make_cache(model.config, ALL[name])
+    output = generate(model, random_ids(2, 60, device="cuda"), cache)
+    assert output.shape == (2, 100)
+    if name != "full":
+        assert {layer.lengths for layer in cache.evicting_layers} == {(27, 27)}
+    assert cache.evicting_layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [(family, name) for family in FAMILIES for name in implementations(family)],
+)
+def test_every_family_with_spectral(family: str, implementation: str) -> None:
+    model = make_model(family, implementation, torch.bfloat16, device="cuda")
+    cache = make_cache(model.config, WALK)
+    assert generate(model, random_ids(2, 70, device="cuda"), cache).shape == (2, 110)
+    assert cache.stats().evictions > 0
+    assert cache.stats().graph_bytes > 0
+
+
+def test_keys_are_read_from_the_slab() -> None:
+    model = make_model("llama", dtype=torch.bfloat16, device="cuda")
+    cache = make_cache(model.config, WALK)
+    feed(model, cache, random_ids(1, 40, device="cuda"), [40])
+    layer = cache.evicting_layers[0]
+    address = layer.keys.data_ptr()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    peak = []
+    for token in random_ids(1, 30, device="cuda").split(1, dim=1):
+        torch.cuda.reset_peak_memory_stats()
+        feed(model, cache, token, [1])
+        peak.append(torch.cuda.max_memory_allocated() - before)
+        assert layer.keys.data_ptr() == address
+    assert max(peak) < 1 << 20
+
+
+def test_decoding_waits_for_nothing_that_torch_knows_of() -> None:
+    model = make_model("llama", dtype=torch.float32, device="cuda")
+    cache = make_cache(model.config, WALK)
+    ids = random_ids(2, 90, device="cuda")
+    feed(model, cache, ids[:, :50], [50])
+    with no_waits():
+        feed(model, cache, ids[:, 50:], [1] * 40)  # with five cuts
+    assert cache.stats().evictions >= 2 * 5
+
+
+def test_decoding_returns_while_its_stream_is_busy() -> None:
+    model = make_model("llama", dtype=torch.float32, device="cuda")
+    ids = random_ids(1, 90, device="cuda")
+    expected = make_cache(model.config, WALK)
+    logits = feed(model, expected, ids, [50, *[1] * 40])
+    cache = make_cache(model.config, WALK)
+    first = feed(model, cache, ids[:, :58], [50, *[1] * 8])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2_000_000_000)
+        rest = feed(model, cache, ids[:, 58:], [1] * 32)
+        assert not stream.query()
+    stream.synchronize()
+    assert torch.equal(torch.cat((first, rest), 1), logits)
+
+
+def test_models_in_two_threads_on_two_streams() -> None:
+    jobs = [
+        (make_model("llama", dtype=torch.float32, device="cuda"), random_ids(1, 60, device="cuda")),
+        (make_model("qwen3", dtype=torch.float32, device="cuda"), random_ids(2, 45, device="cuda")),
+    ]
+    expected = [generate(model, ids, make_cache(model.config, WALK)) for model, ids in jobs]
+    results: list[Any] = [None, None]
+    torch.cuda.synchronize()
+
+    def work(job: int) -> None:
+        model, ids = jobs[job]
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            results[job] = generate(model, ids, make_cache(model.config, WALK))
+        stream.synchronize()
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_layers_on_several_devices() -> None:
+    """A device map: each layer's graph lies where its keys are."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model("llama", dtype=torch.float32, seed=9, device="cuda")
+    ids = random_ids(1, 60, device="cuda")
+    expected = generate(model, ids, make_cache(model.config, WALK))
+    placed = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    placed |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    split = accelerate.dispatch_model(model, device_map=placed)
+    cache = make_cache(split.config, WALK)
+    assert torch.equal(generate(split, ids, cache), expected)
+    assert [layer.keys.device.index for layer in cache.evicting_layers] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_real_model(demo_model: Any, dtype: torch.dtype) -> None:
+    model = demo_model.model
+    text = "The keeper of the lighthouse wrote the name of each boat into his ledger. " * 12
+    ids = demo_model.tokenizer(text, return_tensors="pt").input_ids
+    try:
+        model.to("cuda", dtype)
+        cache = SpectralCache(model.config, budget=96, interval=16)
+        output = model.generate(
+            ids.cuda(), past_key_values=cache, max_new_tokens=24, do_sample=False
+        )
+    finally:
+        model.to("cpu", torch.float32)
+    stats = cache.stats()
+    assert 96 <= stats.tokens_kept < 112
+    assert stats.evictions > 0
+    assert "lighthouse" in demo_model.tokenizer.decode(output[0, ids.shape[1] :])
