@@ -207,6 +207,7 @@ class CudaBackend final : public Backend {
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
     if (view(layer).batch == 0) return added;
     if (count == 1 && args.valid.empty()) {
+      if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
       cuda::launch_update(view(layer),
                           {.queries = tokens_of(args.queries),
                            .keys = tokens_of(args.keys),
@@ -700,6 +701,14 @@ class CudaBackend final : public Backend {
         "cudaMemcpyAsync");
     check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
     return sequences;
+  }
+
+  /// Slots up to `length` are in use from now on, empty: a checked slot of a new token lies there.
+  void leave_gap(std::int64_t layer, std::int64_t length, cudaStream_t queue) {
+    const LayerCounters counters{.length = length, .ordered = 0, .ticket = 0};
+    check(cudaMemcpyAsync(view(layer).counters, &counters, sizeof(counters), cudaMemcpyHostToDevice,
+                          queue),
+          "cudaMemcpyAsync");
   }
 
   void update_block(std::int64_t layer, const UpdateArgs& args, cudaStream_t queue) {
