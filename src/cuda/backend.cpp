@@ -265,18 +265,23 @@ class CudaBackend final : public Backend {
              Stream stream) override {
     const DeviceGuard guard(graph_.device.index);
     raise_reported("solve");
-    std::int64_t bytes = 0;
+    std::int64_t graphs = 0;
+    std::int64_t most_batch = 0;
+    std::int64_t most_capacity = 0;
+    std::int64_t most_extent = 0;
     for (std::int64_t l = first; l < first + count; ++l) {
-      bytes = std::max(bytes, cuda::solve_scratch(view(l)));
+      graphs += std::int64_t{view(l).batch} * view(l).graphs;
+      most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
+      most_capacity = std::max(most_capacity, view(l).capacity);
+      most_extent = std::max(most_extent, extent_of(l, stream));
     }
-    grow(solve_scratch_, bytes, is_recording(stream), "solve");
+    grow(solve_scratch_, cuda::solve_scratch(view(first), graphs, most_capacity),
+         is_recording(stream), "solve");
     const cudaStream_t queue = order_.fork(handle_of(stream), "solve");
-    for (std::int64_t l = first; l < first + count; ++l) {
-      for (std::int64_t b = 0; b < view(l).batch; b += SequenceMarks::kMost) {
-        cuda::launch_solve(view(l), rules(), walk_.restart_prob, b,
-                           marks_of(sequences, b, view(l).batch), solve_scratch_.data(),
-                           extent_of(l, stream), queue);
-      }
+    for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+      cuda::launch_solve(views_.as<LayerView>() + first, static_cast<int>(count), view(first),
+                         rules(), walk_.restart_prob, most_batch, most_capacity, most_extent, b,
+                         marks_of(sequences, b, most_batch), solve_scratch_.data(), queue);
     }
     order_.leave_side(queue);
   }

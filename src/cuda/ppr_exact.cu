@@ -1,165 +1,351 @@
-// Personalized PageRank without noise: y = sum over t of ((1 - p) A^T)^t r. Edges point to older
-// tokens only, so the sum is finite. Masses are integers, whose sums do not depend on their order:
-// the result is the same at every call.
+// Personalized PageRank without noise: one sweep from the newest token to the oldest, a run of
+// tokens at a time.
+//
+// Edges point to older tokens only. So when a run's turn comes, all that arrives from newer runs
+// has arrived; what its tokens send each other is passed on in rounds until what is still under way
+// does not matter, and only then is what they send to older runs added there. Masses are integers,
+// whose sums do not depend on their order: the result is the same at every call.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
+#include "cuda/device/graph_tasks.cuh"
 #include "cuda/device/restart.cuh"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
 namespace {
 
-constexpr int kTableThreads = 1024;
-
-/// Bytes of a slot: masses under way, masses arriving, all that arrived over edges; the live edges
-/// of its row and the sum of their widths.
-constexpr std::int64_t kBytesASlot = 3 * 8 + 2 * 4;
+constexpr unsigned kAllLanes = 0xffffffffU;
+/// Graphs that are solved side by side, one a thread block.
+constexpr std::int64_t kMostSolvers = 132;
+/// Bytes of a slot: the mass that arrived over edges, and two words to order slots.
+constexpr std::int64_t kBytesASlot = 8 + 2 * 4;
+/// A mass waits in its token while it is less than 2^-30 of what went through already.
+constexpr int kIdleShift = 30;
+constexpr int kDigitBits = 8;
+constexpr int kDigits = 1 << kDigitBits;
 
 struct SolveRules {
   double restart_prob;
   double unit;  ///< what a mass of 1 is
   double decay;
+  std::int64_t scratch_slots;
   std::int64_t steps[kMaxPopulations];
 };
 
-/// 32 bits of a row's live edges.
-__device__ std::uint32_t live_edges(const LayerView& layer, const std::int32_t* positions,
-                                    std::int64_t slot, const std::int32_t* row,
-                                    std::uint32_t& total) {
-  std::uint32_t live = 0;
-  total = 0;
-  const std::int32_t position = positions[slot];
-  if (position < 0) return 0;
-  const auto* thresholds = reinterpret_cast<const std::uint32_t*>(row + layer.top_k);
-  std::uint32_t before = 0;
-  for (int k = 0; k < layer.top_k; ++k) {
-    const std::uint32_t width = layer.weighted ? thresholds[k] - before : 1U;
-    if (layer.weighted) before = thresholds[k];
-    if (width == 0 || !is_live(positions, position, row[k])) continue;
-    live |= 1U << k;
-    total += width;
-  }
-  return live;
-}
+struct Scratch {
+  unsigned long long* arrived;
+  std::int32_t* order;  ///< slots, the newest token's first
+  std::int32_t* rank;   ///< where a slot stands in `order`
+};
 
-__global__ void __launch_bounds__(kTableThreads)
-    solve_kernel(LayerView layer, WalkRules rules, SolveRules solve, std::int64_t first_sequence,
-                 SequenceMarks marks, std::byte* scratch) {
-  __shared__ unsigned long long sum;
-  const int p = static_cast<int>(blockIdx.x % layer.populations);
-  const std::int64_t graph = blockIdx.x / layer.populations;
-  const std::int64_t b = first_sequence + graph / layer.graphs;
-  const std::int64_t g = graph % layer.graphs;
-  if (!is_marked(marks, b - first_sequence) || has_fault(layer)) return;
-  const std::int64_t length = layer.counters->length;
-  auto* under_way = reinterpret_cast<unsigned long long*>(
-      scratch + ((b * layer.graphs + g) * layer.populations + p) * layer.capacity * kBytesASlot);
-  auto* arriving = under_way + layer.capacity;
-  auto* const arrived = arriving + layer.capacity;
-  auto* const live = reinterpret_cast<std::uint32_t*>(arrived + layer.capacity);
-  auto* const totals = live + layer.capacity;
-  const RestartWeights weight = restart_weights(layer, rules, b, g, p);
-  const std::uint64_t weights = restart_table_of(layer, b, g, p).header->total;
-  const std::int32_t* positions = positions_of(layer, b, g);
-  const auto restart = [&](std::int64_t j) -> unsigned long long {
-    if (weights == 0) return 0;
-    return __double2ull_rn(static_cast<double>(weight(j)) / static_cast<double>(weights) *
-                           solve.unit);
+template <int kThreads>
+union Shared {
+  /// Masses on their way to the tokens of a run, by turns: what arrives in a round goes on in the
+  /// next. Two halves, since shared memory adds no 64-bit words at once.
+  struct {
+    std::uint32_t low[2][kThreads];
+    std::uint32_t high[2][kThreads];
+  } masses;
+  struct {
+    std::uint32_t counts[kThreads / 32][kDigits];
+    std::uint32_t starts[kDigits];
+  } sort;
+};
+
+/// Orders slots by position, the newest first, empty slots last: radix sort by one thread block.
+template <int kThreads>
+__device__ void sort_newest_first(Shared<kThreads>& shared, const std::int32_t* positions,
+                                  std::int64_t length, std::int64_t seen, Scratch& scratch) {
+  auto& counts = shared.sort.counts;
+  auto& starts = shared.sort.starts;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const auto key = [&](std::int32_t slot) {
+    const std::int32_t position = positions[slot];
+    return static_cast<std::uint32_t>(position < 0 ? seen : seen - 1 - position);
   };
-  for (std::int64_t j = threadIdx.x; j < length; j += kTableThreads) {
-    under_way[j] = restart(j);
-    arriving[j] = 0;
-    arrived[j] = 0;
-    live[j] = live_edges(layer, positions, j, row_of(layer, b, g, j), totals[j]);
-  }
-  __syncthreads();
-  while (true) {
-    int moved = 0;
-    for (std::int64_t j = threadIdx.x; j < length; j += kTableThreads) {
-      const unsigned long long mass = under_way[j];
-      if (mass == 0) continue;
-      under_way[j] = 0;
-      std::uint32_t edges = live[j];
-      if (edges == 0) continue;
-      const double sent =
-          static_cast<double>(mass) * (1.0 - solve.restart_prob) / static_cast<double>(totals[j]);
-      const std::int32_t* row = row_of(layer, b, g, j);
-      const auto* thresholds = reinterpret_cast<const std::uint32_t*>(row + layer.top_k);
-      while (edges != 0) {
-        const int k = __ffs(static_cast<int>(edges)) - 1;
-        edges &= edges - 1;
-        const std::uint32_t width =
-            layer.weighted ? thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]) : 1U;
-        const unsigned long long part = __double2ull_rd(sent * static_cast<double>(width));
-        if (part == 0) continue;
-        atomicAdd(arriving + row[k], part);
-        moved = 1;
-      }
-    }
-    if (__syncthreads_or(moved) == 0) break;
-    for (std::int64_t j = threadIdx.x; j < length; j += kTableThreads) {
-      const unsigned long long mass = arriving[j];
-      under_way[j] = mass;
-      arriving[j] = 0;
-      arrived[j] += mass;
+  std::int32_t* from = scratch.rank;
+  std::int32_t* to = scratch.order;
+  const int bits = 64 - __clzll(seen);
+  for (int shift = 0; shift < bits || shift == 0; shift += kDigitBits) {
+    const bool first_pass = shift == 0;
+    const auto slot_at = [&](std::int64_t i) {
+      return first_pass ? static_cast<std::int32_t>(i) : from[i];
+    };
+    const auto digit = [&](std::int32_t slot) { return key(slot) >> shift & (kDigits - 1U); };
+    for (int d = thread; d < kDigits; d += kThreads) starts[d] = 0;
+    __syncthreads();
+    for (std::int64_t i = thread; i < length; i += kThreads) {
+      atomicAdd(&starts[digit(slot_at(i))], 1U);
     }
     __syncthreads();
-  }
-
-  if (threadIdx.x == 0) sum = 0;
-  __syncthreads();
-  unsigned long long mine = 0;
-  for (std::int64_t j = threadIdx.x; j < length; j += kTableThreads) {
-    mine += arrived[j] + restart(j);
-  }
-  atomicAdd(&sum, mine);
-  __syncthreads();
-  const auto total = static_cast<double>(sum);
-  const bool all = rules.population[p].count_restarts != 0;
-  float* const scores = scores_of(layer, b, g, p);
-  for (std::int64_t j = threadIdx.x; j < length; j += kTableThreads) {
-    const auto mass = static_cast<double>(arrived[j] + (all ? restart(j) : 0ULL));
-    const double visits = total > 0.0 ? static_cast<double>(solve.steps[p]) * (mass / total) : 0.0;
-    if (layer.visits != nullptr) {
-      visits_of(layer, b, g, p)[j] = static_cast<std::uint32_t>(llround(visits));
+    if (warp == 0) {
+      constexpr int kEach = kDigits / 32;
+      std::uint32_t sum = 0;
+      for (int i = 0; i < kEach; ++i) sum += starts[lane * kEach + i];
+      std::uint32_t before = sum;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const std::uint32_t other = __shfl_up_sync(kAllLanes, before, offset);
+        if (lane >= offset) before += other;
+      }
+      before -= sum;
+      for (int i = 0; i < kEach; ++i) {
+        const std::uint32_t count = starts[lane * kEach + i];
+        starts[lane * kEach + i] = before;
+        before += count;
+      }
     }
-    scores[j] = static_cast<float>(__dadd_rn(__dmul_rn(solve.decay, scores[j]), visits));
+    for (std::int64_t start = 0; start < length; start += kThreads) {
+      for (int d = lane; d < kDigits; d += 32) counts[warp][d] = 0;
+      __syncwarp();
+      const std::int64_t i = start + thread;
+      const std::int32_t slot = i < length ? slot_at(i) : 0;
+      const std::uint32_t mine = i < length ? digit(slot) : kDigits;
+      const unsigned peers = __match_any_sync(kAllLanes, mine);
+      const unsigned in_front = __popc(peers & ((1U << lane) - 1U));
+      if (in_front == 0 && i < length) counts[warp][mine] = __popc(peers);
+      __syncthreads();
+      for (int d = thread; d < kDigits; d += kThreads) {
+        std::uint32_t next = starts[d];
+        for (int w = 0; w < kThreads / 32; ++w) {
+          const std::uint32_t count = counts[w][d];
+          counts[w][d] = next;
+          next += count;
+        }
+        starts[d] = next;
+      }
+      __syncthreads();
+      if (i < length) to[counts[warp][mine] + in_front] = slot;
+      __syncthreads();
+    }
+    std::int32_t* const sorted = to;
+    to = from;
+    from = sorted;
   }
-  if (g == 0 && p == 0 && threadIdx.x == 0) {
-    layer.sequences[b].walked_at = layer.sequences[b].seen;
+  for (std::int64_t i = thread; i < length; i += kThreads)
+    to[from[i]] = static_cast<std::int32_t>(i);
+  scratch.order = from;
+  scratch.rank = to;
+  __syncthreads();
+}
+
+template <int kThreads>
+__device__ void add_mass(Shared<kThreads>& shared, int turn, int to, unsigned long long mass) {
+  const auto low = static_cast<std::uint32_t>(mass);
+  const std::uint32_t before = atomicAdd(&shared.masses.low[turn][to], low);
+  const auto high = static_cast<std::uint32_t>(mass >> 32U) + (before + low < low ? 1U : 0U);
+  if (high != 0) atomicAdd(&shared.masses.high[turn][to], high);
+}
+
+template <int kTopK, bool kWeighted, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    solve_kernel(Launch launch, LayerView shape, WalkRules rules, SolveRules solve, unsigned tasks,
+                 std::byte* scratch_bytes) {
+  constexpr int kRowWords = kWeighted ? 2 * kTopK : kTopK;
+  __shared__ Shared<kThreads> shared;
+  __shared__ unsigned long long sum;
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t slots = solve.scratch_slots;
+  scratch_bytes += std::int64_t{blockIdx.x} * slots * kBytesASlot;
+
+  for (unsigned index = blockIdx.x; index < tasks; index += gridDim.x) {
+    GraphTask task;
+    if (!find(launch, shape, index, task)) continue;
+    const LayerView& layer = layer_of(launch, shape, task);
+    const std::int64_t b = task.sequence;
+    const std::int64_t g = task.graph;
+    const int p = task.population;
+    const std::int64_t length = layer.counters->length;
+    const bool ordered = layer.counters->ordered != 0;
+    const std::int32_t* const positions = positions_of(layer, b, g);
+    const std::int32_t* const rows = row_of(layer, b, g, 0);
+    const RestartWeights weight = restart_weights(layer, rules, b, g, p);
+    const std::uint64_t weights = restart_table_of(layer, b, g, p).header->total;
+    const auto restart = [&](std::int64_t slot) -> unsigned long long {
+      if (weights == 0) return 0;
+      return __double2ull_rn(static_cast<double>(weight(slot)) / static_cast<double>(weights) *
+                             solve.unit);
+    };
+    Scratch scratch{.arrived = reinterpret_cast<unsigned long long*>(scratch_bytes),
+                    .order = reinterpret_cast<std::int32_t*>(scratch_bytes + slots * 8),
+                    .rank = reinterpret_cast<std::int32_t*>(scratch_bytes + slots * 12)};
+    for (std::int64_t j = thread; j < length; j += kThreads) scratch.arrived[j] = 0;
+    if (!ordered) {
+      sort_newest_first<kThreads>(shared, positions, length, layer.sequences[b].seen, scratch);
+    }
+    if (thread == 0) sum = 0;
+    __syncthreads();
+
+    unsigned long long total = 0;
+    for (std::int64_t start = 0; start < length; start += kThreads) {
+      const std::int64_t i = start + thread;
+      const std::int64_t slot = i >= length ? -1 : ordered ? length - 1 - i : scratch.order[i];
+      const std::int32_t position = slot >= 0 ? positions[slot] : -1;
+      // Where edges lead: into the run (from 0 on), behind it (~slot), nowhere (no width).
+      std::int32_t target[kTopK];
+      std::uint32_t width[kTopK];
+      std::uint64_t widths = 0;
+#pragma unroll
+      for (int k = 0; k < kTopK; ++k) width[k] = 0;
+      unsigned long long from_restart = 0;
+      unsigned long long mass = 0;
+      if (position >= 0) {
+        const auto* row = reinterpret_cast<const uint4*>(rows + slot * kRowWords);
+        std::uint32_t before = 0;
+#pragma unroll
+        for (int k = 0; k < kTopK; k += 4) {
+          const uint4 to = __ldg(row + k / 4);
+          target[k] = static_cast<std::int32_t>(to.x);
+          target[k + 1] = static_cast<std::int32_t>(to.y);
+          target[k + 2] = static_cast<std::int32_t>(to.z);
+          target[k + 3] = static_cast<std::int32_t>(to.w);
+          uint4 thresholds{1, 2, 3, 4};
+          if constexpr (kWeighted) thresholds = __ldg(row + (kTopK + k) / 4);
+          width[k] = thresholds.x - before;
+          width[k + 1] = thresholds.y - thresholds.x;
+          width[k + 2] = thresholds.z - thresholds.y;
+          width[k + 3] = thresholds.w - thresholds.z;
+          if constexpr (kWeighted) before = thresholds.w;
+        }
+        from_restart = restart(slot);
+        mass = from_restart + __ldcg(scratch.arrived + slot);
+#pragma unroll
+        for (int k = 0; k < kTopK; ++k) {
+          if (width[k] != 0 && !is_live(positions, position, target[k])) width[k] = 0;
+          widths += width[k];
+          if (width[k] == 0) continue;
+          const std::int64_t to =
+              (ordered ? length - 1 - target[k] : scratch.rank[target[k]]) - start;
+          target[k] = to < kThreads ? static_cast<std::int32_t>(to) : ~target[k];
+        }
+      }
+      const double share =
+          widths == 0 ? 0.0 : (1.0 - solve.restart_prob) / static_cast<double>(widths);
+      const auto part = [&](unsigned long long sent, std::uint32_t of) {
+        return __double2ull_rd(static_cast<double>(sent) * share * static_cast<double>(of));
+      };
+
+      shared.masses.low[0][thread] = 0;
+      shared.masses.high[0][thread] = 0;
+      shared.masses.low[1][thread] = 0;
+      shared.masses.high[1][thread] = 0;
+      unsigned long long waiting = mass;
+      int moved = 0;
+      int turn = 0;
+      __syncthreads();
+      do {
+        moved = 0;
+        if (waiting > mass >> kIdleShift) {
+#pragma unroll
+          for (int k = 0; k < kTopK; ++k) {
+            if (width[k] == 0 || target[k] < 0) continue;
+            const unsigned long long sent = part(waiting, width[k]);
+            if (sent == 0) continue;
+            add_mass<kThreads>(shared, turn, target[k], sent);
+            moved = 1;
+          }
+          waiting = 0;
+        }
+        moved = __syncthreads_or(moved);
+        const unsigned long long arriving = std::uint64_t{shared.masses.high[turn][thread]} << 32U |
+                                            shared.masses.low[turn][thread];
+        shared.masses.low[turn][thread] = 0;
+        shared.masses.high[turn][thread] = 0;
+        mass += arriving;
+        waiting += arriving;
+        turn ^= 1;
+      } while (moved != 0);
+
+      if (mass != 0) {
+        scratch.arrived[slot] = mass - from_restart;
+        total += mass;
+#pragma unroll
+        for (int k = 0; k < kTopK; ++k) {
+          if (width[k] == 0 || target[k] >= 0) continue;
+          const unsigned long long sent = part(mass, width[k]);
+          if (sent != 0) atomicAdd(scratch.arrived + ~target[k], sent);
+        }
+      }
+      __syncthreads();
+    }
+
+    for (int offset = 16; offset > 0; offset /= 2) {
+      total += __shfl_xor_sync(kAllLanes, total, offset);
+    }
+    if (thread % 32 == 0) atomicAdd(&sum, total);
+    __syncthreads();
+    const auto all_mass = static_cast<double>(sum);
+    const bool all = rules.population[p].count_restarts != 0;
+    float* const scores = scores_of(layer, b, g, p);
+    for (std::int64_t j = thread; j < length; j += kThreads) {
+      const auto mass =
+          static_cast<double>(__ldcg(scratch.arrived + j) + (all ? restart(j) : 0ULL));
+      const double visits =
+          all_mass > 0.0 ? static_cast<double>(solve.steps[p]) * (mass / all_mass) : 0.0;
+      if (layer.visits != nullptr) {
+        visits_of(layer, b, g, p)[j] = static_cast<std::uint32_t>(llround(visits));
+      }
+      scores[j] = static_cast<float>(__dadd_rn(__dmul_rn(solve.decay, scores[j]), visits));
+    }
+    if (g == 0 && p == 0 && thread == 0) {
+      layer.sequences[b].walked_at = layer.sequences[b].seen;
+    }
+    __syncthreads();  // the scratch is used again
   }
 }
+
+std::int64_t scratch_slots(std::int64_t capacity) { return (capacity + 1) / 2 * 2; }
 
 }  // namespace
 
-std::int64_t solve_scratch(const LayerView& layer) {
-  return std::int64_t{layer.batch} * layer.graphs * layer.populations * layer.capacity *
+std::int64_t solve_scratch(const LayerView& shape, std::int64_t graphs,
+                           std::int64_t most_capacity) {
+  return std::min(graphs * shape.populations, kMostSolvers) * scratch_slots(most_capacity) *
          kBytesASlot;
 }
 
-void launch_solve(const LayerView& layer, const WalkRules& rules, double restart_prob,
-                  std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
-                  std::int64_t extent, cudaStream_t stream) {
-  const std::int64_t sequences =
-      std::min<std::int64_t>(layer.batch - first_sequence, SequenceMarks::kMost);
-  const std::int64_t graphs = sequences * layer.graphs * layer.populations;
-  if (graphs <= 0 || layer.capacity == 0) return;
+void launch_solve(const LayerView* layers, int count, const LayerView& shape,
+                  const WalkRules& rules, double restart_prob, std::int64_t most_batch,
+                  std::int64_t most_capacity, std::int64_t most_extent, std::int64_t first_sequence,
+                  const SequenceMarks& marks, void* scratch, cudaStream_t stream) {
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
+  const std::int64_t tasks = count * launch.sequences * shape.graphs * shape.populations;
+  if (tasks <= 0 || most_capacity == 0) return;
   // All masses together are 1 / restart_prob, or as many as there are tokens if that is less.
-  const double most = std::min(1.0 / restart_prob, static_cast<double>(layer.capacity) + 1.0);
+  const double most = std::min(1.0 / restart_prob, static_cast<double>(most_capacity) + 1.0);
   SolveRules solve{.restart_prob = restart_prob,
                    .unit = std::exp2(62.0 - std::ceil(std::log2(most))),
                    .decay = rules.decay,
+                   .scratch_slots = scratch_slots(most_capacity),
                    .steps = {}};
   for (int p = 0; p < rules.populations; ++p) {
     solve.steps[p] = rules.population[p].walkers * rules.walk_length;
   }
-  launch_restart_tables(layer, rules, extent, first_sequence, marks, stream);
-  solve_kernel<<<static_cast<unsigned>(graphs), kTableThreads, 0, stream>>>(
-      layer, rules, solve, first_sequence, marks, static_cast<std::byte*>(scratch));
-  check(cudaGetLastError(), "solve_kernel");
+  launch_restart_tables(layers, count, shape, rules, most_batch, most_extent, first_sequence, marks,
+                        stream);
+  const auto launch_as = [&](auto kernel, int threads) {
+    kernel<<<static_cast<unsigned>(std::min(tasks, kMostSolvers)), static_cast<unsigned>(threads),
+             0, stream>>>(launch, shape, rules, solve, static_cast<unsigned>(tasks),
+                          static_cast<std::byte*>(scratch));
+    check(cudaGetLastError(), "solve_kernel");
+  };
+  switch (shape.top_k) {
+    case 4:
+      launch_as(shape.weighted ? solve_kernel<4, true, 1024> : solve_kernel<4, false, 1024>, 1024);
+      break;
+    case 8:
+      launch_as(shape.weighted ? solve_kernel<8, true, 1024> : solve_kernel<8, false, 1024>, 1024);
+      break;
+    case 16:
+      launch_as(shape.weighted ? solve_kernel<16, true, 512> : solve_kernel<16, false, 512>, 512);
+      break;
+    default:
+      launch_as(shape.weighted ? solve_kernel<32, true, 512> : solve_kernel<32, false, 512>, 512);
+  }
 }
 
 }  // namespace spectralkv::cuda

@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "cuda/cuda_check.h"
+#include "cuda/device/graph_tasks.cuh"
 #include "cuda/device/restart.cuh"
 #include "cuda/kernels.h"
 
@@ -23,48 +24,6 @@ constexpr std::int64_t kMostSteps = 32;
 /// Thread blocks that walks are spread over before they grow.
 constexpr std::int64_t kWalkBlocks = 128;
 constexpr int kAddThreads = 256;
-
-/// Which graph of a launch a number means.
-struct GraphTask {
-  int layer;
-  std::int64_t sequence;
-  std::int64_t graph;
-  int population;
-};
-
-struct Launch {
-  const LayerView* layers;  ///< null: the one that is handed over by value
-  std::int64_t sequences;
-  std::int64_t first_sequence;
-  SequenceMarks marks;
-};
-
-__device__ GraphTask task_of(std::int64_t index, const LayerView& shape, std::int64_t sequences) {
-  GraphTask task;
-  auto rest = static_cast<unsigned>(index);  // grids have less than 2^32 blocks
-  task.population = static_cast<int>(rest % static_cast<unsigned>(shape.populations));
-  rest /= static_cast<unsigned>(shape.populations);
-  task.graph = rest % static_cast<unsigned>(shape.graphs);
-  rest /= static_cast<unsigned>(shape.graphs);
-  task.sequence = rest % static_cast<unsigned>(sequences);
-  task.layer = static_cast<int>(rest / static_cast<unsigned>(sequences));
-  return task;
-}
-
-__device__ const LayerView& layer_of(const Launch& launch, const LayerView& shape,
-                                     const GraphTask& task) {
-  return launch.layers == nullptr ? shape : launch.layers[task.layer];
-}
-
-/// Which task a thread block has; false where its sequence takes no part.
-__device__ bool find(const Launch& launch, const LayerView& shape, std::int64_t index,
-                     GraphTask& task) {
-  task = task_of(index, shape, launch.sequences);
-  const bool marked = is_marked(launch.marks, task.sequence);
-  task.sequence += launch.first_sequence;
-  const LayerView& layer = layer_of(launch, shape, task);
-  return marked && task.sequence < layer.batch && !has_fault(layer);
-}
 
 /// First slot of ascending positions, without empty slots, that is `first` or above. One warp.
 __device__ std::int64_t first_slot_from(const std::int32_t* positions, std::int64_t length,
@@ -521,9 +480,7 @@ void launch_walkers_by_law(const Launch& launch, const LayerView& shape, const W
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
                  const SequenceMarks& marks, cudaStream_t stream) {
-  const Launch launch{layers,
-                      std::min<std::int64_t>(most_batch - first_sequence, SequenceMarks::kMost),
-                      first_sequence, marks};
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
   const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
   if (graphs <= 0) return;
   launch_prepare(launch, shape, rules, graphs, most_extent, true, stream);
@@ -547,14 +504,13 @@ void launch_walk(const LayerView* layers, int count, const LayerView& shape, con
   check(cudaGetLastError(), "accumulate_kernel");
 }
 
-void launch_restart_tables(const LayerView& layer, const WalkRules& rules, std::int64_t extent,
-                           std::int64_t first_sequence, const SequenceMarks& marks,
-                           cudaStream_t stream) {
-  const Launch launch{nullptr,
-                      std::min<std::int64_t>(layer.batch - first_sequence, SequenceMarks::kMost),
-                      first_sequence, marks};
-  const std::int64_t graphs = launch.sequences * layer.graphs * layer.populations;
-  if (graphs > 0) launch_prepare(launch, layer, rules, graphs, extent, false, stream);
+void launch_restart_tables(const LayerView* layers, int count, const LayerView& shape,
+                           const WalkRules& rules, std::int64_t most_batch,
+                           std::int64_t most_extent, std::int64_t first_sequence,
+                           const SequenceMarks& marks, cudaStream_t stream) {
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
+  const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
+  if (graphs > 0) launch_prepare(launch, shape, rules, graphs, most_extent, false, stream);
 }
 
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
@@ -563,7 +519,7 @@ void launch_restart_distribution(const LayerView& layer, const WalkRules& rules,
   SequenceMarks all{};
   std::fill(std::begin(all.bits), std::end(all.bits), ~0U);
   for (std::int64_t b = 0; b < layer.batch; b += SequenceMarks::kMost) {
-    launch_restart_tables(layer, rules, extent, b, all, stream);
+    launch_restart_tables(nullptr, 1, layer, rules, layer.batch, extent, b, all, stream);
   }
   const std::int64_t blocks = (extent + kAddThreads - 1) / kAddThreads;
   distribution_kernel<<<static_cast<unsigned>(layer.batch * layer.graphs * blocks), kAddThreads, 0,

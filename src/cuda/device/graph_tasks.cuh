@@ -1,0 +1,59 @@
+// Launches over many graphs: which graph of which layer a thread block has.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/device/graph_rows.cuh"
+#include "cuda/layer.h"
+
+namespace spectralkv::cuda {
+
+/// Graphs of `layers`, each with all its populations. All layers share what is not a pointer, batch
+/// or capacity.
+struct Launch {
+  const LayerView* layers;  ///< null: the one that is handed over by value
+  std::int64_t sequences;
+  std::int64_t first_sequence;
+  SequenceMarks marks;
+};
+
+inline Launch launch_of(const LayerView* layers, std::int64_t most_batch,
+                        std::int64_t first_sequence, const SequenceMarks& marks) {
+  return {.layers = layers,
+          .sequences = std::min<std::int64_t>(most_batch - first_sequence, SequenceMarks::kMost),
+          .first_sequence = first_sequence,
+          .marks = marks};
+}
+
+struct GraphTask {
+  int layer;
+  std::int64_t sequence;
+  std::int64_t graph;
+  int population;
+};
+
+__device__ inline const LayerView& layer_of(const Launch& launch, const LayerView& shape,
+                                            const GraphTask& task) {
+  return launch.layers == nullptr ? shape : launch.layers[task.layer];
+}
+
+/// The task of a number; false where its sequence takes no part.
+__device__ inline bool find(const Launch& launch, const LayerView& shape, unsigned index,
+                            GraphTask& task) {
+  const auto populations = static_cast<unsigned>(shape.populations);
+  const auto graphs = static_cast<unsigned>(shape.graphs);
+  const auto sequences = static_cast<unsigned>(launch.sequences);
+  task.population = static_cast<int>(index % populations);
+  index /= populations;
+  task.graph = index % graphs;
+  index /= graphs;
+  task.sequence = index % sequences;
+  task.layer = static_cast<int>(index / sequences);
+  const bool marked = is_marked(launch.marks, task.sequence);
+  task.sequence += launch.first_sequence;
+  const LayerView& layer = layer_of(launch, shape, task);
+  return marked && task.sequence < layer.batch && !has_fault(layer);
+}
+
+}  // namespace spectralkv::cuda
