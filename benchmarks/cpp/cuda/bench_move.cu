@@ -603,8 +603,6 @@ int run(int repeats) {
               ok ? "true" : "false");
   std::fflush(stdout);
   const double bandwidth = copy_bandwidth();
-  std::printf("{\"bench\": \"copy\", \"case\": \"2 GiB on the device\", \"gbs\": %.1f}\n",
-              1e-9 * bandwidth);
   Inputs inputs(kLength);
   for (const std::int64_t batch : {1, 8}) {
     for (const bool runs : {false, true}) {
