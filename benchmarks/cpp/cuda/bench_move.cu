@@ -452,8 +452,9 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
   const Cache cache(batch, timer.get());
   const std::vector<std::int64_t> counts(static_cast<std::size_t>(batch), kKept);
   const Buffer keep = to_device(keep_table(kLength, counts, runs));
-  const double bytes = 2.0 * 2.0 * static_cast<double>(batch * kHeads * kKept * kDim * kElement);
-  const auto report = [&](const char* bench, const Timing& timing) {
+  const auto report = [&](const char* bench, std::int64_t slot_bytes, const Timing& timing) {
+    // Read and written.
+    const double bytes = 2.0 * static_cast<double>(batch * kHeads * kKept * slot_bytes);
     const double rate = bytes / (timing.median * 1e-6);
     print(bench, case_of(batch, runs ? "runs of 64" : "random"), timing,
           {{"bytes", bytes},
@@ -481,7 +482,8 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
                                                   .sequence_stride = kHeads * kKept,
                                                   .head_stride = kKept,
                                                   .slot_stride = 1};
-  report("move", measure_cold(timer, repeats, [&] {
+  constexpr std::int64_t kCacheBytes = 2 * kDim * kElement;
+  report("move", kCacheBytes, measure_cold(timer, repeats, [&] {
            cuda::launch_move(jobs.data(), static_cast<int>(jobs.size()), batch, table, kKept,
                              fault.as<const cuda::FaultRecord>(), timer.get());
          }));
@@ -502,7 +504,9 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
       if (round > 0 || layer > 0) times.push_back(time);
     }
   }
-  report("compact", summarize(std::move(times)));
+  const std::int64_t graph_bytes =
+      manager.memory_use().graph_bytes / (layers * batch * kHeads * kLength);
+  report("compact", kCacheBytes + graph_bytes, summarize(std::move(times)));
 }
 
 void time_choice(std::int64_t batch, int repeats, TimingStream& timer, Inputs& inputs) {

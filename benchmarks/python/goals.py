@@ -1,0 +1,391 @@
+"""Prints the table of goals of docs/performance.md from measured figures.
+
+    python benchmarks/python/goals.py benchmarks/results/gpu-check-h200.json
+
+Reads reports of tools/gpu_check.py, reports of benchmarks/python/gpu.py, and lines of the C++
+benchmarks, in any number of files; of a figure found twice the last one counts. A goal without a
+figure stays in the table and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def flat_row(row: Line) -> Line:
+    """Turn a row of benchmarks/python/gpu.py into what a C++ benchmark would print."""
+    ours = row["ours"]
+    return {
+        "source": "python",
+        "bench": row["bench"],
+        "case": row["case"],
+        "us": ours["median"],
+        "us_quartiles": [ours["first_quartile"], ours["third_quartile"]],
+        "ratio": row.get("ratio"),
+        "best_rival": row.get("best_rival"),
+        **{
+            f"{name} us": timing["median"] for name, timing in sorted(row.get("rivals", {}).items())
+        },
+        **row.get("figures", {}),
+    }
+
+
+def lines_of(text: str) -> list[Line]:
+    """Read every figure of a file."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        return [{"source": "cpp", **line} for line in found]
+    if "stages" in whole:
+        lines: list[Line] = []
+        for stage in whole["stages"]:
+            lines += [{"source": "cpp", **line} for line in stage.get("lines", [])]
+            lines += [flat_row(row) for row in stage.get("report", {}).get("rows", [])]
+        return lines
+    if "rows" in whole:
+        return [flat_row(row) for row in whole["rows"]]
+    return [{"source": "cpp", **whole}]
+
+
+def find(lines: Iterable[Line], source: str, bench: str, *patterns: str) -> Line | None:
+    """Find the last line of a benchmark whose case matches all patterns."""
+    found = None
+    for line in lines:
+        if line.get("source") != source or line.get("bench") != bench:
+            continue
+        if all(re.search(pattern, line.get("case", "")) for pattern in patterns):
+            found = line
+    return found
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One row of the table."""
+
+    number: str
+    what: str
+    #: Line with the figure.
+    source: str
+    bench: str
+    case: tuple[str, ...]
+    #: The number that is held against the limit, its name in the line or a function of it.
+    value: str | Callable[[Line], float | None]
+    limit: float
+    #: Whether more is better.
+    at_least: bool
+    unit: str = ""
+    floor: Callable[[Line], str] = lambda _: "—"
+    #: What else must be true.
+    also: Callable[[Line], bool] = lambda _: True
+
+    def row(self, lines: Sequence[Line]) -> str:
+        """Markdown of the row."""
+        wanted = f"{'≥' if self.at_least else '≤'} {self.limit:g}{self.unit}"
+        line = find(lines, self.source, self.bench, *self.case)
+        value = None if line is None else self.number_in(line)
+        if line is None or value is None:
+            return f"| {self.number} | {self.what} | {wanted} | — | — | — | not measured |"
+        good = value >= self.limit if self.at_least else value <= self.limit
+        met = "yes" if good and self.also(line) else "**no**"
+        shown = f"{value:.3g}{self.unit}" if abs(value) < 100 else f"{value:,.0f}{self.unit}"
+        return (
+            f"| {self.number} | {self.what} | {wanted} | {self.floor(line)} | {figure_of(line)} "
+            f"| {shown} | {met} |"
+        )
+
+    def number_in(self, line: Line) -> float | None:
+        """Read what is held against the limit."""
+        value = self.value(line) if callable(self.value) else line.get(self.value)
+        return None if value is None else float(value)
+
+
+def figure_of(line: Line) -> str:
+    """Microseconds with quartiles."""
+    if "us" not in line:
+        return "—"
+    low, high = line.get("us_quartiles", (line["us"], line["us"]))
+    digits = 2 if line["us"] < 100 else 0
+    return f"{line['us']:,.{digits}f} us [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def floor_in_line(line: Line) -> str:
+    """The time that the line itself names."""
+    return f"{line['floor_us']:.1f} us" if "floor_us" in line else "—"
+
+
+def of_copy(line: Line) -> float | None:
+    """Part of the copy's rate."""
+    value = line.get("fraction_of_copy", line.get("of_copy"))
+    return None if value is None else float(value)
+
+
+def keys_floor(batch: int, length: int) -> Callable[[Line], str]:
+    """Time in which a copy's rate reads all keys."""
+
+    def floor(line: Line) -> str:
+        rate = line.get("copy_gbs", line.get("copy_GB/s"))
+        return "—" if rate is None else f"{batch * 8 * length * 256 / rate * 1e-3:.1f} us"
+
+    return floor
+
+
+def rival(line: Line) -> str:
+    """The fastest rival."""
+    best = line.get("best_rival")
+    return "—" if best is None else f"{best}: {line[f'{best} us']:,.0f} us"
+
+
+GOALS = (
+    *(
+        Goal(
+            "1",
+            f"update, B {batch}, 64k: part of the copy's rate",
+            "cpp",
+            "update",
+            (rf"\bB=?{batch}\b", r"S=?65536", "bf16", "group4|Hq=?32"),
+            of_copy,
+            limit,
+            True,
+            floor=keys_floor(batch, 65536),
+        )
+        for batch, limit in ((16, 0.85), (1, 0.70))
+    ),
+    *(
+        Goal(
+            "2",
+            f"update, B {batch}, 64k, over torch; top-K equal to fp64",
+            "python",
+            "update",
+            (rf"B={batch} S=65536",),
+            "ratio",
+            limit,
+            True,
+            "x",
+            floor=rival,
+            also=lambda line: line.get("equals_fp64") is True,
+        )
+        for batch, limit in ((1, 3.5), (16, 1.8))
+    ),
+    Goal(
+        "3",
+        "update, B 1, 4k, in graph replay",
+        "python",
+        "update",
+        (r"B=1 S=4096",),
+        "us",
+        8.0,
+        False,
+        " us",
+        floor=keys_floor(1, 4096),
+    ),
+    Goal(
+        "4",
+        "update_rows, 16k: part of cuBLAS's rate",
+        "python",
+        "update_rows",
+        (r"S=16384",),
+        "fraction_of_cublas",
+        0.5,
+        True,
+        floor=lambda line: f"{line['cublas_tflops']:.0f} TFLOP/s",
+        also=lambda line: line.get("equals_fp64") is True,
+    ),
+    Goal(
+        "4",
+        "update_rows, 16k, over chunked torch",
+        "python",
+        "update_rows",
+        (r"S=16384",),
+        "ratio",
+        8.0,
+        True,
+        "x",
+        floor=rival,
+    ),
+    *(
+        goal
+        for slots in (4096, 65536)
+        for goal in (
+            Goal(
+                "5",
+                f"walk, one graph of {slots} slots, over a dependent chase",
+                "cpp",
+                "walk",
+                (rf"k8 weighted, {slots} slots, recent$",),
+                "over_chase",
+                1.5,
+                False,
+                "x",
+                floor=lambda line: f"{line['us'] / line['over_chase']:.2f} us",
+            ),
+            Goal(
+                "5",
+                f"the same against the literal walk, {slots} slots",
+                "cpp",
+                "walk",
+                (rf"k8 weighted, {slots} slots, recent$",),
+                "literal_over",
+                1.3,
+                True,
+                "x",
+                floor=lambda line: f"literal: {line['us'] * line['literal_over']:.2f} us",
+            ),
+            Goal(
+                "5",
+                f"the same against torch as a CUDA graph, {slots} slots",
+                "python",
+                "walk",
+                (rf"N={slots} ",),
+                "ratio",
+                10.0,
+                True,
+                "x",
+                floor=rival,
+            ),
+        )
+    ),
+    Goal(
+        "6",
+        "walk, 256 graphs, rows in L2",
+        "cpp",
+        "walk 256 graphs",
+        (r"k8 weighted", r"recent and novelty"),
+        lambda line: line.get("G_steps_per_s") if line.get("rows_MiB", 99) < 40 else None,
+        20.0,
+        True,
+        " G steps/s",
+    ),
+    *(
+        Goal(
+            "7",
+            f"walk's best fifth against the exact solver's, 25 N visits, {kind}",
+            "python",
+            "overlap",
+            (kind,),
+            "overlap",
+            0.9,
+            True,
+        )
+        for kind in ("hubs", "even popularity")
+    ),
+    Goal(
+        "7",
+        "exact sweep, 64k: error against scipy",
+        "python",
+        "solve",
+        (r"N=65536",),
+        "relative_error_to_scipy",
+        1e-5,
+        False,
+    ),
+    Goal(
+        "7",
+        "exact sweep, 64k: time",
+        "python",
+        "solve",
+        (r"N=65536",),
+        "us",
+        3000.0,
+        False,
+        " us",
+        floor=rival,
+    ),
+    *(
+        goal
+        for batch in (1, 8)
+        for goal in (
+            Goal(
+                "8",
+                f"compaction of keys and values, B {batch}, 64k to 20 %: part of the copy's rate",
+                "cpp",
+                "move",
+                (rf"B={batch} ", r"random$"),
+                of_copy,
+                0.8,
+                True,
+                floor=floor_in_line,
+            ),
+            Goal(
+                "8",
+                f"the whole call, B {batch}, with checks and the graph's own rows",
+                "cpp",
+                "compact",
+                (rf"B={batch} ", r"random$"),
+                of_copy,
+                0.8,
+                True,
+                floor=floor_in_line,
+            ),
+            Goal(
+                "8",
+                f"the whole call, B {batch}, over torch.gather",
+                "python",
+                "compact",
+                (rf"B={batch} ",),
+                "over_gather",
+                3.0,
+                True,
+                "x",
+                floor=lambda line: f"gather: {line['torch.gather us']:,.0f} us",
+                also=lambda line: line.get("equals_gather") is True,
+            ),
+        )
+    ),
+    Goal(
+        "8",
+        "slot reuse, B 8: old bytes moved",
+        "cpp",
+        "reuse",
+        (r"B=8 ",),
+        "old_bytes_moved",
+        0.0,
+        False,
+    ),
+    Goal(
+        "9",
+        "walk of 256 graphs beside every decode step: slower by",
+        "python",
+        "interference",
+        (),
+        lambda line: 100 * line["slower_by"],
+        0.3,
+        False,
+        " %",
+        floor=lambda line: f"noise {100 * line['noise']:.2f} %",
+    ),
+)
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Render the goals as Markdown."""
+    head = [
+        "| | what | goal | floor or rival | figure [quartiles] | reached | met |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(goal.row(lines) for goal in GOALS)])
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    lines: list[Line] = []
+    for path in arguments.files:
+        lines += lines_of(path.read_text())
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
