@@ -1,0 +1,274 @@
+"""tools/gpu_check.py and the goals' table: what needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(path: str) -> ModuleType:
+    """Import a script by its path."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+check = load("tools/gpu_check.py")
+goals = load("benchmarks/python/goals.py")
+
+CTEST = """
+    Start 1: PhiloxGpu.DrawsWhatTheCpuDraws
+1/3 Test #1: PhiloxGpu.DrawsWhatTheCpuDraws ...   Passed    0.61 sec
+2/3 Test #2: Slots.MayLeaveAGap/cuda ..........***Failed    0.40 sec
+3/3 Test #3: Devices.TwoOfThem ................***Skipped   0.30 sec
+
+{percent}% tests passed, {failed} tests failed out of 3
+"""
+
+
+def test_ctest_counts() -> None:
+    assert check.parse_ctest(CTEST.format(percent=100, failed=0)) == {
+        "tests": 3,
+        "failed": 0,
+        "skipped": 1,
+    }
+
+
+def test_ctest_failures_keep_their_names() -> None:
+    output = CTEST.format(percent=67, failed=1) + (
+        "\nThe following tests FAILED:\n\t  2 - Slots.MayLeaveAGap/cuda (Failed)\n"
+    )
+    with pytest.raises(check.ResultError, match="1 of 3 tests failed") as caught:
+        check.parse_ctest(output)
+    assert caught.value.figures["failures"] == ["Slots.MayLeaveAGap/cuda"]
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("100% tests passed, 0 tests failed out of 0", "no test ran"),
+        (
+            "1/1 Test #1: A.B ...***Skipped 0.1 sec\n100% tests passed, 0 tests failed out of 1",
+            "no",
+        ),
+        ("ninja: error", "no summary"),
+    ],
+)
+def test_ctest_without_a_test_is_no_success(output: str, why: str) -> None:
+    with pytest.raises(check.CheckError, match=why):
+        check.parse_ctest(output)
+
+
+def junit(body: str, **counts: int) -> str:
+    """One suite."""
+    numbers = " ".join(f'{name}="{count}"' for name, count in counts.items())
+    return f"<testsuites><testsuite {numbers}>{body}</testsuite></testsuites>"
+
+
+def test_junit_counts() -> None:
+    skip = '<testcase classname="t" name="a"><skipped message="no jax"/></testcase>'
+    figures = check.parse_junit(junit(skip, tests=4, failures=0, errors=0, skipped=1))
+    assert figures == {"tests": 4, "failed": 0, "skipped": 1, "skip_reasons": ["no jax"]}
+
+
+def test_junit_failures_and_nothing_run() -> None:
+    body = '<testcase classname="t" name="a"><failure/></testcase>'
+    with pytest.raises(check.ResultError, match="1 of 2") as caught:
+        check.parse_junit(junit(body, tests=2, failures=1, errors=0, skipped=0))
+    assert caught.value.figures["failures"] == ["t::a"]
+    with pytest.raises(check.CheckError, match="no test ran"):
+        check.parse_junit(junit("", tests=3, failures=0, errors=0, skipped=3))
+    with pytest.raises(check.CheckError, match="no readable report"):
+        check.parse_junit("")
+
+
+def test_sanitizer_summaries() -> None:
+    clean = (
+        "[  PASSED  ] 120 tests.\n[  SKIPPED ] 2 tests, listed below:\n"
+        "========= LEAK SUMMARY: 0 bytes leaked in 0 allocations\n"
+        "========= ERROR SUMMARY: 0 errors\n"
+    )
+    figures = check.parse_sanitizer(clean)
+    assert figures["tests"] == 120
+    assert figures["skipped"] == 2
+    assert len(figures["summaries"]) == 2
+    races = "[  PASSED  ] 9 tests.\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors)"
+    with pytest.raises(check.ResultError, match="3 hazards"):
+        check.parse_sanitizer(races)
+    leak = clean.replace("0 bytes leaked in 0", "64 bytes leaked in 1")
+    with pytest.raises(check.ResultError, match="64 bytes"):
+        check.parse_sanitizer(leak)
+    with pytest.raises(check.CheckError, match="no summary"):
+        check.parse_sanitizer("Error: target application not found")
+    with pytest.raises(check.CheckError, match="no test ran"):
+        check.parse_sanitizer("[  PASSED  ] 0 tests.\n========= ERROR SUMMARY: 0 errors\n")
+
+
+def test_benchmark_lines() -> None:
+    output = 'NVIDIA H200\n{"bench": "walk", "case": "a", "us": 3.5}\nchecked\n'
+    assert check.parse_lines(output)["lines"] == [{"bench": "walk", "case": "a", "us": 3.5}]
+    for bad, why in (("checked\n", "no figure"), ('{"bench": nan\n', "not JSON")):
+        with pytest.raises(check.CheckError, match=why):
+            check.parse_lines(bad)
+
+
+def stage(name: str, code: str, **options: Any) -> Any:
+    """A stage that runs Python code."""
+    options = {"limit": 20.0, **options}
+    return check.Stage(name, [sys.executable, "-c", code], **options)
+
+
+def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    results = check.run_groups(
+        [
+            [
+                stage("build", "print('built')"),
+                stage("test", "raise SystemExit(3)", needs=("build", "not selected")),
+                stage("hang", "import time; time.sleep(60)", limit=1.0),
+            ],
+            [
+                stage("silent", "print('x')", parse=check.parse_lines),
+                stage("after", "print('x')", needs=("test",)),
+                check.Stage("absent", ["/no/such/program"], limit=5.0),
+            ],
+        ],
+        60.0,
+        tmp_path,
+    )
+    verdicts = {result.name: result.verdict for result in results}
+    assert verdicts == {
+        "build": "passed",
+        "test": "failed",
+        "hang": "timed out",
+        "silent": "failed",
+        "after": "not run",
+        "absent": "failed",
+    }
+    assert time.monotonic() - start < 30
+    why = {result.name: result.why for result in results}
+    assert why["test"] == "exit status 3"
+    assert why["silent"] == "the benchmark printed no figure"
+    assert why["after"] == "test did not pass"
+    assert results[3].tail == ["x"]
+    assert "build" in capsys.readouterr().out
+
+
+def test_no_time_left_runs_nothing(tmp_path: Path) -> None:
+    results = check.run_groups([[stage("one", "print(1)")]], 0.5, tmp_path)
+    assert [(r.verdict, r.why) for r in results] == [("not run", "no time was left")]
+
+
+def test_children_do_not_outlive_a_stage(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    child = f"import time, pathlib; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    code = (
+        "import subprocess, sys, pathlib, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"while not pathlib.Path({str(started)!r}).exists(): time.sleep(0.01)\n"
+        "print(child.pid)"
+    )
+    check.run_stage(stage("parent", code), 20.0, tmp_path)
+    pid = int((tmp_path / "parent.log").read_text())
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(200):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} still runs")
+
+
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = tmp_path / "report.json"
+    status = check.main(["--output", str(report), "--build-dir", str(tmp_path), "--commit", "abc"])
+    assert status == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().out
+    written = json.loads(report.read_text())
+    assert written["passed"] is False
+    assert written["commit"] == "abc"
+
+
+def test_the_plan_knows_its_stages(tmp_path: Path) -> None:
+    arguments = check.parse_arguments(["--googletest", "/somewhere"])
+    groups = check.plan(arguments, "90", tmp_path)
+    names = [stage.name for group in groups for stage in group]
+    assert sorted(names) == sorted(check.stage_names())
+    for group in groups:
+        for one in group:
+            assert set(one.needs) <= set(names)
+    timed = [group for group in groups if group[0].name in (*check.BENCHMARKS, "compare")]
+    assert all(len(group) == 1 for group in timed)
+
+
+# ---- the goals
+
+
+ROW = {
+    "bench": "update",
+    "case": "B=1 S=65536 bf16 Hq=32 Hkv=8 D=128 K=8, graph replay",
+    "ours": {"median": 40.0, "first_quartile": 39.0, "third_quartile": 41.0},
+    "rivals": {"torch bf16": {"median": 200.0, "first_quartile": 190, "third_quartile": 210}},
+    "best_rival": "torch bf16",
+    "ratio": 5.0,
+    "figures": {"equals_fp64": True},
+}
+MOVE = {
+    "bench": "move",
+    "case": "B=8 S=65536 to 20 % Hkv=8 D=128 bf16 random",
+    "us": 314.0,
+    "us_quartiles": [313.0, 315.0],
+    "floor_us": 250.0,
+    "fraction_of_copy": 0.796,
+}
+
+
+def rows_with(lines: list[Any], what: str) -> list[str]:
+    """Rows of the table that speak of something."""
+    return [row for row in goals.table(lines).splitlines() if what in row]
+
+
+def test_goals_of_a_whole_report() -> None:
+    report = {
+        "stages": [
+            {"stage": "bench_move", "lines": [MOVE]},
+            {"stage": "compare", "report": {"rows": [ROW]}},
+        ]
+    }
+    lines = goals.lines_of(json.dumps(report))
+    (met,) = rows_with(lines, "update, B 1, 64k, over torch")
+    assert met.endswith("| torch bf16: 200 us | 40.00 us [39.00, 41.00] | 5x | yes |")
+    (missed,) = rows_with(lines, "keys and values, B 8")
+    assert missed.endswith("| 250.0 us | 314 us [313, 315] | 0.796 | **no** |")
+    (unknown,) = rows_with(lines, "256 graphs, rows in L2")
+    assert unknown.endswith("not measured |")
+
+
+def test_a_wrong_result_meets_no_goal() -> None:
+    wrong = {**ROW, "figures": {"equals_fp64": False}}
+    (row,) = rows_with(goals.lines_of(json.dumps({"rows": [wrong]})), "B 1, 64k, over torch")
+    assert row.endswith("| 5x | **no** |")
+
+
+def test_the_last_figure_counts_and_lines_are_read() -> None:
+    better = {**MOVE, "fraction_of_copy": 0.9}
+    lines = goals.lines_of("checked\n" + json.dumps(MOVE) + "\n" + json.dumps(better) + "\n")
+    (row,) = rows_with(lines, "keys and values, B 8")
+    assert row.endswith("| 0.9 | yes |")
