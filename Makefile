@@ -30,11 +30,11 @@ CXX_SOURCES = $(shell find include src python/src cpp_tests benchmarks examples 
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
 PY_SOURCES = python tests benchmarks examples tools
 
-.PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench clean distclean FORCE
+.PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench gpu-check clean distclean FORCE
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
-	@echo '  Variables: CUDA=ON|OFF ($(CUDA)), PYTHON ($(PYTHON)), JOBS ($(JOBS)), VENV ($(VENV))'
+	@echo '  Variables: CUDA=ON|OFF ($(CUDA)), PYTHON ($(PYTHON)), JOBS ($(JOBS)), VENV ($(VENV)), GPU_CHECK (its options)'
 
 venv: $(STAMPS)/build $(STAMPS)/dev ## The Python environment with all tools, in .venv
 
@@ -132,6 +132,11 @@ bench: $(STAMPS)/dev $(STAMPS)/runtime ## Benchmarks: every stage in C++, and be
 	@build/bench/benchmarks/cpp/spectralkv_benchmarks
 	$(step) 'beside numpy, scipy and torch'
 	@$(BIN)/python benchmarks/python/cpu.py --output build/bench/cpu.json --markdown build/bench/cpu.md
+
+# Takes the machine's own Python: torch for CUDA and cupy are not among what .venv installs.
+gpu-check: $(DEBS)/googletest.stamp ## On a machine with an NVIDIA GPU: build, tests, sanitizers, benchmarks, one JSON
+	$(step) 'GPU check'
+	@$(BASE_PYTHON) tools/gpu_check.py --jobs $(JOBS) $(GPU_CHECK)
 
 # ---- the look of the code
 
