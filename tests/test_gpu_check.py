@@ -272,3 +272,19 @@ def test_the_last_figure_counts_and_lines_are_read() -> None:
     lines = goals.lines_of("checked\n" + json.dumps(MOVE) + "\n" + json.dumps(better) + "\n")
     (row,) = rows_with(lines, "keys and values, B 8")
     assert row.endswith("| 0.9 | yes |")
+
+
+def test_the_table_goes_between_the_marks() -> None:
+    page = "a\n<!-- goals: begin -->\nold\n<!-- goals: end -->\nb\n"
+    assert goals.insert(page, "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="marks"):
+        goals.insert("no marks", "new")
+    report = {name: name for name in ("device", "driver", "cuda", "commit", "command")}
+    expected = "device, driver driver, CUDA cuda, commit commit: `command`\n\n"
+    assert goals.origin(json.dumps(report)) == expected
+    assert goals.origin(json.dumps(MOVE)) == ""
+
+
+def test_the_performance_page_has_the_marks() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    assert goals.insert(page, "x") != page

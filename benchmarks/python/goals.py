@@ -1,10 +1,12 @@
-"""Prints the table of goals of docs/performance.md from measured figures.
+r"""Prints the table of goals of docs/performance.md from measured figures.
 
-    python benchmarks/python/goals.py benchmarks/results/gpu-check-h200.json
+    python benchmarks/python/goals.py benchmarks/results/gpu-check-h200.json \
+        --into docs/performance.md
 
-Reads reports of tools/gpu_check.py, reports of benchmarks/python/gpu.py, and lines of the C++
-benchmarks, in any number of files; of a figure found twice the last one counts. A goal without a
-figure stays in the table and says so.
+With --into the table of that page is replaced, without it the table is printed. Reads reports of
+tools/gpu_check.py, reports of benchmarks/python/gpu.py, and lines of the C++ benchmarks, in any
+number of files; of a figure found twice the last one counts. A goal without a figure stays in the
+table and says so.
 """
 
 from __future__ import annotations
@@ -375,15 +377,48 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([*head, *(goal.row(lines) for goal in GOALS)])
 
 
+def origin(text: str) -> str:
+    """Say where a report's figures come from."""
+    try:
+        report = json.loads(text)
+    except json.JSONDecodeError:
+        return ""
+    names = ("device", "driver", "cuda", "commit", "command")
+    if not all(isinstance(report.get(name), str) for name in names):
+        return ""
+    return (
+        f"{report['device']}, driver {report['driver']}, CUDA {report['cuda']}, commit "
+        f"{report['commit']}: `{report['command']}`\n\n"
+    )
+
+
+def insert(page: str, table_text: str) -> str:
+    """Replace what stands between the page's two marks."""
+    begin, end = "<!-- goals: begin -->", "<!-- goals: end -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the page must have the marks {begin} and {end}")
+    return f"{before}{begin}\n{table_text}\n{end}{after}"
+
+
 def main() -> int:
-    """Print the table."""
+    """Print the table, or put it into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--into", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
     lines: list[Line] = []
+    origins = ""
     for path in arguments.files:
-        lines += lines_of(path.read_text())
-    print(table(lines))
+        text = path.read_text()
+        lines += lines_of(text)
+        origins += origin(text)
+    if arguments.into is None:
+        print(origins + table(lines))
+    else:
+        page = arguments.into.read_text()
+        arguments.into.write_text(insert(page, origins + table(lines)))
     return 0
 
 
