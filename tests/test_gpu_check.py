@@ -169,6 +169,20 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "build" in capsys.readouterr().out
 
 
+def test_shards_share_the_tests(tmp_path: Path) -> None:
+    code = "import os; print('[  PASSED  ]', int(os.environ['GTEST_SHARD_INDEX']) + 1, 'tests.')"
+    code += "; print('========= ERROR SUMMARY: 0 errors')"
+    parts = stage("parts", code, shards=3, parse=check.parse_sanitizer)
+    result = check.run_stage(parts, 20.0, tmp_path)
+    assert result.verdict == "passed"
+    assert result.figures["tests"] == 6
+    assert len(result.figures["summaries"]) == 3
+    code += "; raise SystemExit(86 * (os.environ['GTEST_SHARD_INDEX'] == '1'))"
+    parts = stage("parts", code, shards=3, parse=check.parse_sanitizer)
+    result = check.run_stage(parts, 20.0, tmp_path)
+    assert (result.verdict, result.why) == ("failed", "exit status 86")
+
+
 def test_no_time_left_runs_nothing(tmp_path: Path) -> None:
     results = check.run_groups([[stage("one", "print(1)")]], 0.5, tmp_path)
     assert [(r.verdict, r.why) for r in results] == [("not run", "no time was left")]

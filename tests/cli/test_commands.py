@@ -68,6 +68,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["spectralkv"] == spectralkv.__version__
     assert facts["built_with_cuda"] is spectralkv.built_with_cuda()
+    assert len(facts["cuda_devices"]) == spectralkv.cuda_device_count()
+    assert (facts["cuda_backend"] == "available") == bool(facts["cuda_devices"])
+    assert facts["cuda_backend"] in ("available", spectralkv.cuda_status())
+    assert "torch" in facts["torch_cuda"]
     assert facts["core_threads"] >= 1
     assert "spectral" in facts["policies"]
     assert main(["info"]) == 0
@@ -77,6 +81,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("source", ["prompt", "file", "stdin"])
 def test_generate_streams_to_standard_output(
     source: str,
+    device: str,
     model_folder: Path,
     text_file: Path,
     capsys: pytest.CaptureFixture[str],
@@ -90,13 +95,14 @@ def test_generate_streams_to_standard_output(
     pipe = SimpleNamespace(buffer=io.BytesIO(make_text(300).encode()), isatty=lambda: False)
     monkeypatch.setattr(sys, "stdin", pipe)
     command = ["generate", "--model", str(model_folder), "--max-new-tokens", "12", *SMALL]
-    assert main([*command, *given]) == 0
+    assert main([*command, *given, "--device", device]) == 0
     captured = capsys.readouterr()
     assert captured.out.endswith("\n")
     assert len(captured.out) > 1
     assert "budget" in captured.err
     assert "60 tokens" in captured.err  # 20 % of 300
     assert "decode tokens/s" in captured.err
+    assert f"float32 on {device}" in captured.err
 
 
 def test_generate_takes_policies_budgets_and_seeds(
@@ -116,12 +122,17 @@ def test_generate_takes_policies_budgets_and_seeds(
 
 
 def test_perplexity_writes_table_curves_and_json(
-    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "results"
     command = ["evaluate", "perplexity", str(text_file), "-m", str(model_folder), *SMALL]
     command += ["--policy", "spectral", "--policy", "H2O", "--policy", "h2o"]
     command += ["--budget", "50", "--budget", "0.3", "--chunk", "16", "--output", str(output)]
+    command += ["--device", device]
     assert main(command) == 0
     shown = capsys.readouterr().out
     for word in ("spectral", "h2o", "full", "small sample", "perplexity.json"):
@@ -132,18 +143,26 @@ def test_perplexity_writes_table_curves_and_json(
     assert content["first_scored"] == 90
     assert content["model"] == "tiny-llama"
     assert content["text"] == "text.txt"
-    assert {"commit", "device", "packages", "spectralkv", "threads"} <= set(content["environment"])
+    environment = content["environment"]
+    assert {"commit", "device_name", "packages", "spectralkv", "threads"} <= set(environment)
+    assert (environment["device"], environment["dtype"]) == (device, "float32")
+    assert ("cuda_driver" in environment) == (device == "cuda")
     for picture in ("budgets.png", "running.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in json.dumps(content)
 
 
 def test_inspect_writes_both_heat_maps(
-    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "seen"
     command = ["inspect", str(text_file), "-m", str(model_folder), "--output", str(output)]
-    assert main([*command, "--policy", "snapkv", "--budget", "0.3", *SMALL]) == 0
+    command += ["--policy", "snapkv", "--budget", "0.3", "--device", device]
+    assert main([*command, *SMALL]) == 0
     assert "each head kept 90" in capsys.readouterr().out
     assert (output / "heatmap.png").stat().st_size > 1000
     assert "snapkv" in (output / "heatmap.html").read_text(encoding="utf-8")
@@ -270,3 +289,12 @@ def test_an_interruption_is_quiet(
     monkeypatch.setattr("spectralkv.cli.console.settings_of", interrupted)
     assert main(["inspect"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_the_type_of_the_weights_can_be_chosen(
+    device: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "-m", str(model_folder), "--prompt", make_text(120), *SMALL]
+    command += ["--max-new-tokens", "4", "--device", device, "--dtype", "bfloat16"]
+    assert main(command) == 0
+    assert f"bfloat16 on {device}" in capsys.readouterr().err

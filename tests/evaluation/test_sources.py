@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from spectralkv import policies
 from spectralkv.evaluation import (
     Budget,
     CacheSettings,
@@ -19,6 +20,7 @@ from spectralkv.evaluation import (
     LoadedModel,
     MissingDependencyError,
     PolicySpec,
+    create_cache,
     create_policy,
     demo_text,
     load_demo_model,
@@ -172,6 +174,30 @@ def test_a_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
     assert not loaded.model.training
 
 
+def test_weights_have_the_type_that_suits_the_device(tmp_path: Path, device: str) -> None:
+    tiny = make_loaded()
+    tiny.model.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer.save_pretrained(tmp_path / "wide")
+    half = load_model(tmp_path / "wide", dtype="float16")
+    half.model.save_pretrained(tmp_path / "half")
+    tiny.tokenizer.save_pretrained(tmp_path / "half")
+    loaded = load_model(tmp_path / "half", device=device)
+    assert loaded.dtype == ("float32" if device == "cpu" else "float16")
+    assert loaded.model.device.type == device
+    assert load_model(tmp_path / "wide", device=device).dtype == "float32"
+
+
+def test_spectral_needs_its_backend_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import spectralkv
+
+    monkeypatch.setattr(spectralkv, "cuda_device_count", lambda: 0)
+    monkeypatch.setattr(spectralkv, "cuda_status", lambda: "no driver")
+    model = SimpleNamespace(device=SimpleNamespace(type="cuda"), config=make_loaded().model.config)
+    with pytest.raises(EvaluationError, match=r"Spectral cannot follow: no driver"):
+        create_cache(model, policies.Spectral(budget=100))
+    create_cache(model, policies.H2O(budget=100))
+
+
 def test_unknown_models_and_devices_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
@@ -183,7 +209,7 @@ def test_unknown_models_and_devices_are_refused(tmp_path: Path) -> None:
         (tmp_path / "weights.bin", {}, "a hub name, a folder or a .gguf file"),
         (tmp_path / "empty", {}, "cannot load the model"),
         (tmp_path / "broken.gguf", {}, "cannot load the model"),
-        ("any", {"dtype": "int3"}, "dtype must be one of float32"),
+        ("any", {"dtype": "int3"}, "dtype must be one of auto, float32, float16, bfloat16"),
         ("any", {"device": "abacus"}, "device must be cpu, cuda or cuda:N, got 'abacus'"),
         ("any", {"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'"),
     ):

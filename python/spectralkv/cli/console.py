@@ -28,7 +28,12 @@ GgufFileOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="Weights in memory: float32, float16 or bfloat16.")
+    str,
+    typer.Option(
+        "--dtype",
+        help="Weights in memory: float32, float16, bfloat16, or auto: float32 on the CPU, on CUDA "
+        "the model's own, bfloat16 for a GGUF.",
+    ),
 ]
 PolicyOption = Annotated[
     str, typer.Option("--policy", help="Name, or name:option=value,option=value.")
@@ -148,7 +153,7 @@ def load(model: str, *, gguf_file: str, dtype: str, device: str) -> LoadedModel:
 
     with working(f"loading {model}"):
         if model == DEMO_MODEL:
-            return load_demo_model(device=device)
+            return load_demo_model(dtype=dtype, device=device)
         return load_model(model, gguf_file=gguf_file or None, dtype=dtype, device=device)
 
 

@@ -17,6 +17,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the report and the pictures.")] = Path(
         "build/demo"
     ),
+    dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
     new_tokens: Annotated[
         int, typer.Option(help="Tokens by which each cache continues the document.")
@@ -26,24 +27,24 @@ def demo(
     from spectralkv.evaluation import DemoConfig, EvaluationError, demo_text, run_demo, write_demo
     from spectralkv.evaluation.datasets import DEMO_TITLE
     from spectralkv.evaluation.models import resolve_device
-    from spectralkv.evaluation.report import make_folder
+    from spectralkv.evaluation.report import device_name, make_folder
 
     if new_tokens < 1:
         raise EvaluationError(f"--new-tokens must be at least 1, got {new_tokens}")
     device = resolve_device(device)
     make_folder(output)
-    loaded = shared.load(shared.DEMO_MODEL, gguf_file="", dtype="float32", device=device)
+    loaded = shared.load(shared.DEMO_MODEL, gguf_file="", dtype=dtype, device=device)
     with shared.progress_bar() as progress:
         result = run_demo(
             loaded, demo_text(), DemoConfig(new_tokens=new_tokens), on_progress=progress
         )
-    files = write_demo(result, output, title=DEMO_TITLE, device=device)
-    show(result)
+    files = write_demo(result, output, title=DEMO_TITLE, device=device, dtype=loaded.dtype)
+    show(result, where=f"{loaded.dtype} on {device_name(device)}")
     for what, path in files.items():
         typer.echo(f"{what + ':':<22}{path}")
 
 
-def show(result: DemoResult) -> None:
+def show(result: DemoResult, *, where: str) -> None:
     """Print the table, the verdict and the beginnings of the continuations."""
     from rich.console import Console
     from rich.table import Table
@@ -52,7 +53,7 @@ def show(result: DemoResult) -> None:
     perplexity = result.perplexity
     length = perplexity.sequence_lengths[0]
     table = Table(
-        title=f"{perplexity.model}, {length:,} tokens read, budget {result.budget}",
+        title=f"{perplexity.model}, {where}: {length:,} tokens read, budget {result.budget}",
         caption=perplexity.sample_note,
         caption_justify="left",
     )

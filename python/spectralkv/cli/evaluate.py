@@ -43,7 +43,7 @@ def perplexity(
     ),
     model: shared.ModelOption = shared.DEMO_MODEL,
     gguf_file: shared.GgufFileOption = "",
-    dtype: shared.DtypeOption = "float32",
+    dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
 ) -> None:
     """Stream a text through evicting caches and report its perplexity.
@@ -84,24 +84,24 @@ def perplexity(
     document = {
         **result.to_json(),
         "text": "demo" if not text else Path(text).name if text != "-" else "standard input",
-        "environment": report.environment(device),
+        "environment": report.environment(device, loaded.dtype),
     }
     files = [output / "perplexity.json", output / "budgets.png", output / "running.png"]
     report.write_json(files[0], document)
     plots.plot_budgets(result, files[1])
     plots.plot_running(result, files[2])
-    _show(result)
+    _show(result, where=f"{loaded.dtype} on {report.device_name(device)}")
     for path in files:
         typer.echo(str(path))
 
 
-def _show(result: PerplexityResult) -> None:
+def _show(result: PerplexityResult, *, where: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        title=f"{result.model}: streaming perplexity, {result.chunk} tokens at a time",
+        title=f"{result.model}, {where}: streaming perplexity, {result.chunk} tokens at a time",
         caption="Nats a token above the full cache are paired, with a 95 % bootstrap interval. "
         f"{result.sample_note}",
         caption_justify="left",

@@ -36,7 +36,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     chunk: shared.ChunkOption = 256,
     gguf_file: shared.GgufFileOption = "",
-    dtype: shared.DtypeOption = "float32",
+    dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
 ) -> None:
     """Continue a prompt from --prompt, --prompt-file or standard input.
@@ -46,6 +46,7 @@ def generate(
     from spectralkv import evaluation
     from spectralkv.evaluation.generation import continue_text, prefill
     from spectralkv.evaluation.models import resolve_device
+    from spectralkv.evaluation.report import device_name
     from spectralkv.evaluation.specs import FULL
 
     spec = evaluation.PolicySpec.parse(policy)
@@ -88,7 +89,13 @@ def generate(
         on_text=write,
     )
     write("\n")
-    _show(result, prompt_tokens=len(tokens), policy=spec.label, budget=limit)
+    _show(
+        result,
+        prompt_tokens=len(tokens),
+        policy=spec.label,
+        budget=limit,
+        where=f"{loaded.dtype} on {device_name(device)}",
+    )
 
 
 def _prompt(prompt: str, prompt_file: str) -> str:
@@ -115,7 +122,9 @@ def _encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     return list(ids)
 
 
-def _show(result: Generation, *, prompt_tokens: int, policy: str, budget: int | None) -> None:
+def _show(
+    result: Generation, *, prompt_tokens: int, policy: str, budget: int | None, where: str
+) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -123,6 +132,7 @@ def _show(result: Generation, *, prompt_tokens: int, policy: str, budget: int | 
     table.add_column(justify="right")
     rate = "-" if result.tokens_per_s is None else f"{result.tokens_per_s:.1f}"
     for name, value in (
+        ("model", where),
         ("policy", policy),
         ("budget", "all tokens" if budget is None else f"{budget:,} tokens"),
         ("prompt", f"{prompt_tokens:,} tokens in {result.prefill_seconds:.1f} s"),

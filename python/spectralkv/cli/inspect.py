@@ -25,7 +25,7 @@ def inspect(
     output: Annotated[Path, typer.Option(help="Folder for the heat maps.")] = Path("build/inspect"),
     model: shared.ModelOption = shared.DEMO_MODEL,
     gguf_file: shared.GgufFileOption = "",
-    dtype: shared.DtypeOption = "float32",
+    dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
 ) -> None:
     """Draw what each token of a text scored and whether it was kept, layer by layer.
@@ -69,7 +69,8 @@ def inspect(
     plots.plot_heat_map(heat, picture, title=title)
     held = (heat.kept > 0).any(axis=0).sum()
     typer.echo(
-        f"{heat.tokens:,} tokens, {heat.layers} layers: each head kept {heat.budget:,}; "
+        f"{heat.tokens:,} tokens, {heat.layers} layers, {loaded.dtype} on "
+        f"{report.device_name(device)}: each head kept {heat.budget:,}; "
         f"{int(held):,} tokens are still held somewhere"
     )
     typer.echo(str(page))

