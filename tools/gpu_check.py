@@ -56,6 +56,8 @@ class Stage:
     cwd: Path = ROOT
     env: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    #: Processes side by side, between which googletest parts its tests.
+    shards: int = 1
     #: Reads figures out of the output; raises CheckError.
     parse: Callable[[str], Figures] = lambda _: {}
 
@@ -187,46 +189,61 @@ class ResultError(CheckError):
 # ---- running
 
 
+def start_process(stage: Stage, shard: int, log: Path) -> subprocess.Popen[bytes]:
+    """Start one process of a stage, in a process group of its own."""
+    shards = {"GTEST_TOTAL_SHARDS": str(stage.shards), "GTEST_SHARD_INDEX": str(shard)}
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            list(map(str, stage.command)),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=stage.cwd,
+            env={**os.environ, **stage.env, **(shards if stage.shards > 1 else {})},
+            start_new_session=True,
+        )
+
+
+def wait_for(process: subprocess.Popen[bytes], deadline: float) -> int | None:
+    """Return the exit status, None where the deadline came first; ends what the process left."""
+    try:
+        return process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def run_stage(stage: Stage, limit: float, folder: Path) -> Result:
-    """Run one stage; its output goes to a file, and nothing of it outlives the limit."""
-    log = folder / f"{stage.name}.log"
+    """Run one stage; its output goes to files, and nothing of it outlives the limit."""
     result = Result(stage.name, "failed", command=" ".join(map(str, stage.command)))
     start = time.monotonic()
-    with log.open("wb") as sink:
-        try:
-            process = subprocess.Popen(
-                list(map(str, stage.command)),
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=stage.cwd,
-                env={**os.environ, **stage.env},
-                start_new_session=True,
-            )
-        except OSError as error:
-            result.why = str(error)
-            return result
-        try:
-            status = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            # Children of it may be left in any case.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    suffixes = [""] if stage.shards == 1 else [f".{shard}" for shard in range(stage.shards)]
+    logs = [folder / f"{stage.name}{suffix}.log" for suffix in suffixes]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for shard, log in enumerate(logs):
+            processes.append(start_process(stage, shard, log))
+    except OSError as error:
+        result.why = str(error)
+        limit = 0.0
+    statuses = [wait_for(process, start + limit) for process in processes]
     result.seconds = time.monotonic() - start
-    output = log.read_text(errors="replace")
+    if result.why:
+        return result
+    output = "\n".join(log.read_text(errors="replace") for log in logs)
     try:
         result.figures = stage.parse(output)
     except ResultError as failure:
         result.figures, result.why = failure.figures, str(failure)
     except CheckError as failure:
         result.why = str(failure)
-    if status is None:
+    if None in statuses:
         result.verdict, result.why = "timed out", f"after {limit:.0f} s"
-    elif status != 0:
-        result.why = result.why or f"exit status {status}"
+    elif any(statuses):
+        result.why = result.why or f"exit status {next(filter(None, statuses))}"
     elif not result.why:
         result.verdict = "passed"
     if result.verdict != "passed":
@@ -334,7 +351,8 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     ]  # fmt: skip
     gpu_tests = [
         python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
-        str(ROOT / "tests"), "-o", "addopts=", "-m", "gpu", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={junit}",
+        str(ROOT / "tests"), "-o", "addopts=", "-m", "gpu", "-q", "-ra",
+        "-p", "no:cacheprovider", f"--junitxml={junit}",
     ]  # fmt: skip
     compare = [
         python, str(ROOT / "benchmarks/python/gpu.py"), "--output", str(compared),
@@ -354,7 +372,14 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
         ]  # fmt: skip
 
     sanitize = [
-        Stage(tool, sanitizer(tool), limit=180, needs=("build",), parse=parse_sanitizer)
+        Stage(
+            tool,
+            sanitizer(tool),
+            limit=240,
+            needs=("build",),
+            shards=arguments.sanitizer_shards,
+            parse=parse_sanitizer,
+        )
         for tool in SANITIZERS
     ]
     return [
@@ -496,6 +521,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--architecture", help="as in CMAKE_CUDA_ARCHITECTURES; this GPU's")
     parser.add_argument(
         "--sanitizer-filter", default="*", help="of googletest: tests under compute-sanitizer"
+    )
+    parser.add_argument(
+        "--sanitizer-shards", type=int, default=3, help="processes of each of its tools"
     )
     return parser.parse_args(arguments)
 
