@@ -1,5 +1,9 @@
 // Restart weights of novelty populations: how far a key points from where the keys of its head
-// point on average. One block a graph, so that all sums have one order.
+// point on average.
+//
+// Each head's slots are cut into as many parts as the capacity asks for, whatever runs beside; the
+// parts' sums are added in the order of the parts. So the same keys give the same bits.
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
@@ -9,173 +13,488 @@
 namespace spectralkv::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 /// The weight of the most novel token.
 constexpr double kUnit = 0x1p20;
+/// Slots that a warp's team looks at together.
+constexpr int kRows = 8;
+/// Slots of a part: at most, and at least while there are too few parts to fill the device.
+constexpr std::int64_t kMostSlots = 1024;
+constexpr std::int64_t kLeastSlots = 128;
+constexpr std::int64_t kWantedBlocks = 528;
+/// Slots that a block gives weights to.
+constexpr int kWeightSlots = 1024;
 
-template <class Combine>
-__device__ double block_reduce(double value, double* shared, Combine combine) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = combine(value, __shfl_xor_sync(0xffffffffU, value, offset));
+/// What the distances of a part, or of a head, sum to.
+struct Moments {
+  double count = 0.0;
+  double sum = 0.0;
+  double squares = 0.0;
+
+  __device__ void add(const Moments& other) {
+    count += other.count;
+    sum += other.sum;
+    squares += other.squares;
   }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  double result = shared[0];
-  for (int i = 1; i < kWarps; ++i) result = combine(result, shared[i]);
-  return result;
+};
+
+struct Scratch {
+  Moments* moments;      ///< (B, Hkv, splits)
+  double* highest;       ///< (B, G, blocks of kWeightSlots)
+  float* inverse_norms;  ///< (B, Hkv, capacity), -1: left out
+  float* distances;      ///< (B, Hkv, capacity)
+  float* sums;           ///< (B, Hkv, splits, D)
+  float* directions;     ///< (B, Hkv, D)
+  std::int32_t splits;
+  std::int32_t blocks;
+  std::int64_t floats;  ///< of all of it
+};
+
+Scratch scratch_of(const LayerView& layer, float* memory) {
+  const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  const auto parts_of = [&](std::int64_t slots) {
+    return std::max<std::int64_t>((layer.capacity + slots - 1) / slots, 1);
+  };
+  const std::int64_t wanted = (kWantedBlocks + heads - 1) / std::max<std::int64_t>(heads, 1);
+  Scratch scratch{};
+  scratch.splits = static_cast<std::int32_t>(
+      std::max(parts_of(kMostSlots), std::min(parts_of(kLeastSlots), wanted)));
+  scratch.blocks = static_cast<std::int32_t>(parts_of(kWeightSlots));
+  const auto take = [&](std::int64_t floats) {
+    float* const start = memory + scratch.floats;
+    scratch.floats += (floats + 3) / 4 * 4;
+    return start;
+  };
+  constexpr std::int64_t kMoments = sizeof(Moments) / sizeof(float);
+  scratch.moments = reinterpret_cast<Moments*>(take(heads * scratch.splits * kMoments));
+  scratch.highest = reinterpret_cast<double*>(take(graphs * scratch.blocks * 2));
+  scratch.inverse_norms = take(heads * layer.capacity);
+  scratch.distances = take(heads * layer.capacity);
+  scratch.sums = take(heads * scratch.splits * layer.head_dim);
+  scratch.directions = take(heads * layer.head_dim);
+  return scratch;
 }
 
-__device__ float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffU, value, offset);
-  }
+/// Combines over a block; thread 0 gets the result, in one order.
+template <class T, class Combine>
+__device__ T block_reduce(T value, T (&shared)[kWarps], Combine combine) {
+  const auto exchange = [&](int offset) {
+    T other;
+    const auto* from = reinterpret_cast<const double*>(&value);
+    auto* to = reinterpret_cast<double*>(&other);
+    for (int i = 0; i < static_cast<int>(sizeof(T) / sizeof(double)); ++i) {
+      to[i] = __shfl_xor_sync(0xffffffffU, from[i], offset);
+    }
+    return other;
+  };
+  for (int offset = 16; offset > 0; offset /= 2) value = combine(value, exchange(offset));
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (int w = 1; w < kWarps; ++w) value = combine(value, shared[w]);
   return value;
 }
 
-/// `scratch` has 3 floats a slot of a graph: inverse norm (-1: left out), distance, sum of
-/// z-scores.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    novelty_kernel(LayerView layer, TokensView keys, float* scratch) {
-  extern __shared__ float mean[];  // (kWarps + 1, head_dim)
-  __shared__ double shared[kWarps];
-  if (has_fault(layer)) return;
-  const std::int64_t b = blockIdx.x / layer.graphs;
-  const std::int64_t g = blockIdx.x % layer.graphs;
-  const std::int64_t length = layer.counters->length;
-  const int dim = layer.head_dim;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int32_t* positions = positions_of(layer, b, g);
-  float* const inverse_norms = scratch + blockIdx.x * 3 * layer.capacity;
-  float* const distances = inverse_norms + layer.capacity;
-  float* const z_scores = distances + layer.capacity;
-  float* const direction = mean + kWarps * dim;
-  for (std::int64_t j = threadIdx.x; j < length; j += kThreads) z_scores[j] = 0.0F;
+/// How a warp reads keys: kTeam lanes a key, kVector elements at a time. A slice is what the lanes
+/// of a team hold of a key in registers.
+template <class Element, int kVectorElements, int kTeamLanes, int kChunksOfSlice>
+struct Reader {
+  using T = Element;
+  static constexpr int kVector = kVectorElements;
+  static constexpr int kTeam = kTeamLanes;
+  static constexpr int kChunks = kChunksOfSlice;
+  static constexpr int kWidth = kVector * kTeam * kChunks;  ///< of a slice
+  static constexpr int kHeld = kVector * kChunks;           ///< columns of a lane
+  static constexpr int kTeams = 32 / kTeam;
+  static constexpr int kBatch = kRows * kTeams;  ///< slots that a warp reads together
 
-  for (int head = 0; head < layer.heads_per_graph; ++head) {
-    const std::int64_t h = g * layer.heads_per_graph + head;
-    for (int i = static_cast<int>(threadIdx.x); i < kWarps * dim; i += kThreads) mean[i] = 0.0F;
-    __syncthreads();
-    for (std::int64_t j = warp; j < length; j += kWarps) {
+  struct alignas(sizeof(T) * kVector) Vector {
+    T values[kVector];
+  };
+
+  __device__ static int column(int member, int i) {
+    return (i / kVector * kTeam + member) * kVector + i % kVector;
+  }
+
+  /// Columns [base, base + kWidth) of the slots of a batch, 0 where there is none.
+  __device__ static void load(const TokensView& keys, const T* key_of_head, int first, int end,
+                              int base, int dim, float (&values)[kRows][kHeld]) {
+    const int member = static_cast<int>(threadIdx.x) % kTeam;
+    Vector raw[kRows][kChunks];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const T* const key = key_of_head + min(first + r, end - 1) * keys.token_stride;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int at = base + (c * kTeam + member) * kVector;
+        raw[r][c] = at < dim ? *reinterpret_cast<const Vector*>(key + at) : Vector{};
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) values[r][i] = as_float(raw[r][i / kVector].values[i % kVector]);
+    }
+  }
+
+  /// Row whose sum a lane gets from `sum_rows`.
+  __device__ static int row_of_member(int member) { return member / (kTeam / kRows); }
+
+  /// Sums each row over the lanes of a team.
+  __device__ static float sum_rows(float (&rows)[kRows]) {
+    const int member = static_cast<int>(threadIdx.x) % kTeam;
+    int offset = kTeam / 2;
+#pragma unroll
+    for (int kept = kRows / 2; kept > 0; kept /= 2) {
+      const bool upper = (member & offset) != 0;
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) {
+        if (i >= kept) break;
+        const float given = upper ? rows[i] : rows[i + kept];
+        const float held = upper ? rows[i + kept] : rows[i];
+        rows[i] = held + __shfl_xor_sync(0xffffffffU, given, offset, kTeam);
+      }
+      offset /= 2;
+    }
+    float sum = rows[0];
+#pragma unroll
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, offset, kTeam);
+    return sum;
+  }
+};
+
+/// The slots of a block of (B, Hkv, splits).
+struct Part {
+  std::int64_t head;  ///< of all sequences
+  std::int64_t b;
+  std::int64_t h;
+  int begin;
+  int end;
+
+  __device__ Part(const LayerView& layer, int splits) {
+    head = blockIdx.x / static_cast<unsigned>(splits);
+    b = head / layer.heads;
+    h = head % layer.heads;
+    const int length = static_cast<int>(layer.counters->length);
+    const int slots = (length + splits - 1) / splits;
+    begin = min(static_cast<int>(blockIdx.x % static_cast<unsigned>(splits)) * slots, length);
+    end = min(begin + slots, length);
+  }
+};
+
+/// Inverse norms, and the sum of a part's directions.
+template <class Reader>
+__global__ void __launch_bounds__(kThreads)
+    directions_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+  using T = typename Reader::T;
+  __shared__ float team_sums[kWarps * Reader::kTeams][Reader::kWidth];
+  if (has_fault(layer)) return;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int team = lane / Reader::kTeam;
+  const int member = lane % Reader::kTeam;
+  const Part part(layer, scratch.splits);
+  const int dim = layer.head_dim;
+  const std::int32_t* const positions =
+      positions_of(layer, part.b, part.h / layer.heads_per_graph);
+  const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
+  float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  for (int base = 0; base < dim; base += Reader::kWidth) {
+    float sums[Reader::kHeld] = {};
+    for (int batch = part.begin + warp * Reader::kBatch; batch < part.end;
+         batch += kWarps * Reader::kBatch) {
+      const int first = batch + team * kRows;
+      const int slot = first + Reader::row_of_member(member);
       float inverse = -1.0F;
-      if (positions[j] >= 0) {
-        const T* key = key_at<T>(keys, b, h, j);
-        float norm2 = 0.0F;
-        int finite = 1;
-        for (int d = lane; d < dim; d += 32) {
-          const float value = as_float(key[d]);
-          if (!isfinite(value)) finite = 0;
-          norm2 = fmaf(value, value, norm2);
-        }
-        norm2 = warp_sum(norm2);
-        if (__all_sync(0xffffffffU, finite) != 0) {
-          inverse = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
-          for (int d = lane; d < dim; d += 32) {
-            mean[warp * dim + d] = fmaf(as_float(key[d]), inverse, mean[warp * dim + d]);
+      float values[kRows][Reader::kHeld];
+      Reader::load(keys, key_of_head, first, part.end, base, dim, values);
+      if (base == 0) {
+        float squares[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          squares[r] = 0.0F;
+#pragma unroll
+          for (int i = 0; i < Reader::kHeld; ++i) {
+            squares[r] = fmaf(values[r][i], values[r][i], squares[r]);
           }
         }
+        for (int next = Reader::kWidth; next < dim; next += Reader::kWidth) {
+          float more[kRows][Reader::kHeld];
+          Reader::load(keys, key_of_head, first, part.end, next, dim, more);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int i = 0; i < Reader::kHeld; ++i) {
+              squares[r] = fmaf(more[r][i], more[r][i], squares[r]);
+            }
+          }
+        }
+        const float norm2 = Reader::sum_rows(squares);
+        if (slot < part.end) {
+          const float candidate = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
+          if (positions[slot] >= 0 && norm2 < INFINITY && candidate < INFINITY) inverse = candidate;
+          if (member % (Reader::kTeam / kRows) == 0) inverse_norms[slot] = inverse;
+        }
+      } else if (slot < part.end) {
+        inverse = inverse_norms[slot];
       }
-      if (lane == 0) inverse_norms[j] = inverse;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float scale =
+            __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
+        if (scale < 0.0F) continue;
+#pragma unroll
+        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values[r][i], scale, sums[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Reader::kHeld; ++i) {
+      team_sums[warp * Reader::kTeams + team][Reader::column(member, i)] = sums[i];
     }
     __syncthreads();
-    double norm2 = 0.0;
-    for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) {
+    for (int d = static_cast<int>(threadIdx.x); d < Reader::kWidth && base + d < dim;
+         d += kThreads) {
       float sum = 0.0F;
-      for (int w = 0; w < kWarps; ++w) sum += mean[w * dim + d];
-      direction[d] = sum;
-      norm2 += static_cast<double>(sum) * sum;
-    }
-    const auto add = [](double x, double y) { return x + y; };
-    norm2 = block_reduce(norm2, shared, add);
-    const float inverse = norm2 > 0.0 ? static_cast<float>(1.0 / sqrt(norm2)) : 0.0F;
-    for (std::int64_t j = warp; j < length; j += kWarps) {
-      if (inverse_norms[j] < 0.0F) continue;
-      const T* key = key_at<T>(keys, b, h, j);
-      float dot = 0.0F;
-      for (int d = lane; d < dim; d += 32) {
-        dot = fmaf(as_float(key[d]), direction[d] * inverse, dot);
-      }
-      dot = warp_sum(dot);
-      if (lane == 0) distances[j] = -dot * inverse_norms[j];
+      for (int t = 0; t < kWarps * Reader::kTeams; ++t) sum += team_sums[t][d];
+      scratch.sums[std::int64_t{blockIdx.x} * dim + base + d] = sum;
     }
     __syncthreads();
-    double sum = 0.0;
-    double count = 0.0;
-    for (std::int64_t j = threadIdx.x; j < length; j += kThreads) {
-      if (inverse_norms[j] < 0.0F) continue;
-      sum += distances[j];
-      count += 1.0;
-    }
-    sum = block_reduce(sum, shared, add);
-    count = block_reduce(count, shared, add);
-    const double average = count > 0.0 ? sum / count : 0.0;
-    double squares = 0.0;
-    for (std::int64_t j = threadIdx.x; j < length; j += kThreads) {
-      if (inverse_norms[j] < 0.0F) continue;
-      squares += (distances[j] - average) * (distances[j] - average);
-    }
-    squares = block_reduce(squares, shared, add);
-    const double deviation = count > 1.0 ? sqrt(squares / (count - 1.0)) : 0.0;
-    for (std::int64_t j = threadIdx.x; j < length; j += kThreads) {
-      if (inverse_norms[j] < 0.0F) {
-        z_scores[j] = -INFINITY;
-      } else if (deviation > 1e-6) {
-        z_scores[j] += static_cast<float>((distances[j] - average) / deviation);
-      }
-    }
-    __syncthreads();
-  }
-
-  const auto may_restart = [&](std::int64_t j) {
-    return positions[j] >= layer.num_sinks && isfinite(z_scores[j]);
-  };
-  double highest = -INFINITY;
-  for (std::int64_t j = threadIdx.x; j < length; j += kThreads) {
-    if (may_restart(j)) highest = fmax(highest, static_cast<double>(z_scores[j]));
-  }
-  highest = block_reduce(highest, shared, [](double x, double y) { return fmax(x, y); });
-  std::uint32_t* weights = novelty_of(layer, b, g);
-  for (std::int64_t j = threadIdx.x; j < length; j += kThreads) {
-    weights[j] = may_restart(j) ? static_cast<std::uint32_t>(llrint(
-                                      kUnit * exp((static_cast<double>(z_scores[j]) - highest) /
-                                                  static_cast<double>(layer.heads_per_graph))))
-                                : 0U;
   }
 }
 
+/// One block a head: its mean direction, of length 1 or 0.
+__global__ void __launch_bounds__(kThreads) mean_kernel(LayerView layer, Scratch scratch) {
+  __shared__ double shared[kWarps];
+  __shared__ float inverse;
+  if (has_fault(layer)) return;
+  const int dim = layer.head_dim;
+  const float* const sums = scratch.sums + std::int64_t{blockIdx.x} * scratch.splits * dim;
+  float* const direction = scratch.directions + std::int64_t{blockIdx.x} * dim;
+  double norm2 = 0.0;
+  for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) {
+    float sum = 0.0F;
+#pragma unroll 8
+    for (int split = 0; split < scratch.splits; ++split) sum += sums[std::int64_t{split} * dim + d];
+    direction[d] = sum;
+    norm2 += static_cast<double>(sum) * sum;
+  }
+  norm2 = block_reduce(norm2, shared, [](double x, double y) { return x + y; });
+  if (threadIdx.x == 0) inverse = norm2 > 0.0 ? static_cast<float>(1.0 / sqrt(norm2)) : 0.0F;
+  __syncthreads();
+  for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) direction[d] *= inverse;
+}
+
+template <class Reader>
+__global__ void __launch_bounds__(kThreads)
+    distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+  using T = typename Reader::T;
+  __shared__ Moments shared[kWarps];
+  if (has_fault(layer)) return;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int team = lane / Reader::kTeam;
+  const int member = lane % Reader::kTeam;
+  const Part part(layer, scratch.splits);
+  const int dim = layer.head_dim;
+  const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
+  const float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  const float* const directions = scratch.directions + part.head * dim;
+  float* const distances = scratch.distances + part.head * layer.capacity;
+  float direction[Reader::kHeld];
+  const auto load_direction = [&](int base) {
+#pragma unroll
+    for (int i = 0; i < Reader::kHeld; ++i) {
+      const int d = base + Reader::column(member, i);
+      direction[i] = d < dim ? directions[d] : 0.0F;
+    }
+  };
+  load_direction(0);
+  Moments moments;
+  for (int batch = part.begin + warp * Reader::kBatch; batch < part.end;
+       batch += kWarps * Reader::kBatch) {
+    const int first = batch + team * kRows;
+    float dots[kRows] = {};
+    for (int base = 0; base < dim; base += Reader::kWidth) {
+      if (dim > Reader::kWidth) load_direction(base);
+      float values[kRows][Reader::kHeld];
+      Reader::load(keys, key_of_head, first, part.end, base, dim, values);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < Reader::kHeld; ++i) {
+          dots[r] = fmaf(values[r][i], direction[i], dots[r]);
+        }
+      }
+    }
+    const float dot = Reader::sum_rows(dots);
+    const int slot = first + Reader::row_of_member(member);
+    if (slot >= part.end || member % (Reader::kTeam / kRows) != 0) continue;
+    const float inverse = inverse_norms[slot];
+    if (inverse < 0.0F) continue;
+    const float distance = -dot * inverse;
+    distances[slot] = distance;
+    const auto exact = static_cast<double>(distance);
+    moments.add({.count = 1.0, .sum = exact, .squares = exact * exact});
+  }
+  __syncwarp();
+  moments = block_reduce(moments, shared, [](Moments x, const Moments& y) {
+    x.add(y);
+    return x;
+  });
+  if (threadIdx.x == 0) scratch.moments[blockIdx.x] = moments;
+}
+
+/// What turns the distances of a head into z-scores; scale 0: they are all alike.
+struct Standard {
+  double average;
+  double scale;
+};
+
+__device__ Standard standard_of(const Scratch& scratch, std::int64_t head) {
+  Moments sum;
+  for (int split = 0; split < scratch.splits; ++split) {
+    sum.add(scratch.moments[head * scratch.splits + split]);
+  }
+  const double average = sum.count > 0.0 ? sum.sum / sum.count : 0.0;
+  const double squares = fmax(sum.squares - sum.sum * average, 0.0);
+  const double deviation = sum.count > 1.0 ? sqrt(squares / (sum.count - 1.0)) : 0.0;
+  return {.average = average, .scale = deviation > 1e-6 ? 1.0 / deviation : 0.0};
+}
+
+/// Calls `use(slot, z)` for the slots of a block of (B, G, blocks), where z is the sum of the
+/// z-scores of a token that may be restarted at, -inf for others.
+template <class Use>
+__device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch,
+                                 std::int64_t graph, int block, Use&& use) {
+  __shared__ Standard standards[32];
+  const std::int64_t b = graph / layer.graphs;
+  const std::int64_t g = graph % layer.graphs;
+  const std::int64_t first_head = b * layer.heads + g * layer.heads_per_graph;
+  const int length = static_cast<int>(layer.counters->length);
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  constexpr int kEach = kWeightSlots / kThreads;
+  double z[kEach] = {};
+  for (int head = 0; head < layer.heads_per_graph; head += 32) {
+    const int heads = min(layer.heads_per_graph - head, 32);
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < heads) {
+      standards[threadIdx.x] = standard_of(scratch, first_head + head + threadIdx.x);
+    }
+    __syncthreads();
+    for (int h = 0; h < heads; ++h) {
+      const std::int64_t at = (first_head + head + h) * layer.capacity;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int j = block * kWeightSlots + i * kThreads + static_cast<int>(threadIdx.x);
+        if (j >= length) continue;
+        if (scratch.inverse_norms[at + j] < 0.0F) {
+          z[i] = -INFINITY;
+        } else {
+          z[i] += (static_cast<double>(scratch.distances[at + j]) - standards[h].average) *
+                  standards[h].scale;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int j = block * kWeightSlots + i * kThreads + static_cast<int>(threadIdx.x);
+    if (j < length) use(j, positions[j] >= layer.num_sinks ? z[i] : -INFINITY);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) highest_kernel(LayerView layer, Scratch scratch) {
+  __shared__ double shared[kWarps];
+  if (has_fault(layer)) return;
+  const auto blocks = static_cast<unsigned>(scratch.blocks);
+  double highest = -INFINITY;
+  for_each_z_score(layer, scratch, blockIdx.x / blocks, static_cast<int>(blockIdx.x % blocks),
+                   [&](int, double z) { highest = fmax(highest, z); });
+  highest = block_reduce(highest, shared, [](double x, double y) { return fmax(x, y); });
+  if (threadIdx.x == 0) scratch.highest[blockIdx.x] = highest;
+}
+
+__global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scratch scratch) {
+  __shared__ double shared[kWarps];
+  if (has_fault(layer)) return;
+  const auto blocks = static_cast<unsigned>(scratch.blocks);
+  const std::int64_t graph = blockIdx.x / blocks;
+  double highest = -INFINITY;
+  for (int i = static_cast<int>(threadIdx.x); i < scratch.blocks; i += kThreads) {
+    highest = fmax(highest, scratch.highest[graph * scratch.blocks + i]);
+  }
+  const auto larger = [](double x, double y) { return fmax(x, y); };
+  highest = block_reduce(highest, shared, larger);
+  if (threadIdx.x == 0) shared[0] = highest;
+  __syncthreads();
+  highest = shared[0];
+  std::uint32_t* const weights =
+      novelty_of(layer, graph / layer.graphs, graph % layer.graphs);
+  const auto heads = static_cast<double>(layer.heads_per_graph);
+  for_each_z_score(layer, scratch, graph, static_cast<int>(blockIdx.x % blocks),
+                   [&](int j, double z) {
+                     weights[j] = isfinite(z) ? static_cast<std::uint32_t>(llrint(
+                                                    kUnit * exp((z - highest) / heads)))
+                                              : 0U;
+                   });
+}
+
+template <class Reader>
+void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
+                   cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
+  const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
+  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  check(cudaGetLastError(), "directions_kernel");
+  mean_kernel<<<heads, kThreads, 0, stream>>>(layer, scratch);
+  check(cudaGetLastError(), "mean_kernel");
+  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  check(cudaGetLastError(), "distances_kernel");
+}
+
 template <class T>
-void launch_as(const LayerView& layer, const TokensView& keys, float* scratch,
+void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
                cudaStream_t stream) {
-  const auto bytes = static_cast<std::size_t>((kWarps + 1) * layer.head_dim) * sizeof(float);
-  check(cudaFuncSetAttribute(novelty_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
-  novelty_kernel<T><<<static_cast<unsigned>(layer.batch * layer.graphs), kThreads, bytes, stream>>>(
-      layer, keys, scratch);
-  check(cudaGetLastError(), "novelty_kernel");
+  constexpr std::int64_t kAlignment = 4 * sizeof(T);
+  const auto is_aligned = [&](std::int64_t stride) { return stride % 4 == 0; };
+  const bool wide =
+      layer.head_dim % 4 == 0 && is_aligned(keys.sequence_stride) && is_aligned(keys.head_stride) &&
+      is_aligned(keys.token_stride) && reinterpret_cast<std::uintptr_t>(keys.data) % kAlignment == 0;
+  if (!wide) {
+    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
+  } else if (layer.head_dim <= 64) {
+    launch_reader<Reader<T, 4, 16, 1>>(layer, keys, scratch, stream);
+  } else if (layer.head_dim <= 128) {
+    launch_reader<Reader<T, 4, 32, 1>>(layer, keys, scratch, stream);
+  } else {
+    launch_reader<Reader<T, 4, 32, 2>>(layer, keys, scratch, stream);
+  }
 }
 
 }  // namespace
 
-std::int64_t novelty_scratch(const LayerView& layer) {
-  return 3 * std::int64_t{layer.batch} * layer.graphs * layer.capacity;
-}
+std::int64_t novelty_scratch(const LayerView& layer) { return scratch_of(layer, nullptr).floats; }
 
 void launch_novelty(const LayerView& layer, const TokensView& keys, float* scratch,
-                    std::int64_t /*extent*/, cudaStream_t stream) {
+                    std::int64_t extent, cudaStream_t stream) {
+  if (layer.batch == 0 || extent == 0) return;
+  Scratch parts = scratch_of(layer, scratch);
   switch (keys.dtype) {
     case DType::f16:
-      launch_as<__half>(layer, keys, scratch, stream);
+      launch_as<__half>(layer, keys, parts, stream);
       break;
     case DType::bf16:
-      launch_as<__nv_bfloat16>(layer, keys, scratch, stream);
+      launch_as<__nv_bfloat16>(layer, keys, parts, stream);
       break;
     default:
-      launch_as<float>(layer, keys, scratch, stream);
+      launch_as<float>(layer, keys, parts, stream);
   }
+  const auto blocks = static_cast<unsigned>(layer.batch * layer.graphs * parts.blocks);
+  highest_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);
+  check(cudaGetLastError(), "highest_kernel");
+  weights_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);
+  check(cudaGetLastError(), "weights_kernel");
 }
 
 }  // namespace spectralkv::cuda

@@ -192,31 +192,70 @@ class Layer {
     return rows;
   }
 
-  /// Of graph (b, g), in double precision; the new token is not in the list.
-  std::vector<double> probabilities(int b, int g, const std::vector<std::int32_t>& positions) const {
-    const auto host = [&](const Buffer& buffer, std::int64_t first, std::int64_t count) {
-      std::vector<unsigned char> bytes(static_cast<std::size_t>(count * size_of(shape_.dtype)));
-      check(cudaMemcpy(bytes.data(), buffer.as<unsigned char>() + first * size_of(shape_.dtype),
-                       bytes.size(), cudaMemcpyDeviceToHost),
-            "cudaMemcpy");
-      std::vector<double> values(static_cast<std::size_t>(count));
-      for (std::size_t i = 0; i < values.size(); ++i) {
-        if (shape_.dtype == DType::f32) {
-          float value = 0.0F;
-          std::memcpy(&value, bytes.data() + 4 * i, 4);
-          values[i] = value;
-        } else if (shape_.dtype == DType::f16) {
-          __half value;
-          std::memcpy(&value, bytes.data() + 2 * i, 2);
-          values[i] = __half2float(value);
-        } else {
-          __nv_bfloat16 value;
-          std::memcpy(&value, bytes.data() + 2 * i, 2);
-          values[i] = __bfloat162float(value);
+  /// Of graph (b, g): weights of the device, and how far from the right ones the worst is.
+  double novelty_error(int b, int g, const std::vector<std::int32_t>& positions) const {
+    const int heads = shape_.heads / shape_.graphs();
+    const auto n = static_cast<std::size_t>(shape_.length);
+    const auto dim = static_cast<std::size_t>(shape_.dim);
+    std::vector<double> z(n);
+    for (int h = g * heads; h < (g + 1) * heads; ++h) {
+      const std::vector<double> keys =
+          host(keys_, (std::int64_t{b} * shape_.heads + h) * capacity_ * shape_.dim,
+               shape_.length * shape_.dim);
+      std::vector<double> mean(dim);
+      std::vector<double> distance(n);
+      const auto norm_of = [&](std::size_t j) {
+        double squares = 0.0;
+        for (std::size_t d = 0; d < dim; ++d) squares += keys[j * dim + d] * keys[j * dim + d];
+        return std::sqrt(squares);
+      };
+      for (std::size_t j = 0; j < n; ++j) {
+        if (positions[j] < 0) continue;
+        const double norm = norm_of(j);
+        for (std::size_t d = 0; d < dim; ++d) mean[d] += keys[j * dim + d] / norm;
+      }
+      double length = 0.0;
+      for (const double m : mean) length += m * m;
+      length = std::sqrt(length);
+      double count = 0.0;
+      double sum = 0.0;
+      for (std::size_t j = 0; j < n; ++j) {
+        if (positions[j] < 0) continue;
+        double dot = 0.0;
+        for (std::size_t d = 0; d < dim; ++d) dot += keys[j * dim + d] * mean[d];
+        distance[j] = -dot / length / norm_of(j);
+        sum += distance[j];
+        count += 1.0;
+      }
+      double squares = 0.0;
+      for (std::size_t j = 0; j < n; ++j) {
+        if (positions[j] >= 0) squares += std::pow(distance[j] - sum / count, 2.0);
+      }
+      const double deviation = count > 1.0 ? std::sqrt(squares / (count - 1.0)) : 0.0;
+      for (std::size_t j = 0; j < n; ++j) {
+        if (positions[j] < 4) {
+          z[j] = -INFINITY;
+        } else if (deviation > 1e-6) {
+          z[j] += (distance[j] - sum / count) / deviation;
         }
       }
-      return values;
-    };
+    }
+    std::vector<std::uint32_t> weights(n);
+    check(cudaMemcpy(weights.data(),
+                     view_.novelty + (std::int64_t{b} * shape_.graphs() + g) * capacity_, n * 4,
+                     cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    const double highest = *std::max_element(z.begin(), z.end());
+    double worst = 0.0;
+    for (std::size_t j = 0; j < n; ++j) {
+      const double wanted = std::isfinite(z[j]) ? 0x1p20 * std::exp((z[j] - highest) / heads) : 0.0;
+      worst = std::max(worst, std::abs(static_cast<double>(weights[j]) - wanted));
+    }
+    return worst;
+  }
+
+  /// Of graph (b, g), in double precision; the new token is not in the list.
+  std::vector<double> probabilities(int b, int g, const std::vector<std::int32_t>& positions) const {
     const std::int64_t n = shape_.length + 1;
     const int heads = shape_.heads / shape_.graphs();
     std::vector<double> mean(static_cast<std::size_t>(n));
@@ -257,6 +296,30 @@ class Layer {
   }
 
  private:
+  std::vector<double> host(const Buffer& buffer, std::int64_t first, std::int64_t count) const {
+    std::vector<unsigned char> bytes(static_cast<std::size_t>(count * size_of(shape_.dtype)));
+    check(cudaMemcpy(bytes.data(), buffer.as<unsigned char>() + first * size_of(shape_.dtype),
+                     bytes.size(), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    std::vector<double> values(static_cast<std::size_t>(count));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (shape_.dtype == DType::f32) {
+        float value = 0.0F;
+        std::memcpy(&value, bytes.data() + 4 * i, 4);
+        values[i] = value;
+      } else if (shape_.dtype == DType::f16) {
+        __half value;
+        std::memcpy(&value, bytes.data() + 2 * i, 2);
+        values[i] = __half2float(value);
+      } else {
+        __nv_bfloat16 value;
+        std::memcpy(&value, bytes.data() + 2 * i, 2);
+        values[i] = __bfloat162float(value);
+      }
+    }
+    return values;
+  }
+
   std::int64_t slots() const {
     return std::int64_t{shape_.batch} * shape_.graphs() * (shape_.length + kRoom);
   }
@@ -283,15 +346,21 @@ void update(Layer& layer, const UpdatePlan& plan, std::int64_t extent, cudaStrea
   launch_update(layer.view(), layer.args(), extent, plan, stream);
 }
 
+/// Every slot holds the token of its number, but for `holes` of 97.
+std::vector<std::int32_t> some_positions(const Shape& shape, int holes) {
+  std::vector<std::int32_t> positions(static_cast<std::size_t>(shape.length));
+  for (std::int64_t j = 0; j < shape.length; ++j) {
+    const bool hole = j * 2654435761U % 97 < static_cast<std::uint32_t>(holes);
+    positions[static_cast<std::size_t>(j)] = hole ? -1 : static_cast<std::int32_t>(j);
+  }
+  return positions;
+}
+
 /// Against double precision: what is drawn must be among the best but for rounding.
 void check_shape(const Shape& shape, const UpdatePlan& plan, int holes) {
   const std::string name = shape.name() + plan_name(plan) + (holes != 0 ? " holes" : "");
   Layer layer(shape, static_cast<std::uint32_t>(shape.length * 31 + shape.dim));
-  std::vector<std::int32_t> positions(static_cast<std::size_t>(shape.length));
-  for (std::int64_t j = 0; j < shape.length; ++j) {
-    const bool hole = holes != 0 && j * 2654435761U % 97 < static_cast<std::uint32_t>(holes);
-    positions[static_cast<std::size_t>(j)] = hole ? -1 : static_cast<std::int32_t>(j);
-  }
+  const std::vector<std::int32_t> positions = some_positions(shape, holes);
   layer.set_positions(positions);
   update(layer, plan, shape.length + 1, nullptr);
   check(cudaDeviceSynchronize(), name.c_str());
@@ -346,7 +415,29 @@ void check_shape(const Shape& shape, const UpdatePlan& plan, int holes) {
   }
 }
 
+void check_novelty(const Shape& shape, int holes) {
+  const std::string name = "novelty " + shape.name();
+  Layer layer(shape, static_cast<std::uint32_t>(shape.length + shape.dim));
+  const std::vector<std::int32_t> positions = some_positions(shape, holes);
+  layer.set_positions(positions);
+  const Buffer scratch(novelty_scratch(layer.view()) * 4);
+  launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, nullptr);
+  check(cudaDeviceSynchronize(), name.c_str());
+  const double error =
+      layer.novelty_error(shape.batch - 1, shape.graphs() - 1, positions);
+  expect(error < 40.0, name + ": off by " + std::to_string(error) + " of 2^20");
+}
+
 void check_all() {
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+    for (const int dim : {6, 64, 80, 128, 256, 300, 513}) {
+      for (const std::int64_t length : {1, 8, 100, 5000}) {
+        check_novelty({.batch = 2, .heads = 2, .dim = dim, .dtype = dtype, .length = length}, 30);
+      }
+    }
+    check_novelty({.batch = 2, .heads = 4, .dtype = dtype, .length = 3000, .shared_graph = true},
+                  10);
+  }
   const std::vector<UpdatePlan> plans = {{1, 256}, {2, 128}, {4, 256}, {8, 512}, {16, 256}, {0, 0}};
   for (const UpdatePlan& plan : plans) {
     for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
@@ -433,7 +524,29 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
   }
 }
 
+void time_novelty(const Shape& shape, double bandwidth) {
+  constexpr std::int64_t kCold = std::int64_t{256} << 20U;
+  const auto calls = static_cast<int>(std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32));
+  std::vector<std::unique_ptr<Layer>> layers;
+  for (int i = 0; i < calls; ++i) {
+    layers.push_back(std::make_unique<Layer>(shape, static_cast<std::uint32_t>(17 + i)));
+  }
+  const Buffer scratch(novelty_scratch(layers[0]->view()) * 4);
+  const Timing timing = measure({.calls = calls, .warm_up = 3, .replays = 20}, [&](int i, auto stream) {
+    const Layer& layer = *layers[static_cast<std::size_t>(i)];
+    launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, stream);
+  });
+  const double rate = 2.0 * static_cast<double>(shape.key_bytes()) / (timing.median * 1e-6);
+  print("novelty", shape.name(), timing,
+        {{"GB/s", rate * 1e-9}, {"copy_GB/s", bandwidth * 1e-9}, {"of_copy", rate / bandwidth}});
+}
+
 void tune(double bandwidth) {
+  for (const int batch : {1, 16}) {
+    for (const std::int64_t length : {4096, 65536}) {
+      time_novelty({.batch = batch, .length = length}, bandwidth);
+    }
+  }
   std::vector<UpdatePlan> plans;
   for (const int cluster : {2, 4, 8, 16}) {
     for (const int threads : {128, 256, 512}) plans.push_back({cluster, threads});
