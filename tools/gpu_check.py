@@ -324,6 +324,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     jobs = str(arguments.jobs)
     python = sys.executable
     tests = build / "cpp_tests/spectralkv_gpu_tests"
+    targets = (tests.name, *BENCHMARKS)
     junit = folder / "pytest.xml"
     compared = folder / "gpu.json"
     cuda = {"SPECTRALKV_CUDA": "ON"}
@@ -387,7 +388,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             Stage("configure", configure, limit=60, env=cuda),
             Stage(
                 "build",
-                ["cmake", "--build", str(build), "--parallel", jobs],
+                ["cmake", "--build", str(build), "--parallel", jobs, "--target", *targets],
                 limit=300,
                 needs=("configure",),
             ),
