@@ -1,5 +1,3 @@
-#include "device.h"
-
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "cuda/cuda_check.h"
+#include "device.h"
 #include "spectralkv/version.h"
 #include "tensors.h"
 

@@ -215,12 +215,11 @@ class Life {
                    });
     const std::vector<Index> kept = pair_.cpu().kept_counts(layer, eviction, force);
     const bool told = random_.chance(0.5);
-    const std::span<const Index> counts = told ? std::span<const Index>(kept)
-                                               : std::span<const Index>();
+    const std::span<const Index> counts =
+        told ? std::span<const Index>(kept) : std::span<const Index>();
     if (!compacts) {
-      pair_.both([&](GraphManager& manager) {
-        manager.release(layer, keep.view(), Stream{}, counts);
-      });
+      pair_.both(
+          [&](GraphManager& manager) { manager.release(layer, keep.view(), Stream{}, counts); });
       return pair_.expect_same_state("release");
     }
     HostTensor moved(random_.chance(0.5) ? DType::bf16 : DType::u8,
@@ -384,10 +383,9 @@ TEST_P(BackendsAgreeOnLength, WalksAndCuts) {
     Pair pair(config, {.num_walkers = 4096,
                        .walk_length = 20,
                        .decay = in_order ? 0.0 : 0.5,
-                       .populations = {{.share = 0.5},
-                                       {.restart = Restart::novelty,
-                                        .count = VisitCount::all,
-                                        .share = 0.5}}});
+                       .populations = {
+                           {.share = 0.5},
+                           {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.5}}});
     for (Index layer = 0; layer < 2; ++layer) {
       Graphs graphs(1);
       for (int g = 0; g < 2; ++g) {

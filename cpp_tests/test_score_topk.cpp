@@ -88,7 +88,8 @@ void check_update(const Case& c, Random& random, double tolerance = kTolerance) 
   GraphManager manager(config, {});
   const Index graphs = manager.graphs_per_sequence();
   if (c.length > 0) {
-    load_graphs(manager, 0, Graphs(at(c.batch), std::vector<Graph>(at(graphs), plain_graph(c.length))));
+    load_graphs(manager, 0,
+                Graphs(at(c.batch), std::vector<Graph>(at(graphs), plain_graph(c.length))));
   }
   const std::vector<Index> shape{c.batch, 2, c.length + 3, c.head_dim};
   HostTensor keys =
@@ -188,13 +189,9 @@ TEST(ScoreTopK, EqualsTheReferenceForLongCaches) {
   check_update({.dtype = DType::f32, .group = 8, .head_dim = 80, .length = 4095, .strided = true},
                random);
   // The probabilities of 65540 tokens are small: they agree to a part of the largest of a row.
-  check_update({.dtype = DType::f16,
-                .group = 2,
-                .length = 65539,
-                .top_k = 32,
-                .num_sinks = 4,
-                .batch = 1},
-               random);
+  check_update(
+      {.dtype = DType::f16, .group = 2, .length = 65539, .top_k = 32, .num_sinks = 4, .batch = 1},
+      random);
 }
 
 TEST(ScoreTopK, AppliesScaleAndSoftcap) {

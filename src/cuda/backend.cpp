@@ -138,7 +138,8 @@ class CudaBackend final : public Backend {
                            states[l].capacity, own);
       upload_counters(static_cast<std::int64_t>(l), own);
     }
-    finish_resize(own);
+    scratch_ = missing_scratch(all_views());
+    upload_views(own);
   }
 
   ~CudaBackend() override {
@@ -167,8 +168,7 @@ class CudaBackend final : public Backend {
                           cudaMemcpyDeviceToDevice, own),
           "cudaMemcpyAsync");
     check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
-    layers_[static_cast<std::size_t>(layer)] = std::move(next);
-    finish_resize(own);
+    replace_layer(layer, next, own);
   }
 
   bool is_recording(Stream stream) const override {
@@ -182,10 +182,12 @@ class CudaBackend final : public Backend {
     if (graph_.eager_checks && !is_recording(stream)) {
       const DeviceGuard guard(graph_.device.index);
       const cudaStream_t queue = begin("update", stream);
-      auto* plan = results_.as<std::int64_t>(kResultTable);
-      cuda::launch_plan_slots(view(layer), table_of<const std::int32_t>(slots), plan, checked(),
-                              queue);
-      wait(queue);
+      auto* plan = scratch_.results.as<std::int64_t>(kResultTable);
+      look(queue, [&] {
+        cuda::launch_plan_slots(view(layer), table_of<const std::int32_t>(slots), plan, checked(),
+                                queue);
+      });
+      order_.synchronize();
       if (checked()->fault != 0U) cuda::throw_fault("update", *checked());
       return {.length = plan[0], .appended = plan[1] != 0};
     }
@@ -207,29 +209,28 @@ class CudaBackend final : public Backend {
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
     if (view(layer).batch == 0) return added;
     if (count == 1 && args.valid.empty()) {
-      if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
-      cuda::launch_update(view(layer),
-                          {.queries = tokens_of(args.queries),
-                           .keys = tokens_of(args.keys),
-                           .slots = args.slots.empty() ? TableView<const std::int32_t>{}
-                                                       : table_of<const std::int32_t>(args.slots),
-                           .scale = static_cast<float>(args.scale),
-                           .softcap = static_cast<float>(args.softcap)},
-                          is_recording(stream) ? view(layer).capacity : args.length, queue);
-      order_.leave(queue);
+      change(queue, [&] {
+        if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
+        cuda::launch_update(view(layer),
+                            {.queries = tokens_of(args.queries),
+                             .keys = tokens_of(args.keys),
+                             .slots = args.slots.empty() ? TableView<const std::int32_t>{}
+                                                         : table_of<const std::int32_t>(args.slots),
+                             .scale = static_cast<float>(args.scale),
+                             .softcap = static_cast<float>(args.softcap)},
+                            is_recording(stream) ? view(layer).capacity : args.length, queue);
+      });
       return added;
     }
-    if (is_recording(stream)) {
-      throw CudaError("[update_rows] a block of tokens cannot be captured: its slots are fixed");
-    }
-    update_block(layer, args, queue);
-    order_.leave(queue);
-    if (!args.valid.empty()) {
+    refuse_recording("update_rows", stream);
+    change(queue, [&] {
+      update_block(layer, args, queue);
+      if (args.valid.empty()) return;
       const std::vector<SequenceCounters> counters = download_sequences(layer, queue);
       for (std::size_t b = 0; b < added.size(); ++b) {
         added[b] = counters[b].seen - state(layer).seen[b];
       }
-    }
+    });
     return added;
   }
 
@@ -238,8 +239,10 @@ class CudaBackend final : public Backend {
     const cudaStream_t queue = begin("update_novelty", stream);
     const std::int64_t extent = extent_of(layer, stream);
     if (extent == 0) return;
-    cuda::launch_novelty(view(layer), tokens_of(keys), novelty_scratch_.as<float>(), extent, queue);
-    order_.leave(queue);
+    change(queue, [&] {
+      cuda::launch_novelty(view(layer), tokens_of(keys), scratch_.novelty.as<float>(), extent,
+                           queue);
+    });
   }
 
   void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
@@ -253,12 +256,13 @@ class CudaBackend final : public Backend {
       most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
       most_extent = std::max(most_extent, extent_of(l, stream));
     }
-    for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-      cuda::launch_walk(views_.as<LayerView>() + first, static_cast<int>(count), view(first),
-                        rules(), most_batch, most_extent, b, marks_of(sequences, b, most_batch),
-                        queue);
-    }
-    order_.leave_side(queue);
+    change(queue, [&] {
+      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+        cuda::launch_walk(scratch_.views.as<LayerView>() + first, static_cast<int>(count),
+                          view(first), rules(), most_batch, most_extent, b,
+                          marks_of(sequences, b, most_batch), queue);
+      }
+    });
   }
 
   void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
@@ -278,12 +282,14 @@ class CudaBackend final : public Backend {
     grow(solve_scratch_, cuda::solve_scratch(view(first), graphs, most_capacity),
          is_recording(stream), "solve");
     const cudaStream_t queue = order_.fork(handle_of(stream), "solve");
-    for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-      cuda::launch_solve(views_.as<LayerView>() + first, static_cast<int>(count), view(first),
-                         rules(), walk_.restart_prob, most_batch, most_capacity, most_extent, b,
-                         marks_of(sequences, b, most_batch), solve_scratch_.data(), queue);
-    }
-    order_.leave_side(queue);
+    change(queue, [&] {
+      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+        cuda::launch_solve(scratch_.views.as<LayerView>() + first, static_cast<int>(count),
+                           view(first), rules(), walk_.restart_prob, most_batch, most_capacity,
+                           most_extent, b, marks_of(sequences, b, most_batch),
+                           solve_scratch_.data(), queue);
+      }
+    });
   }
 
   void scores(std::int64_t layer, int population, const TensorView& out,
@@ -313,7 +319,8 @@ class CudaBackend final : public Backend {
     read("select", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
       for (std::int64_t b = 0; b < view(layer).batch; b += SequenceMarks::kMost) {
         cuda::launch_select(view(layer), select, b, marks_of(args.cut, b, view(layer).batch),
-                            table_of<std::int32_t>(out), marks_.as<std::int32_t>(), extent, queue);
+                            table_of<std::int32_t>(out), scratch_.marks.as<std::int32_t>(), extent,
+                            queue);
       }
     });
   }
@@ -321,8 +328,8 @@ class CudaBackend final : public Backend {
                    const TensorView& out, Stream stream) const override {
     read("safety_mask", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
       cuda::launch_safety_mask(view(layer), eviction.window, eviction.sinks, top_fraction,
-                               table_of<std::uint8_t>(out), marks_.as<std::int32_t>(), extent,
-                               queue);
+                               table_of<std::uint8_t>(out), scratch_.marks.as<std::int32_t>(),
+                               extent, queue);
     });
   }
 
@@ -335,9 +342,10 @@ class CudaBackend final : public Backend {
     }
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t queue = begin("next_slots", stream);
-    cuda::launch_next_slots(view(layer), table_of<std::int32_t>(out), extent_of(layer, stream),
-                            queue);
-    order_.leave(queue);
+    look(queue, [&] {
+      cuda::launch_next_slots(view(layer), table_of<std::int32_t>(out), extent_of(layer, stream),
+                              queue);
+    });
   }
 
   std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
@@ -349,21 +357,28 @@ class CudaBackend final : public Backend {
     const TableView<const std::int32_t> table = table_of<const std::int32_t>(keep);
     const auto batch = static_cast<std::size_t>(view(layer).batch);
     if (is_recording(stream) || (!graph_.eager_checks && !kept.empty())) {
-      cuda::launch_check_keep(view(layer), table, keep.size(2), nullptr,
-                              device_results_.as<std::int64_t>(kResultTable),
-                              device_results_.as<FaultRecord>(), queue);
-      cuda::launch_raise(view(layer), device_results_.as<FaultRecord>(), queue);
-      order_.leave(queue);
+      auto* counts = scratch_.device_results.as<std::int64_t>(kResultTable);
+      // A replay may hold other numbers than now.
+      std::int64_t* expected = kept.empty() || is_recording(stream) ? nullptr : counts + batch;
+      look(queue, [&] {
+        if (expected != nullptr)
+          cuda::launch_store(kept.data(), view(layer).batch, expected, queue);
+        cuda::launch_check_keep(view(layer), table, keep.size(2), expected, counts,
+                                scratch_.device_results.as<FaultRecord>(), queue);
+        cuda::launch_raise(view(layer), scratch_.device_results.as<FaultRecord>(), queue);
+      });
       return kept.empty() ? state(layer).held : std::vector<std::int64_t>(kept.begin(), kept.end());
     }
-    auto* counts = results_.as<std::int64_t>(kResultTable);
+    auto* counts = scratch_.results.as<std::int64_t>(kResultTable);
     std::int64_t* expected = nullptr;
     if (!kept.empty()) {
       expected = counts + batch;
       std::copy(kept.begin(), kept.end(), expected);
     }
-    cuda::launch_check_keep(view(layer), table, keep.size(2), expected, counts, checked(), queue);
-    wait(queue);
+    look(queue, [&] {
+      cuda::launch_check_keep(view(layer), table, keep.size(2), expected, counts, checked(), queue);
+    });
+    order_.synchronize();
     if (checked()->fault != 0U) cuda::throw_fault(operation, *checked());
     return {counts, counts + batch};
   }
@@ -407,21 +422,24 @@ class CudaBackend final : public Backend {
     add(memory.scores, 1, memory.populations);
     add(memory.visits, 1, memory.populations);
     add(memory.novelty, 1, 1);
-    cuda::launch_remap_rows(memory, table, kept_length, marks_.as<std::int32_t>(), extent, queue);
-    if (kept_length > 0) {
-      cuda::launch_move(jobs.data(), static_cast<int>(jobs.size()), memory.batch, table,
-                        kept_length, memory.fault, queue);
-    }
-    cuda::launch_finish_compact(memory, table, kept_length, extent, queue);
-    order_.leave(queue);
+    change(queue, [&] {
+      cuda::launch_remap_rows(memory, table, kept_length, scratch_.marks.as<std::int32_t>(), extent,
+                              queue);
+      if (kept_length > 0) {
+        cuda::launch_move(jobs.data(), static_cast<int>(jobs.size()), memory.batch, table,
+                          kept_length, memory.fault, queue);
+      }
+      cuda::launch_finish_compact(memory, table, kept_length, extent, queue);
+    });
   }
 
   void release(std::int64_t layer, const ConstTensorView& keep, Stream stream) override {
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t queue = begin("release", stream);
-    cuda::launch_release(view(layer), table_of<const std::int32_t>(keep), keep.size(2),
-                         marks_.as<std::int32_t>(), extent_of(layer, stream), queue);
-    order_.leave(queue);
+    change(queue, [&] {
+      cuda::launch_release(view(layer), table_of<const std::int32_t>(keep), keep.size(2),
+                           scratch_.marks.as<std::int32_t>(), extent_of(layer, stream), queue);
+    });
   }
 
   TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const override {
@@ -430,12 +448,14 @@ class CudaBackend final : public Backend {
     const cudaStream_t own = order_.own();
     const LayerState& host = state(layer);
     const std::int64_t graphs = view(layer).batch * view(layer).graphs;
-    auto* found = results_.as<std::int64_t>(kResultTable);
+    auto* found = scratch_.results.as<std::int64_t>(kResultTable);
     auto* oldest = found + graphs;
     auto* last = oldest + graphs;
-    cuda::launch_plan_truncate(view(layer), count, host.ordered, found, oldest, last, host.length,
-                               own);
-    wait(own);
+    look(own, [&] {
+      cuda::launch_plan_truncate(view(layer), count, host.ordered, found, oldest, last, host.length,
+                                 own);
+    });
+    order_.synchronize();
     TruncatePlan plan{.length = host.ordered ? host.length - count : *last + 1, .dropped = {}};
     for (std::int64_t i = 0; i < graphs; ++i) {
       const std::int64_t b = i / view(layer).graphs;
@@ -454,30 +474,35 @@ class CudaBackend final : public Backend {
   void truncate(std::int64_t layer, const TruncatePlan& plan) override {
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t own = order_.own();
-    auto* dropped = results_.as<std::int64_t>(kResultTable);
+    auto* dropped = scratch_.results.as<std::int64_t>(kResultTable);
     std::copy(plan.dropped.begin(), plan.dropped.end(), dropped);
-    cuda::launch_truncate(view(layer), plan.length, dropped, state(layer).length, own);
-    wait(own);
+    change(own, [&] {
+      cuda::launch_truncate(view(layer), plan.length, dropped, state(layer).length, own);
+      check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+    });
   }
 
   void reset(std::int64_t layer, std::int64_t sequence) override {
     const DeviceGuard guard(graph_.device.index);
+    raise_reported("reset");
     const cudaStream_t own = order_.own();
     const LayerState& host = state(layer);
     bool others = false;
     for (std::size_t b = 0; b < host.held.size(); ++b) {
       others = others || (std::cmp_not_equal(b, sequence) && host.held[b] != 0);
     }
-    cuda::launch_reset(view(layer), sequence, others ? host.length : 0, !others || host.ordered,
-                       view(layer).capacity, own);
-    order_.leave(own);
+    change(own, [&] {
+      cuda::launch_reset(view(layer), sequence, others ? host.length : 0, !others || host.ordered,
+                         view(layer).capacity, own);
+    });
   }
 
   void recover() override {
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t own = order_.own();
-    cuda::launch_clear_fault(fault(), reported(), own);
-    wait(own);
+    look(own, [&] { cuda::launch_clear_fault(fault(), reported(), own); });
+    order_.synchronize();
+    broken_.clear();
   }
 
   void positions(std::int64_t layer, const TensorView& out, Stream stream) const override {
@@ -536,8 +561,10 @@ class CudaBackend final : public Backend {
     raise_reported("refresh");
     const std::vector<SequenceCounters> sequences = download_sequences(layer, order_.own());
     LayerCounters counters{};
-    check(cudaMemcpy(&counters, view(layer).counters, sizeof(counters), cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
+    check(cudaMemcpyAsync(&counters, view(layer).counters, sizeof(counters), cudaMemcpyDeviceToHost,
+                          order_.own()),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(order_.own()), "cudaStreamSynchronize");
     host.length = counters.length;
     host.ordered = counters.ordered != 0;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
@@ -566,8 +593,9 @@ class CudaBackend final : public Backend {
       use.graph_bytes += layer.graph_bytes();
       use.scratch_bytes += layer.scratch_bytes();
     }
-    for (const Memory* memory : {&shared_, &reported_, &results_, &device_results_, &views_,
-                                 &marks_, &novelty_scratch_, &rows_scratch_, &solve_scratch_}) {
+    for (const Memory* memory :
+         {&shared_, &reported_, &scratch_.results, &scratch_.device_results, &scratch_.views,
+          &scratch_.marks, &scratch_.novelty, &rows_scratch_, &solve_scratch_}) {
       use.scratch_bytes += memory->bytes();
     }
     return use;
@@ -585,7 +613,7 @@ class CudaBackend final : public Backend {
   }
   FaultRecord* fault() const { return shared_.as<FaultRecord>(); }
   FaultRecord* reported() const { return reported_.as<FaultRecord>(); }
-  FaultRecord* checked() const { return results_.as<FaultRecord>(); }
+  FaultRecord* checked() const { return scratch_.results.as<FaultRecord>(); }
   cuda::SharedMemory shared() const {
     return {.fault = fault(),
             .reported = reported(),
@@ -597,8 +625,14 @@ class CudaBackend final : public Backend {
     return is_recording(stream) ? view(layer).capacity : state(layer).length;
   }
 
-  /// Throws what the device has found since, if anything.
+  /// Throws what the device has found since, if anything, or that a change was left half done.
   void raise_reported(std::string_view operation) const {
+    if (!broken_.empty()) {
+      throw CudaError("[" + std::string(operation) +
+                      "] the manager cannot go on before reset(kAllLayers), because a call failed "
+                      "before: " +
+                      broken_);
+    }
     const volatile std::uint32_t& found = reported()->fault;
     if (found == 0U) return;
     const FaultRecord record = *reported();
@@ -614,9 +648,44 @@ class CudaBackend final : public Backend {
     return handle_of(stream);
   }
 
-  void wait(cudaStream_t stream) const {
-    order_.leave(stream);
-    order_.synchronize();
+  static void refuse_recording(std::string_view operation, Stream stream) {
+    if (!StreamOrder::is_capturing(handle_of(stream))) return;
+    throw CudaError("[" + std::string(operation) + "] cannot be captured: the host takes part");
+  }
+
+  /// Queues work that changes nothing of the graph.
+  template <class Work>
+  void look(cudaStream_t queue, Work&& work) const {
+    try {
+      work();
+    } catch (const CudaError&) {
+      leave_after_failure(queue);
+      throw;
+    }
+    order_.leave(queue);
+  }
+
+  /// Queues work that changes the graph. Where a call fails on the way, the device holds neither
+  /// what was nor what should be, and the manager says so from then on.
+  template <class Work>
+  void change(cudaStream_t queue, Work&& work) {
+    try {
+      work();
+    } catch (const CudaError& error) {
+      broken_ = error.what();
+      leave_after_failure(queue);
+      throw;
+    }
+    order_.leave(queue);
+  }
+
+  /// What was queued before the failure is waited for, if the device still can.
+  void leave_after_failure(cudaStream_t queue) const {
+    try {
+      order_.leave(queue);
+    } catch (const CudaError&) {
+      // The failure itself is on its way to the caller.
+    }
   }
 
   template <class Launch>
@@ -625,8 +694,7 @@ class CudaBackend final : public Backend {
     const cudaStream_t queue = begin(operation, stream);
     const std::int64_t extent = extent_of(layer, stream);
     if (extent == 0 || view(layer).batch == 0) return;
-    launch(queue, extent);
-    order_.leave(queue);
+    look(queue, [&] { launch(queue, extent); });
   }
 
   void grow(Memory& memory, std::int64_t bytes, bool recording, std::string_view operation) const {
@@ -641,43 +709,85 @@ class CudaBackend final : public Backend {
     memory = Memory(bytes, Memory::Kind::device);
   }
 
-  /// What depends on the shapes of all layers.
-  void finish_resize(cudaStream_t own) {
+  /// Scratch that fits the shapes of all layers.
+  struct Scratch {
+    Memory marks;  ///< one word a slot of the largest layer
+    Memory novelty;
+    Memory results;         ///< of checks; the host reads them
+    Memory device_results;  ///< of checks that the host does not wait for
+    Memory views;           ///< LayerView of every layer
+  };
+
+  /// `next` takes the place of a layer, and its memory is that of the old one afterwards. Takes all
+  /// memory before it changes anything.
+  void replace_layer(std::int64_t layer, LayerMemory& next, cudaStream_t own) {
+    const auto index = static_cast<std::size_t>(layer);
+    std::vector<LayerView> views = all_views();
+    views[index] = next.view();
+    Scratch more = missing_scratch(views);
+    // What is queued may still use what is about to be freed.
+    order_.synchronize();
+    take_scratch(more);
+    std::swap(layers_[index], next);
+    upload_views(own);
+  }
+
+  std::vector<LayerView> all_views() const {
+    std::vector<LayerView> views;
+    for (const LayerMemory& layer : layers_) views.push_back(layer.view());
+    return views;
+  }
+
+  /// Only what is larger than before.
+  Scratch missing_scratch(const std::vector<LayerView>& views) const {
     std::int64_t slots = 0;
     std::int64_t table = 0;
     std::int64_t novelty = 0;
-    std::vector<LayerView> views;
-    for (const LayerMemory& layer : layers_) {
-      const LayerView& one = layer.view();
-      views.push_back(one);
+    for (const LayerView& one : views) {
       slots = std::max<std::int64_t>(slots, std::int64_t{one.batch} * one.graphs * one.capacity);
       table = std::max<std::int64_t>(table, std::int64_t{one.batch} * (2 * one.graphs + 2) + 2);
       if (walk_.needs_novelty()) novelty = std::max(novelty, cuda::novelty_scratch(one));
     }
-    // What is queued may still use what is about to be freed.
-    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
-    order_.synchronize();
     constexpr std::int64_t kWord = 4;
-    const auto at_least = [](Memory& memory, std::int64_t bytes, Memory::Kind kind) {
-      if (bytes > memory.bytes()) memory = Memory(bytes, kind);
+    const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {
+      return bytes > memory.bytes() ? Memory(bytes, kind) : Memory();
     };
-    at_least(marks_, slots * kWord, Memory::Kind::device);
-    at_least(novelty_scratch_, novelty * kWord, Memory::Kind::device);
-    at_least(results_, kResultTable + table * 8, Memory::Kind::mapped);
-    at_least(device_results_, kResultTable + table * 8, Memory::Kind::device);
-    const auto bytes = static_cast<std::int64_t>(views.size() * sizeof(LayerView));
-    at_least(views_, bytes, Memory::Kind::device);
-    check(cudaMemcpy(views_.data(), views.data(), static_cast<std::size_t>(bytes),
-                     cudaMemcpyHostToDevice),
-          "cudaMemcpy");
+    return {
+        .marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
+        .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
+        .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
+        .device_results =
+            more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
+        .views = more(scratch_.views, static_cast<std::int64_t>(views.size() * sizeof(LayerView)),
+                      Memory::Kind::device)};
+  }
+
+  void take_scratch(Scratch& more) {
+    const auto take = [](Memory& memory, Memory& larger) {
+      if (larger.bytes() > 0) memory = std::move(larger);
+    };
+    take(scratch_.marks, more.marks);
+    take(scratch_.novelty, more.novelty);
+    take(scratch_.results, more.results);
+    take(scratch_.device_results, more.device_results);
+    take(scratch_.views, more.views);
+  }
+
+  void upload_views(cudaStream_t own) {
+    const std::vector<LayerView> views = all_views();
+    check(cudaMemcpyAsync(scratch_.views.data(), views.data(), views.size() * sizeof(LayerView),
+                          cudaMemcpyHostToDevice, own),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
   }
 
   void upload_counters(std::int64_t layer, cudaStream_t queue) {
     const LayerState& host = state(layer);
-    upload_counters(layer, host.length, host.ordered, host.seen, host.held, queue);
+    upload_counters(view(layer), host.length, host.ordered, host.seen, host.held, queue);
   }
 
-  void upload_counters(std::int64_t layer, std::int64_t length, bool ordered,
+  /// Waits for what is queued.
+  void upload_counters(const LayerView& layer, std::int64_t length, bool ordered,
                        const std::vector<std::int64_t>& seen, const std::vector<std::int64_t>& held,
                        cudaStream_t queue) {
     std::vector<SequenceCounters> sequences;
@@ -685,16 +795,16 @@ class CudaBackend final : public Backend {
       sequences.push_back({.seen = seen[b],
                            .held = held[b],
                            .walked_at = -1,
-                           .walk_block = state(layer).walk_block[b]});
+                           .walk_block = state(layer.index).walk_block[b]});
     }
     const LayerCounters counters{.length = length, .ordered = ordered ? 1 : 0, .ticket = 0};
     check(
-        cudaMemcpyAsync(view(layer).sequences, sequences.data(),
+        cudaMemcpyAsync(layer.sequences, sequences.data(),
                         sequences.size() * sizeof(SequenceCounters), cudaMemcpyHostToDevice, queue),
         "cudaMemcpyAsync");
-    check(cudaMemcpyAsync(view(layer).counters, &counters, sizeof(counters), cudaMemcpyHostToDevice,
-                          queue),
-          "cudaMemcpyAsync");
+    check(
+        cudaMemcpyAsync(layer.counters, &counters, sizeof(counters), cudaMemcpyHostToDevice, queue),
+        "cudaMemcpyAsync");
     check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
   }
 
@@ -773,14 +883,11 @@ class CudaBackend final : public Backend {
   const std::vector<LayerState>& states_;
   Memory shared_{2 * kResultTable, Memory::Kind::device};
   Memory reported_{kResultTable, Memory::Kind::mapped};
-  Memory results_;         ///< of checks; the host reads them
-  Memory device_results_;  ///< of checks that the host does not wait for
-  Memory views_;           ///< LayerView of every layer
-  Memory marks_;           ///< one word a slot of the largest layer
-  Memory novelty_scratch_;
+  Scratch scratch_;
   Memory rows_scratch_;
   Memory solve_scratch_;
   std::vector<LayerMemory> layers_;
+  std::string broken_;         ///< by which failed call
   mutable StreamOrder order_;  // is destroyed first, and waits
 };
 
@@ -788,6 +895,7 @@ LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& pos
                                   const ConstTensorView& neighbors,
                                   const ConstTensorView& probabilities, Stream stream) {
   const DeviceGuard guard(graph_.device.index);
+  refuse_recording("load_rows", stream);
   const cudaStream_t queue = begin("load_rows", stream);
   const HostCopy host_positions(positions, queue);
   const HostCopy host_neighbors(neighbors, queue);
@@ -798,22 +906,19 @@ LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& pos
   LoadResult result = load_graphs(graph_, loaded, host_positions.view(), host_neighbors.view(),
                                   host_probabilities.view());
   LayerMemory next(graph_, walk_, shared(), layer, memory.batch, memory.capacity, queue);
-  check(cudaStreamSynchronize(queue), "cudaStreamSynchronize");
-  order_.synchronize();
   const std::int64_t slots = std::int64_t{memory.batch} * memory.graphs * memory.capacity;
   constexpr std::int64_t kWord = 4;
   if (slots > 0) {
-    check(cudaMemcpy(next.view().positions, loaded.positions(0, 0),
-                     static_cast<std::size_t>(slots * kWord), cudaMemcpyHostToDevice),
-          "cudaMemcpy");
-    check(cudaMemcpy(next.view().rows, loaded.row(0, 0, 0).neighbors,
-                     static_cast<std::size_t>(slots * memory.row_words * kWord),
-                     cudaMemcpyHostToDevice),
-          "cudaMemcpy");
+    check(cudaMemcpyAsync(next.view().positions, loaded.positions(0, 0),
+                          static_cast<std::size_t>(slots * kWord), cudaMemcpyHostToDevice, queue),
+          "cudaMemcpyAsync");
+    check(cudaMemcpyAsync(next.view().rows, loaded.row(0, 0, 0).neighbors,
+                          static_cast<std::size_t>(slots * memory.row_words * kWord),
+                          cudaMemcpyHostToDevice, queue),
+          "cudaMemcpyAsync");
   }
-  layers_[static_cast<std::size_t>(layer)] = std::move(next);
-  finish_resize(queue);
-  upload_counters(layer, positions.size(2), result.ordered, result.seen, result.held, queue);
+  upload_counters(next.view(), positions.size(2), result.ordered, result.seen, result.held, queue);
+  replace_layer(layer, next, order_.own());
   return result;
 }
 

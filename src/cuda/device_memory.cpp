@@ -9,6 +9,10 @@
 
 namespace spectralkv::cuda {
 
+CaptureGuard::CaptureGuard() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&former_)); }
+
+CaptureGuard::~CaptureGuard() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&former_)); }
+
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
   check(cudaGetDevice(&current), "cudaGetDevice");
@@ -43,6 +47,7 @@ Memory::Memory(std::int64_t bytes, Kind kind) : bytes_(bytes), kind_(kind) {
 
 Memory::~Memory() {
   if (data_ == nullptr) return;
+  const CaptureGuard captures;
   static_cast<void>(kind_ == Kind::mapped ? cudaFreeHost(data_) : cudaFree(data_));
 }
 

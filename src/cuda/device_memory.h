@@ -8,6 +8,18 @@
 
 namespace spectralkv::cuda {
 
+/// Calls of this thread that take memory or wait leave captures of others alone while it lives.
+class CaptureGuard {
+ public:
+  CaptureGuard();
+  ~CaptureGuard();
+  CaptureGuard(const CaptureGuard&) = delete;
+  CaptureGuard& operator=(const CaptureGuard&) = delete;
+
+ private:
+  cudaStreamCaptureMode former_ = cudaStreamCaptureModeRelaxed;
+};
+
 /// Makes a device current, and the former one again at the end.
 class DeviceGuard {
  public:
@@ -18,6 +30,7 @@ class DeviceGuard {
 
  private:
   int former_ = -1;
+  CaptureGuard captures_;
 };
 
 /// Bytes on the current device, or of pinned host memory that the device sees.

@@ -88,6 +88,9 @@ void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& ou
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
                        std::int64_t count, const std::int64_t* expected, std::int64_t* kept,
                        FaultRecord* result, cudaStream_t stream);
+/// Writes `count` values of the host to device memory; they are read before this returns.
+void launch_store(const std::int64_t* values, std::int64_t count, std::int64_t* to,
+                  cudaStream_t stream);
 /// Clears every slot that is not kept; books what each sequence holds. `marks` is scratch of
 /// (B, G, capacity).
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,

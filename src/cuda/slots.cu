@@ -337,6 +337,18 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 }
 
+/// What the host hands over with a launch.
+struct Words {
+  static constexpr int kMost = 128;
+  std::int64_t values[kMost];
+};
+
+__global__ void __launch_bounds__(Words::kMost)
+    store_kernel(const __grid_constant__ Words words, int count, std::int64_t* to) {
+  const auto i = static_cast<int>(threadIdx.x);
+  if (i < count) to[i] = words.values[i];
+}
+
 __global__ void __launch_bounds__(kThreads)
     mark_kept_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
                      std::int64_t runs, std::int32_t* marks) {
@@ -545,6 +557,17 @@ void launch_check_keep(const LayerView& layer, const TableView<const std::int32_
   check(cudaGetLastError(), "check_keep_kernel");
   find_bad_keep_kernel<<<1, kWideThreads, 0, stream>>>(layer, keep, count, expected, result);
   check(cudaGetLastError(), "find_bad_keep_kernel");
+}
+
+void launch_store(const std::int64_t* values, std::int64_t count, std::int64_t* to,
+                  cudaStream_t stream) {
+  for (std::int64_t first = 0; first < count; first += Words::kMost) {
+    Words words{};
+    const auto part = static_cast<int>(std::min<std::int64_t>(Words::kMost, count - first));
+    std::copy_n(values + first, part, words.values);
+    store_kernel<<<1, Words::kMost, 0, stream>>>(words, part, to + first);
+    check(cudaGetLastError(), "store_kernel");
+  }
 }
 
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,

@@ -42,8 +42,14 @@ bool StreamOrder::is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+unsigned long long StreamOrder::id_of(cudaStream_t stream) {
+  unsigned long long id = 0;
+  check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
+  return id;
+}
+
 void StreamOrder::wait_for_last(cudaStream_t stream) {
-  if (!idle_ && last_stream_ != stream) {
+  if (!idle_ && last_stream_ != id_of(stream)) {
     check(cudaStreamWaitEvent(stream, last_, 0), "cudaStreamWaitEvent");
   }
 }
@@ -62,7 +68,7 @@ void StreamOrder::enter(cudaStream_t stream, std::string_view operation) {
 void StreamOrder::leave(cudaStream_t stream) {
   if (is_capturing(stream)) return;
   check(cudaEventRecord(last_, stream), "cudaEventRecord");
-  last_stream_ = stream;
+  last_stream_ = id_of(stream);
   idle_ = false;
 }
 
@@ -76,8 +82,6 @@ cudaStream_t StreamOrder::fork(cudaStream_t stream, std::string_view operation) 
   wait_for_last(side_);
   return side_;
 }
-
-void StreamOrder::leave_side(cudaStream_t used) { leave(used); }
 
 cudaStream_t StreamOrder::own() {
   wait_for_last(side_);

@@ -23,15 +23,12 @@ class StreamOrder {
   /// Before work on the caller's stream. Throws CudaError where a capture begins while earlier work
   /// may still run: a captured stream cannot wait for it.
   void enter(cudaStream_t stream, std::string_view operation);
-  /// After it.
+  /// After work, whatever stream it was queued on.
   void leave(cudaStream_t stream);
 
   /// Before work on the side stream that follows what `stream` holds now. Returns the stream to
   /// work on: `stream` itself while it is captured.
   cudaStream_t fork(cudaStream_t stream, std::string_view operation);
-  /// After it.
-  void leave_side(cudaStream_t used);
-
   /// The side stream, ordered behind all earlier work: for calls that come without a stream.
   cudaStream_t own();
 
@@ -39,12 +36,14 @@ class StreamOrder {
   void synchronize();
 
  private:
+  static unsigned long long id_of(cudaStream_t stream);
   void wait_for_last(cudaStream_t stream);
 
   cudaStream_t side_ = nullptr;
   cudaEvent_t last_ = nullptr;  ///< after the latest work
   cudaEvent_t ready_ = nullptr;
-  cudaStream_t last_stream_ = nullptr;
+  /// A handle may come again for another stream, its number never.
+  unsigned long long last_stream_ = 0;
   bool idle_ = true;  ///< nothing was queued since the last synchronization
 };
 
