@@ -452,6 +452,20 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
   const Cache cache(batch, timer.get());
   const std::vector<std::int64_t> counts(static_cast<std::size_t>(batch), kKept);
   const Buffer keep = to_device(keep_table(kLength, counts, runs));
+  // As many bytes from one place to another, by the same rules: a short copy does not reach the
+  // rate of a long one.
+  const std::int64_t kept_bytes = 2 * batch * kHeads * kKept * kDim * kElement;
+  const Buffer from(kept_bytes);
+  const Buffer to(kept_bytes);
+  const Timing copy = measure_cold(timer, repeats, [&] {
+    constexpr int kThreads = 256;
+    constexpr int kLoads = 4;
+    const std::int64_t vectors = kept_bytes / static_cast<std::int64_t>(sizeof(uint4));
+    const std::int64_t blocks = (vectors + kThreads * kLoads - 1) / (kThreads * kLoads);
+    copy_kernel<kLoads><<<static_cast<unsigned>(blocks), kThreads, 0, timer.get()>>>(
+        from.as<const uint4>(), to.as<uint4>(), vectors);
+    check(cudaGetLastError(), "copy_kernel");
+  });
   const auto report = [&](const char* bench, std::int64_t slot_bytes, const Timing& timing) {
     // Read and written.
     const double bytes = 2.0 * static_cast<double>(batch * kHeads * kKept * slot_bytes);
@@ -461,7 +475,8 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
            {"floor_us", 1e6 * bytes / bandwidth},
            {"gbs", 1e-9 * rate},
            {"copy_gbs", 1e-9 * bandwidth},
-           {"fraction_of_copy", rate / bandwidth}});
+           {"fraction_of_copy", rate / bandwidth},
+           {"copy_of_kept_keys_and_values_us", copy.median}});
   };
 
   const Buffer fault(sizeof(cuda::FaultRecord));

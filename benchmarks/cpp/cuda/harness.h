@@ -54,6 +54,14 @@ struct Plan {
   int replays = 50;
 };
 
+/// Keeps the device busy for about as long as the host takes to queue what is timed.
+template <int kCycles>
+__global__ void busy_kernel() {
+  const long long start = clock64();
+  while (clock64() - start < kCycles) {
+  }
+}
+
 /// Times `work(call, stream)`: `plan.calls` of them are captured into one CUDA graph, whose replays
 /// are timed with events. Cold figures need calls whose buffers together exceed the L2 cache.
 inline Timing measure(const Plan& plan, const std::function<void(int, cudaStream_t)>& work) {
@@ -74,6 +82,8 @@ inline Timing measure(const Plan& plan, const std::function<void(int, cudaStream
   }
   std::vector<double> times;
   for (int i = 0; i < plan.replays; ++i) {
+    busy_kernel<50000><<<1, 1, 0, stream>>>();
+    check(cudaGetLastError(), "busy_kernel");
     check(cudaEventRecord(begin, stream), "cudaEventRecord");
     check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
     check(cudaEventRecord(end, stream), "cudaEventRecord");
