@@ -33,6 +33,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def cuda() -> None:
+    """Skip the test, with the reason, where CUDA cannot be used."""
+    if reason := missing_cuda():
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def arrays(device: str) -> Arrays:
     """Arrays on each device: numpy's on the CPU, torch's on CUDA."""
     return Arrays("numpy" if device == "cpu" else "torch", device)

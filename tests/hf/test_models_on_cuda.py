@@ -12,21 +12,14 @@ import torch
 from helpers import feed, make_cache
 from test_generation import POLICIES, generate
 
-from arrays import missing_cuda
 from spectralkv import policies
 from spectralkv.hf import EvictionEvent, SpectralCache
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 WALK = policies.Spectral(budget=24, interval=8, window=6, sinks=2)
 ALL = POLICIES | {"spectral_walk": WALK, "full": policies.Full()}
-
-
-@pytest.fixture(autouse=True)
-def _cuda() -> None:
-    if reason := missing_cuda():
-        pytest.skip(reason)
 
 
 @contextlib.contextmanager
