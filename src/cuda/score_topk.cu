@@ -18,7 +18,6 @@
 namespace spectralkv::cuda {
 namespace {
 
-constexpr int kMostThreads = 512;
 constexpr int kPortableCluster = 8;
 constexpr int kMostCluster = 16;
 constexpr float kLog2E = 1.44269504F;
@@ -26,6 +25,7 @@ constexpr float kLog2E = 1.44269504F;
 /// Where a block keeps what in shared memory; offsets in bytes.
 struct Layout {
   std::int64_t merged;      ///< u64 (cluster, K): candidates of all blocks, in the first block
+  std::int64_t places;      ///< i32 (cluster, K): how many of these are better
   std::int64_t sums;        ///< u64 (cluster, query heads): maximum and sum of a block
   std::int64_t warp_sums;   ///< u64 (warps, query heads)
   std::int64_t shifts;      ///< f32 (query heads): log of the softmax's sum
@@ -39,7 +39,8 @@ __host__ __device__ inline Layout layout_of(int query_heads, int top_k, int clus
                                             int slots) {
   Layout layout{};
   layout.pitch = slots + 8;
-  layout.sums = layout.merged + std::int64_t{8} * cluster * top_k;
+  layout.places = layout.merged + std::int64_t{8} * cluster * top_k;
+  layout.sums = layout.places + std::int64_t{4} * cluster * top_k;
   layout.warp_sums = layout.sums + std::int64_t{8} * cluster * query_heads;
   layout.shifts = layout.warp_sums + std::int64_t{8} * (threads / 32) * query_heads;
   layout.barred = layout.shifts + std::int64_t{4} * query_heads;
@@ -54,62 +55,91 @@ __device__ std::int64_t slot_at(const UpdateArgs& args, std::int64_t b, std::int
   return args.slots.data[b * args.slots.sequence_stride + h * args.slots.head_stride];
 }
 
-/// Whether the slots of all sequences can be taken, by threads [first, first + count) of a block:
-/// each says whether those that it looked at can. Every graph looks at all of them, so that all
-/// decide alike before any writes.
-__device__ bool check_slots(const LayerView& layer, const UpdateArgs& args, std::int64_t length,
-                            int thread, int threads) {
-  bool good = true;
+/// Slots that may be taken lie below this: the host has seen to it that so many keys are there.
+__device__ inline std::int64_t slot_limit(const LayerView& layer, std::int64_t extent) {
+  return min(layer.capacity, extent);
+}
+
+/// Whether the slots of all sequences can be taken; each thread of a block says whether those that
+/// it looked at can. Every graph looks at all of them, so that all decide alike before any writes.
+__device__ __noinline__ bool check_slots(const LayerView& layer, const UpdateArgs& args,
+                                         std::int64_t length, std::int64_t extent) {
+  const std::int64_t limit = slot_limit(layer, extent);
   if (args.slots.data == nullptr) {
-    if (length < layer.capacity) return true;
-    if (thread == 0) report(layer, Fault::layer_full, 0, 0, length + 1, layer.capacity);
+    if (length < limit) return true;
+    if (threadIdx.x == 0) report(layer, Fault::layer_full, 0, 0, length + 1, limit);
     return false;
   }
-  for (int i = thread; i < layer.batch * layer.heads; i += threads) {
+  bool good = true;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < layer.batch * layer.heads;
+       i += static_cast<int>(blockDim.x)) {
     const std::int64_t b = i / layer.heads;
     const std::int64_t h = i % layer.heads;
     const std::int64_t g = h / layer.heads_per_graph;
     const std::int64_t slot = slot_at(args, b, h, length);
-    const std::int64_t of_graph = slot_at(args, b, g * layer.heads_per_graph, length);
-    if (slot < 0 || slot > length || slot >= layer.capacity) {
-      good = false;
-      report(layer, Fault::slot_range, b, h, slot, min(length, layer.capacity - 1));
+    Fault fault = Fault::none;
+    std::int64_t other = 0;
+    if (slot < 0 || slot >= limit) {
+      fault = Fault::slot_range;
+      other = limit - 1;
     } else if (slot < length && positions_of(layer, b, g)[slot] >= 0) {
-      good = false;
-      report(layer, Fault::slot_taken, b, h, slot, 0);
-    } else if (slot != of_graph) {
-      good = false;
-      report(layer, Fault::slots_differ, b, h, slot, of_graph);
+      fault = Fault::slot_taken;
+    } else {
+      other = slot_at(args, b, g * layer.heads_per_graph, length);
+      if (slot != other) fault = Fault::slots_differ;
     }
+    if (fault == Fault::none) continue;
+    good = false;
+    report(layer, fault, b, h, slot, other);
   }
   return good;
 }
 
-/// Takes the slots and counts the tokens, by one warp.
-__device__ void take_slots(const LayerView& layer, const UpdateArgs& args, std::int64_t length) {
+/// Takes the slots and counts the tokens, by one warp. `counters` are those of sequence `lane`,
+/// where there is such a one.
+__device__ void take_slots(const LayerView& layer, const UpdateArgs& args, std::int64_t length,
+                           const SequenceCounters& counters) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  bool grows = false;
+  const int graphs = layer.batch * layer.graphs;
+  int behind = static_cast<int>(length);
   bool ordered = true;
-  for (int i = lane; i < layer.batch * layer.graphs; i += 32) {
-    const std::int64_t b = i / layer.graphs;
-    const std::int64_t g = i % layer.graphs;
-    const std::int64_t slot = slot_at(args, b, g * layer.heads_per_graph, length);
-    positions_of(layer, b, g)[slot] = static_cast<std::int32_t>(layer.sequences[b].seen);
-    if (slot == length) {
-      grows = true;
-    } else {
-      ordered = false;
-    }
+#pragma unroll 1
+  for (int first = 0; first < graphs; first += 32) {
+    const int i = min(first + lane, graphs - 1);
+    const int b = i / layer.graphs;
+    const int g = i % layer.graphs;
+    std::int64_t seen = __shfl_sync(0xffffffffU, counters.seen, b % 32);
+    if (b >= 32) seen = layer.sequences[b].seen;
+    const std::int64_t slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
+    positions_of(layer, b, g)[slot] = static_cast<std::int32_t>(seen);
+    behind = max(behind, static_cast<int>(slot) + 1);
+    ordered = ordered && slot == length;
   }
-  grows = __any_sync(0xffffffffU, grows) != 0;
   ordered = __all_sync(0xffffffffU, ordered) != 0;
+  for (int offset = 16; offset > 0; offset /= 2) {
+    behind = max(behind, __shfl_xor_sync(0xffffffffU, behind, offset));
+  }
+#pragma unroll 1
   for (int b = lane; b < layer.batch; b += 32) {
-    ++layer.sequences[b].seen;
-    ++layer.sequences[b].held;
+    const SequenceCounters& before = b < 32 ? counters : layer.sequences[b];
+    layer.sequences[b].seen = before.seen + 1;
+    layer.sequences[b].held = before.held + 1;
   }
   if (lane != 0) return;
-  layer.counters->length = length + (grows ? 1 : 0);
+  layer.counters->length = behind;
   if (!ordered) layer.counters->ordered = 0;
+}
+
+/// Of sequence `lane`, for take_slots: asked for early, it is there when it is needed.
+__device__ inline SequenceCounters counters_of_lane(const LayerView& layer) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  SequenceCounters counters{};
+  if (lane < layer.batch) {
+    counters.seen = layer.sequences[lane].seen;
+    counters.held = layer.sequences[lane].held;
+  }
+  return counters;
 }
 
 /// write_row by one warp: lane k has the k-th candidate, 0 where there is none.
@@ -136,8 +166,8 @@ __device__ void write_row(const LayerView& layer, std::int32_t* row, std::uint64
 
 /// Whether queries of a graph and the keys of its new token are numbers, by all threads of a block.
 template <class T>
-__device__ bool all_finite(const LayerView& layer, const UpdateArgs& args, std::int64_t b,
-                           std::int64_t g, std::int64_t slot) {
+__device__ __noinline__ bool all_finite(const LayerView& layer, const UpdateArgs& args,
+                                        std::int64_t b, std::int64_t g, std::int64_t slot) {
   const int dim = layer.head_dim;
   const int query_heads = layer.heads_per_graph * layer.group;
   const std::int64_t first_head = g * layer.heads_per_graph;
@@ -184,6 +214,20 @@ struct ExpSum {
   /// What is subtracted from a score to get the logarithm of its probability.
   __device__ float shift() const { return sum > 0.0F ? maximum + logf(sum) : INFINITY; }
 
+  /// Of `count` that lie `stride` apart.
+  __device__ static ExpSum of(const std::uint64_t* packed, int count, std::int64_t stride) {
+    ExpSum all;
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      all.maximum = fmaxf(all.maximum, unpacked(packed[i * stride]).maximum);
+    }
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const ExpSum one = unpacked(packed[i * stride]);
+      all.sum = fmaf(one.sum, exp2_of((one.maximum - all.maximum) * kLog2E), all.sum);
+    }
+    return all;
+  }
   __device__ ExpSum from_lane(int offset) const {
     return {.maximum = __shfl_xor_sync(0xffffffffU, maximum, offset),
             .sum = __shfl_xor_sync(0xffffffffU, sum, offset)};
@@ -197,18 +241,22 @@ struct ExpSum {
   }
 };
 
+/// A finite score below the softcap; -inf stays.
+__device__ inline float soften(const UpdateArgs& args, float score) {
+  return score > -INFINITY ? args.softcap * tanhf(score / args.softcap) : score;
+}
 /// The score of a dot product, -inf where it is no number.
 __device__ inline float scaled(const UpdateArgs& args, float dot) {
   const float x = dot * args.scale;
   if (!(fabsf(x) <= FLT_MAX)) return -INFINITY;
-  return args.softcap > 0.0F ? args.softcap * tanhf(x / args.softcap) : x;
+  return args.softcap > 0.0F ? soften(args, x) : x;
 }
 
 /// Slots that the new token sees: its own may lie behind all others.
-__device__ inline int visible_slots(const LayerView& layer, std::int64_t slot,
-                                    std::int64_t length) {
-  const bool fits = slot >= 0 && slot <= length && slot < layer.capacity;
-  return static_cast<int>(fits ? max(length, slot + 1) : length);
+__device__ inline int visible_slots(const LayerView& layer, std::int64_t slot, std::int64_t length,
+                                    std::int64_t extent) {
+  const bool fits = slot >= 0 && slot < slot_limit(layer, extent);
+  return static_cast<int>(min(fits ? max(length, slot + 1) : length, extent));
 }
 /// Slots of each of `parts` blocks.
 __host__ __device__ inline int part_of(std::int64_t slots, int parts) {
@@ -265,36 +313,36 @@ __device__ inline void finish_row(const LayerView& layer, std::int64_t b, std::i
   if (!drawn) atomicAdd(&layer.statistics->rows_nonfinite, 1ULL);
 }
 
-/// By one warp, once its graph has read what take_slots changes: lane 0 gets a ticket, and the
-/// graph with the last one takes the slots of all.
+/// By one warp, once all blocks of its graph have got what they read of what take_slots changes:
+/// lane 0 gets a ticket, and the graph with the last one takes the slots of all. It waits for no
+/// write of others, so nothing is fenced.
 __device__ inline std::uint32_t take_ticket(const LayerView& layer) {
   if (threadIdx.x % 32 != 0) return 0;
-  __threadfence();
   return atomicInc(&layer.counters->ticket,
                    static_cast<std::uint32_t>(layer.batch * layer.graphs - 1));
 }
 __device__ inline bool is_last(const LayerView& layer, std::uint32_t ticket) {
-  ticket = __shfl_sync(0xffffffffU, ticket, 0);
-  __threadfence();
-  return ticket == static_cast<std::uint32_t>(layer.batch * layer.graphs - 1);
+  return __shfl_sync(0xffffffffU, ticket, 0) ==
+         static_cast<std::uint32_t>(layer.batch * layer.graphs - 1);
 }
 
 struct Shared {
   TopKScratch top_k;
   std::uint64_t best[32];
   std::uint64_t suspects[kMostCluster];  ///< not 0: the block met a new key without a score
+  Mailbox sums;                          ///< of all blocks, to all blocks
+  Mailbox lists;                         ///< of all blocks, to the first
   int suspect;
-  int good;
 };
 
 /// A cluster of thread blocks a graph.
 template <class Dots>
-__global__ void __launch_bounds__(kMostThreads)
-    update_kernel(LayerView layer, UpdateArgs args, int most_slots) {
+__global__ void __launch_bounds__(Dots::kMostThreads)
+    update_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ UpdateArgs args,
+                  std::int64_t extent, int most_slots) {
   using T = typename Dots::T;
   extern __shared__ std::uint64_t memory[];
   __shared__ Shared shared;
-  cluster_arrive();  // a block may write to another once that runs
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;
@@ -303,140 +351,169 @@ __global__ void __launch_bounds__(kMostThreads)
   const int cluster = cluster_size();
   const int rank = cluster_rank();
   const int graph = static_cast<int>(blockIdx.x) / cluster;
-  const std::int64_t b = graph / layer.graphs;
-  const std::int64_t g = graph % layer.graphs;
+  const int b = graph / layer.graphs;
+  const int g = graph % layer.graphs;
   const int query_heads = layer.heads_per_graph * layer.group;
+  const int top_k = layer.top_k;
+  const int entries = cluster * top_k;
 
-  const Layout layout = layout_of(query_heads, layer.top_k, cluster, threads, most_slots);
+  const std::int64_t length = layer.counters->length;
+  const bool fault = rank == 0 && thread == 0 && has_fault(layer);
+  const bool finishes = rank == 0 && warp == 1;
+  SequenceCounters counters{};
+  if (finishes) counters = counters_of_lane(layer);
+
+  const Layout layout = layout_of(query_heads, top_k, cluster, threads, most_slots);
   auto* const bytes = reinterpret_cast<unsigned char*>(memory);
   auto* const merged = reinterpret_cast<std::uint64_t*>(bytes + layout.merged);
+  auto* const places = reinterpret_cast<int*>(bytes + layout.places);
   auto* const sums = reinterpret_cast<std::uint64_t*>(bytes + layout.sums);
   auto* const warp_sums = reinterpret_cast<std::uint64_t*>(bytes + layout.warp_sums);
   auto* const shifts = reinterpret_cast<float*>(bytes + layout.shifts);
   auto* const barred = reinterpret_cast<std::uint32_t*>(bytes + layout.barred);
   auto* const scores = reinterpret_cast<float*>(bytes + layout.scores);
   const int pitch = static_cast<int>(layout.pitch);
+  if (thread == 0) {
+    constexpr int kEntry = sizeof(std::uint64_t);
+    open_mailbox(shared.sums, cluster * query_heads * kEntry);
+    open_mailbox(shared.lists, cluster * (top_k + 1) * kEntry);
+    shared.suspect = 0;
+    shared.top_k.found = 0;
+  }
+  cluster_arrive();
+  for (int i = thread; i < (most_slots + 31) / 32; i += threads) barred[i] = 0;
+  for (int i = thread; i < entries; i += threads) places[i] = 0;
+  if (thread < 32) shared.best[thread] = 0;
+  __syncthreads();
 
-  const std::int64_t length = layer.counters->length;
-  const bool fault = rank == 0 && has_fault(layer);
-  const std::int64_t slot = slot_at(args, b, g * layer.heads_per_graph, length);
+  const std::int64_t slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
+  const int visible = visible_slots(layer, slot, length, extent);
   const int own_slot = static_cast<int>(slot);
-  const int visible = visible_slots(layer, slot, length);
   const int part = part_of(visible, cluster);
   const int begin = min(rank * part, visible);
   const int end = min(begin + part, visible);
-  for (int i = thread; i < (most_slots + 31) / 32; i += threads) barred[i] = 0;
-  for (int i = thread; i < cluster * layer.top_k; i += threads) merged[i] = 0;
-  if (thread < 32) shared.best[thread] = 0;
-  if (thread == 0) {
-    shared.suspect = 0;
-    shared.top_k.found = 0;
-    shared.good = fault ? 0 : 1;
-  }
-  __syncthreads();
-
-  for_each_task<Dots>(
-      layer, args, b, g, begin, end, [&](const auto& task, int first_query) {
-        ExpSum mine[Dots::kValues];
-        Dots::run(task, warp, warps,
-                  [&](int i, int column, int j, std::int32_t position, float dot) {
-                    float x = scaled(args, dot);
-                    if (j == own_slot) {
-                      if (x == -INFINITY) shared.suspect = 1;
-                    } else if (position < 0) {
-                      x = -INFINITY;
-                    }
-                    mine[i].add(x);
-                    scores[(first_query + column) * pitch + j - begin] = x;
-                    const bool sink = position >= 0 && position < layer.num_sinks;
-                    if (column == 0 && (sink || j == own_slot)) {
-                      atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
-                    }
-                  });
-        sum_warp<Dots>(mine);
+  unsigned suspect = 0;
+  for_each_task<Dots>(layer, args, b, g, begin, end, [&](const auto& task, int first_query) {
+    ExpSum mine[Dots::kValues];
+    float* const task_scores = scores + first_query * pitch - begin;
+    Dots::run(task, warp, warps,
+              [&](int i, int column, int j, std::int32_t position, float dot, bool valid) {
+                // Without branches: this runs for every score.
+                const bool own = j == own_slot;
+                const float x = dot * args.scale;
+                const bool finite = fabsf(x) <= FLT_MAX;
+                const bool seen = (position >= 0) | own;
+                const float score = valid & seen & finite ? x : -INFINITY;
+                suspect |= valid & own & !finite ? 1U : 0U;
+                mine[i].add(score);
+                if (valid) task_scores[column * pitch + j] = score;
+                const auto sinks = static_cast<unsigned>(layer.num_sinks);
+                const bool bar = own | (static_cast<unsigned>(position) < sinks);
+                if (valid & bar & (column == 0)) {
+                  atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
+                }
+              });
+    sum_warp<Dots>(mine);
 #pragma unroll
-        for (int i = 0; i < Dots::kValues; ++i) {
-          const int column = Dots::column(lane, i);
-          if (lane < Dots::kFirstRowBit && column < task.query_heads) {
-            warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
-          }
-        }
-      });
+    for (int i = 0; i < Dots::kValues; ++i) {
+      const int column = Dots::column(lane, i);
+      if (lane < Dots::kFirstRowBit && column < task.query_heads) {
+        warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
+      }
+    }
+  });
+  if (suspect != 0) shared.suspect = 1;
   __syncthreads();
+  if (args.softcap > 0.0F) {
+    for (int q = 0; q < query_heads; ++q) {
+      ExpSum sum;
+      for (int j = thread; j < end - begin; j += threads) {
+        const float score = soften(args, scores[q * pitch + j]);
+        scores[q * pitch + j] = score;
+        sum.add(score);
+      }
+      for (int offset = 16; offset > 0; offset /= 2) sum.add(sum.from_lane(offset));
+      if (lane == 0) warp_sums[warp * query_heads + q] = sum.packed();
+    }
+    __syncthreads();
+  }
 
   cluster_wait();
   for (int i = thread; i < cluster * query_heads; i += threads) {
     const int q = i % query_heads;
-    ExpSum sum;
-    for (int w = 0; w < warps; ++w) sum.add(ExpSum::unpacked(warp_sums[w * query_heads + q]));
-    store_remote(&sums[rank * query_heads + q], i / query_heads, sum.packed());
+    const ExpSum sum = ExpSum::of(warp_sums + q, warps, query_heads);
+    post(&sums[rank * query_heads + q], i / query_heads, sum.packed(), shared.sums);
   }
-  if (thread == 0) {
-    store_remote(&shared.suspects[rank], 0, static_cast<std::uint64_t>(shared.suspect));
-  }
-  cluster_arrive();
-  if (rank == 0 && !check_slots(layer, args, length, thread, threads)) shared.good = 0;
-  cluster_wait();
-
-  // From here on nothing reads what the last graph to come changes.
-  std::uint32_t ticket = 0;
-  if (rank == 0 && warp == 1) ticket = take_ticket(layer);
+  bool good = true;
+  if (rank == 0) good = check_slots(layer, args, length, extent) && !fault;
+  wait_for_mail(shared.sums);
   for (int q = thread; q < query_heads; q += threads) {
-    ExpSum sum;
-    for (int c = 0; c < cluster; ++c) sum.add(ExpSum::unpacked(sums[c * query_heads + q]));
-    shifts[q] = sum.shift();
+    shifts[q] = ExpSum::of(sums + q, cluster, query_heads).shift();
   }
-  __syncthreads();
+  good = __syncthreads_and(good ? 1 : 0) != 0;
+  std::uint32_t ticket = 0;
+  if (finishes) ticket = take_ticket(layer);
 
   const float weight = 1.0F / static_cast<float>(query_heads);
   float highest = 0.0F;
-#pragma unroll 4
-  for (int j = thread; j < end - begin; j += threads) {
-    float probability = 0.0F;
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (int first = thread; first < end - begin; first += kAtOnce * threads) {
+    float probabilities[kAtOnce] = {};
+#pragma unroll 1
     for (int q = 0; q < query_heads; ++q) {
-      probability += exp2_of((scores[q * pitch + j] - shifts[q]) * kLog2E);
+      const float shift = shifts[q];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int j = first + i * threads;
+        const float score = j < end - begin ? scores[q * pitch + j] : -INFINITY;
+        probabilities[i] += exp2_of((score - shift) * kLog2E);
+      }
     }
-    probability *= weight;
-    if ((barred[j / 32] >> (j % 32) & 1U) != 0) probability = 0.0F;
-    scores[j] = probability;
-    highest = fmaxf(highest, probability);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int j = first + i * threads;
+      if (j >= end - begin) break;
+      const bool is_barred = (barred[j / 32] >> (j % 32) & 1U) != 0;
+      const float probability = is_barred ? 0.0F : probabilities[i] * weight;
+      scores[j] = probability;
+      highest = fmaxf(highest, probability);
+    }
   }
-  block_top_k(scores, end - begin, begin, highest, layer.top_k, shared.top_k,
-              [&](int place, std::uint64_t found) {
-                store_remote(&merged[rank * layer.top_k + place], 0, found);
-              });
-  __syncwarp();
-  cluster_arrive();
+  block_top_k(scores, end - begin, begin, highest, top_k, shared.top_k,
+              [&](int place, std::uint64_t found) { shared.best[place] = found; });
+  __syncthreads();
+  if (thread < top_k) post(&merged[rank * top_k + thread], 0, shared.best[thread], shared.lists);
+  if (thread == 32) {
+    post(&shared.suspects[rank], 0, static_cast<std::uint64_t>(shared.suspect), shared.lists);
+  }
   if (rank != 0) return;
-  cluster_wait();
+  wait_for_mail(shared.lists);
 
   bool drawn = true;
   for (int c = 0; c < cluster; ++c) drawn = drawn && shared.suspects[c] == 0;
-  if (!drawn && shared.good != 0) drawn = all_finite<T>(layer, args, b, g, slot);
-  for (int i = thread; i < cluster * layer.top_k; i += threads) {
-    const std::uint64_t own = merged[i];
-    if (own == 0) continue;
-    const int mine = i / layer.top_k;
-    int better = i % layer.top_k;
-    for (int c = 0; c < cluster; ++c) {
-      if (c == mine) continue;
-      // Lists descend: the number of entries above is found by halving.
-      int above = 0;
-      for (int step = layer.top_k; step > 0; step /= 2) {
-        if (above + step <= layer.top_k && merged[c * layer.top_k + above + step - 1] > own) {
-          above += step;
-        }
-      }
-      better += above;
+  if (!drawn && good) drawn = all_finite<T>(layer, args, b, g, slot);
+  for (int i = thread; i < entries * cluster; i += threads) {
+    // Lists descend: the number of entries above is found by halving.
+    const std::uint64_t own = merged[i % entries];
+    const std::uint64_t* const list = merged + i / entries * top_k;
+    int above = 0;
+    for (int step = top_k; step > 0; step /= 2) {
+      if (above + step <= top_k && list[above + step - 1] > own) above += step;
     }
-    if (better < layer.top_k) shared.best[better] = own;
+    if (above > 0) atomicAdd(&places[i % entries], above);
+  }
+  if (thread < 32) shared.best[thread] = 0;
+  __syncthreads();
+  for (int i = thread; i < entries; i += threads) {
+    if (merged[i] != 0 && places[i] < top_k) shared.best[places[i]] = merged[i];
   }
   __syncthreads();
-  if (shared.good == 0) return;
+  if (!good) return;
   if (warp == 0) {
     finish_row(layer, b, g, slot, drawn, shared.best[lane]);
-  } else if (warp == 1 && is_last(layer, ticket)) {
-    take_slots(layer, args, length);
+  } else if (finishes && is_last(layer, ticket)) {
+    take_slots(layer, args, length, counters);
   }
 }
 
@@ -453,6 +530,7 @@ struct SplitScratch {
   std::uint64_t* sums;   ///< (B, G, splits, query heads)
   std::uint64_t* lists;  ///< (B, G, splits, K)
   float* shifts;         ///< (B, G, query heads)
+  std::int64_t extent;
   std::int32_t splits;
 };
 
@@ -464,12 +542,12 @@ struct SplitPart {
   int begin;
   int end;
 
-  __device__ SplitPart(const LayerView& layer, const UpdateArgs& args, int graph, int split,
-                       int splits)
+  __device__ SplitPart(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
+                       int graph, int split, int splits)
       : b(graph / layer.graphs), g(graph % layer.graphs) {
     const std::int64_t length = layer.counters->length;
     slot = slot_at(args, b, g * layer.heads_per_graph, length);
-    const int visible = visible_slots(layer, slot, length);
+    const int visible = visible_slots(layer, slot, length, extent);
     const int part = part_of(visible, splits);
     begin = min(split * part, visible);
     end = min(begin + part, visible);
@@ -478,20 +556,21 @@ struct SplitPart {
 
 template <class Dots>
 __global__ void __launch_bounds__(kSplitThreads)
-    split_sums_kernel(LayerView layer, UpdateArgs args, SplitScratch scratch) {
+    split_sums_kernel(const __grid_constant__ LayerView layer,
+                      const __grid_constant__ UpdateArgs args, SplitScratch scratch) {
   __shared__ std::uint64_t warp_sums[kSplitWarps][Dots::kColumns];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int block = static_cast<int>(blockIdx.x);
   const int graph = block / scratch.splits;
-  const SplitPart part(layer, args, graph, block % scratch.splits, scratch.splits);
+  const SplitPart part(layer, args, scratch.extent, graph, block % scratch.splits, scratch.splits);
   const int query_heads = layer.heads_per_graph * layer.group;
   for_each_task<Dots>(
       layer, args, part.b, part.g, part.begin, part.end, [&](const auto& task, int first_query) {
         ExpSum mine[Dots::kValues];
         Dots::run(task, warp, kSplitWarps,
-                  [&](int i, int /*column*/, int j, std::int32_t position, float dot) {
-                    const bool seen = position >= 0 || j == part.slot;
+                  [&](int i, int /*column*/, int j, std::int32_t position, float dot, bool valid) {
+                    const bool seen = valid && (position >= 0 || j == part.slot);
                     mine[i].add(seen ? scaled(args, dot) : -INFINITY);
                   });
         sum_warp<Dots>(mine);
@@ -529,7 +608,8 @@ __global__ void __launch_bounds__(kSplitThreads)
 
 template <class Dots>
 __global__ void __launch_bounds__(kSplitThreads)
-    split_lists_kernel(LayerView layer, UpdateArgs args, SplitScratch scratch) {
+    split_lists_kernel(const __grid_constant__ LayerView layer,
+                       const __grid_constant__ UpdateArgs args, SplitScratch scratch) {
   extern __shared__ float columns[];  // (kColumns, kChunkPitch)
   __shared__ float probabilities[kChunk];
   __shared__ std::uint64_t best[32];
@@ -539,7 +619,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   const int warp = thread / 32;
   const int block = static_cast<int>(blockIdx.x);
   const int graph = block / scratch.splits;
-  const SplitPart part(layer, args, graph, block % scratch.splits, scratch.splits);
+  const SplitPart part(layer, args, scratch.extent, graph, block % scratch.splits, scratch.splits);
   const int query_heads = layer.heads_per_graph * layer.group;
   const float weight = 1.0F / static_cast<float>(query_heads);
   const float* const shifts = scratch.shifts + std::int64_t{graph} * query_heads;
@@ -551,7 +631,9 @@ __global__ void __launch_bounds__(kSplitThreads)
     for_each_task<Dots>(
         layer, args, part.b, part.g, begin, begin + count, [&](const auto& task, int first_query) {
           Dots::run(task, warp, kSplitWarps,
-                    [&](int /*i*/, int column, int j, std::int32_t position, float dot) {
+                    [&](int /*i*/, int column, int j, std::int32_t position, float dot,
+                        bool valid) {
+                      if (!valid) return;
                       const bool seen = position >= 0 || j == part.slot;
                       columns[column * kChunkPitch + j - begin] =
                           seen ? scaled(args, dot) : -INFINITY;
@@ -587,7 +669,8 @@ __global__ void __launch_bounds__(kSplitThreads)
 /// One block a graph.
 template <class T>
 __global__ void __launch_bounds__(kSplitThreads)
-    split_merge_kernel(LayerView layer, UpdateArgs args, SplitScratch scratch) {
+    split_merge_kernel(const __grid_constant__ LayerView layer,
+                       const __grid_constant__ UpdateArgs args, SplitScratch scratch) {
   __shared__ std::uint64_t best[kSplitThreads];
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
@@ -598,7 +681,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   const std::int64_t length = layer.counters->length;
   const std::int64_t slot = slot_at(args, b, g * layer.heads_per_graph, length);
   bool good = !has_fault(layer);
-  if (!check_slots(layer, args, length, thread, kSplitThreads)) good = false;
+  if (!check_slots(layer, args, length, scratch.extent)) good = false;
   const std::int64_t count = std::int64_t{scratch.splits} * layer.top_k;
   const std::uint64_t* const list = scratch.lists + graph * count;
   std::uint64_t kept = 0;
@@ -612,7 +695,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   for (int w = 1; w < kSplitWarps; ++w) insert(kept, best[w * 32 + lane], layer.top_k);
   if (good) finish_row(layer, b, g, slot, drawn, kept);
   const bool last = is_last(layer, take_ticket(layer));
-  if (good && last) take_slots(layer, args, length);
+  if (good && last) take_slots(layer, args, length, counters_of_lane(layer));
 }
 
 // ---- launching
@@ -628,11 +711,13 @@ std::int32_t splits_of(const LayerView& layer) {
 }
 
 template <class Dots>
-void launch_splits(const LayerView& layer, const UpdateArgs& args, cudaStream_t stream) {
+void launch_splits(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
+                   cudaStream_t stream) {
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
   const std::int64_t query_heads = std::int64_t{layer.heads_per_graph} * layer.group;
   SplitScratch scratch{};
   scratch.splits = splits_of(layer);
+  scratch.extent = extent;
   scratch.sums = static_cast<std::uint64_t*>(layer.update_scratch);
   scratch.lists = scratch.sums + graphs * scratch.splits * query_heads;
   scratch.shifts = reinterpret_cast<float*>(scratch.lists + graphs * scratch.splits * layer.top_k);
@@ -667,7 +752,8 @@ std::int64_t shared_bytes(const LayerView& layer, std::int64_t extent, int clust
 template <class Dots>
 void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                      const UpdatePlan& plan, cudaStream_t stream) {
-  const std::int64_t bytes = shared_bytes(layer, extent, plan.cluster, plan.threads);
+  const int threads = std::min(plan.threads, Dots::kMostThreads);
+  const std::int64_t bytes = shared_bytes(layer, extent, plan.cluster, threads);
   const auto kernel = update_kernel<Dots>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
@@ -681,12 +767,12 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
   attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(layer.batch * layer.graphs * plan.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, layer, args,
+  check(cudaLaunchKernelEx(&config, kernel, layer, args, extent,
                            static_cast<int>(slots_a_block(extent, plan.cluster))),
         "update_kernel");
 }
@@ -696,6 +782,9 @@ bool rows_start_at(const TokensView& tokens, std::int64_t bytes, std::int64_t el
   return reinterpret_cast<std::uintptr_t>(tokens.data) % static_cast<std::uintptr_t>(bytes) == 0 &&
          is_multiple(tokens.sequence_stride) && is_multiple(tokens.head_stride) &&
          is_multiple(tokens.token_stride);
+}
+bool is_near(std::int64_t stride, std::int64_t element) {
+  return stride >= 0 && stride * element <= std::int64_t{0xffffffff};
 }
 
 int device_attribute(cudaDeviceAttr attribute) {
@@ -716,22 +805,27 @@ void with_dots(const LayerView& layer, const UpdateArgs& args, Launch&& launch) 
   };
   if constexpr (kElement == 2) {
     if (dim <= 256 && dim % 8 == 0 && start_at(16) &&
+        is_near(args.keys.token_stride, kElement) &&
         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8) {
-      const auto with_blocks = [&]<int kPanels>() {
-        if (dim <= 64) {
-          launch(TensorDots<T, 2, kPanels>{});
+      const auto with_heads = [&]<int kHeads>() {
+        if (dim <= 32) {
+          launch(TensorDots<T, 1, kHeads>{});
+        } else if (dim <= 64) {
+          launch(TensorDots<T, 2, kHeads>{});
         } else if (dim <= 96) {
-          launch(TensorDots<T, 3, kPanels>{});
+          launch(TensorDots<T, 3, kHeads>{});
         } else if (dim <= 128) {
-          launch(TensorDots<T, 4, kPanels>{});
+          launch(TensorDots<T, 4, kHeads>{});
         } else {
-          launch(TensorDots<T, 8, kPanels>{});
+          launch(TensorDots<T, 8, kHeads>{});
         }
       };
-      if (layer.group <= 8) {
-        with_blocks.template operator()<1>();
+      if (layer.group <= 4) {
+        with_heads.template operator()<4>();
+      } else if (layer.group <= 8) {
+        with_heads.template operator()<8>();
       } else {
-        with_blocks.template operator()<2>();
+        with_heads.template operator()<16>();
       }
       return;
     }
@@ -754,7 +848,7 @@ void launch_as(const LayerView& layer, const UpdateArgs& args, std::int64_t exte
                const UpdatePlan& plan, cudaStream_t stream) {
   with_dots<T>(layer, args, [&](auto dots) {
     if (plan.cluster == 0) {
-      launch_splits<decltype(dots)>(layer, args, stream);
+      launch_splits<decltype(dots)>(layer, args, extent, stream);
     } else {
       launch_clusters<decltype(dots)>(layer, args, extent, plan, stream);
     }

@@ -2,9 +2,9 @@
 // full width. Two ways: tensor cores for 16-bit keys of common shapes, plain cores for all others.
 //
 // A warp takes tiles of kTile slots. For every (slot, query head) exactly one lane gets the value
-// and calls `emit(i, column, slot, position, value)`; i < kValues counts the columns of that lane,
-// so that a lane may keep what belongs to a column in registers. Lanes that share columns differ
-// in bits kFirstRowBit and up.
+// and calls `emit(i, column, slot, position, value, valid)`; i < kValues counts the columns of that
+// lane, so that a lane may keep what belongs to a column in registers. Lanes that share columns
+// differ in bits kFirstRowBit and up. Where there is no such slot or head, valid is false.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/device/attention_row.cuh"
 #include "cuda/layer.h"
@@ -34,124 +35,191 @@ struct DotsTask {
   int end;
 };
 
-__device__ inline uint4 load_key(const void* address) {
+template <int kOffset>
+__device__ inline uint4 load_key(const unsigned char* address) {
   uint4 value;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
       : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-      : "l"(address));
+      : "l"(address), "n"(kOffset));
   return value;
 }
 
-/// c += a b of mma.m16n8k16: `low` and `high` are two words each of the rows r and r + 8.
+/// c += a b of mma.m16n8k16.
 template <class T>
-__device__ inline void multiply(float (&c)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
-                                std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+__device__ inline void multiply(float (&c)[4], const uint4& a, std::uint32_t b0, std::uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   }
 #endif
 }
 
-/// 16-bit keys of up to 32 kBlocks elements, a multiple of 8, at addresses that are multiples of
-/// 16 bytes. The sum over a row may run in any order as long as keys and queries agree: so each
-/// lane reads 16 contiguous bytes and calls them the columns that the instruction wants from it.
-template <class Element, int kBlocks, int kPanels>
+/// 16-bit keys of up to 32 kBlocks elements (kBlocks 1 to 4, or 8 for more), a multiple of 8, at
+/// addresses that are multiples of 16 bytes and less than 4 GiB apart.
+///
+/// A lane reads 16 contiguous bytes of a key, and hands them to the instruction as they lie in its
+/// registers: words 0 and 2 stand in row r of its left operand, words 1 and 3 in row r + 8. So one
+/// key takes two rows, each with half of the columns, and the right operand must hold the half that
+/// belongs to the row: up to 4 query heads fit into its 8 columns with both halves (the upper rows'
+/// results count in the lower columns and the other way round), 8 take two instructions.
+template <class Element, int kBlocks, int kHeads>
 struct TensorDots {
   using T = Element;
-  static constexpr int kColumns = 8 * kPanels;
+  static constexpr int kColumns = kHeads;
+  static constexpr bool kPaired = kHeads == 4;
+  static constexpr int kPanels = kPaired ? 1 : kHeads / 8;
   static constexpr int kValues = 2 * kPanels;
-  static constexpr int kFirstRowBit = 4;
+  static constexpr int kFirstRowBit = kPaired ? 2 : 4;
+  static constexpr int kMostThreads = kHeads <= 8 ? 512 : 256;  ///< for want of registers
   static constexpr int kUnitBlocks = kBlocks < 4 ? kBlocks : 4;
   static constexpr int kUnits = kBlocks / kUnitBlocks;  ///< of a tile
+  /// Blocks without columns behind the end of the shortest row that comes here.
+  static constexpr int kFullBlocks = kBlocks <= 4 ? kBlocks - 1 : 4;
   static constexpr int kStages = kBlocks <= 2 ? 4 : 2;
+  static constexpr int kHalves = kPaired ? 1 : 2;  ///< right operands of a panel
   static_assert(kStages % kUnits == 0);
 
-  __device__ static int column(int lane, int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+  __device__ static int column(int lane, int i) {
+    return kPaired ? lane % 2 * 2 + i : i / 2 * 8 + lane % 4 * 2 + i % 2;
+  }
 
   template <class Emit>
   __device__ static void run(const DotsTask<T>& task, int warp, int warps, Emit&& emit) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4;
+    const bool upper = lane % 4 >= 2;
     const int first_column = lane % 4 * 8;
     const int tiles = (task.end - task.begin + kTile - 1) / kTile;
     if (warp >= tiles) return;
+    // Else what is loaded first is addressed ahead of the loop over query heads, for all rounds.
+    asm volatile("" : "+r"(warp));
 
-    uint4 query[kPanels][kBlocks];
+    // Behind the end of a row stand its last elements, and zeros in the query.
+    const auto column_of = [&](int block) {
+      const int at = block * 32 + first_column;
+      return block < kFullBlocks ? at : min(at, task.head_dim - 8);
+    };
+    uint2 query[kPanels][kHalves][kBlocks];
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
+      const int head = kPaired ? row % 4 : panel * 8 + row;
+      const T* const from = task.queries + min(head, task.query_heads - 1) * task.query_stride;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const int at = block * 32 + first_column;
-        const int head = panel * 8 + row;
-        query[panel][block] =
-            at < task.head_dim && head < task.query_heads
-                ? *reinterpret_cast<const uint4*>(task.queries + head * task.query_stride + at)
-                : uint4{};
+        uint4 words = *reinterpret_cast<const uint4*>(from + column_of(block));
+        if (head >= task.query_heads || block * 32 + first_column >= task.head_dim) words = {};
+        if constexpr (kPaired) {
+          query[panel][0][block] =
+              row < 4 ? uint2{words.x, words.z} : uint2{words.y, words.w};
+        } else {
+          query[panel][0][block] = {words.x, words.z};
+          query[panel][1][block] = {words.y, words.w};
+        }
       }
     }
 
+    const auto* const keys =
+        reinterpret_cast<const unsigned char*>(task.keys) + first_column * sizeof(T);
+    const auto key_bytes = static_cast<std::uint32_t>(task.key_stride * sizeof(T));
+    constexpr int kPositions = kPaired ? 1 : 2;
     uint4 ring[kStages][kUnitBlocks][2];
-    std::int32_t position[kStages][2];
+    std::int32_t position[kStages][kPositions];
+    const auto load_blocks = [&](const unsigned char* key, int first, int half, auto& blocks) {
+      const auto load_block = [&]<int kBlock>() {
+        if (first + kBlock < kFullBlocks) {
+          blocks[kBlock][half] = load_key<kBlock * 64>(key + first * 64);
+        } else {
+          blocks[kBlock][half] =
+              load_key<0>(key + (column_of(first + kBlock) - first_column) * 2);
+        }
+      };
+      [&]<int... kBlock>(std::integer_sequence<int, kBlock...>) {
+        (load_block.template operator()<kBlock>(), ...);
+      }(std::make_integer_sequence<int, kUnitBlocks>{});
+    };
     // Stage s of a round takes part s % kUnits of tile s / kUnits of the round.
     const auto load = [&](int stage, int tile) {
+      const int first = task.begin + tile * kTile + row;
+      if (stage % kUnits == 0) {
+        if constexpr (kPaired) {
+          position[stage][0] = task.positions[min(first + (upper ? 8 : 0), task.end - 1)];
+        } else {
+          position[stage][0] = task.positions[min(first, task.end - 1)];
+          position[stage][1] = task.positions[min(first + 8, task.end - 1)];
+        }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int slot = min(task.begin + tile * kTile + row + half * 8, task.end - 1);
-        const T* const key = task.keys + slot * task.key_stride;
-        if (stage % kUnits == 0) position[stage][half] = task.positions[slot];
-#pragma unroll
-        for (int block = 0; block < kUnitBlocks; ++block) {
-          const int at = (stage % kUnits * kUnitBlocks + block) * 32 + first_column;
-          ring[stage][block][half] = at < task.head_dim ? load_key(key + at) : uint4{};
-        }
+        const auto slot = static_cast<std::uint32_t>(min(first + half * 8, task.end - 1));
+        const unsigned char* const key = keys + std::uint64_t{slot} * key_bytes;
+        load_blocks(key, stage % kUnits * kUnitBlocks, half, ring[stage]);
       }
     };
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
-      const int tile = warp + stage / kUnits * warps;
-      if (tile < tiles) load(stage, tile);
+      load(stage, min(warp + stage / kUnits * warps, tiles - 1));
     }
     constexpr int kRound = kStages / kUnits;  // tiles
+#pragma unroll 1
     for (int first = warp; first < tiles; first += kRound * warps) {
 #pragma unroll
       for (int t = 0; t < kRound; ++t) {
         const int tile = first + t * warps;
         if (tile >= tiles) break;
-        float sums[kPanels][4] = {};
-        const std::int32_t position0 = position[t * kUnits][0];
-        const std::int32_t position1 = position[t * kUnits][1];
+        float sums[2][kPanels][kHalves][4] = {};
+        std::int32_t at_position[kPositions];
+#pragma unroll
+        for (int i = 0; i < kPositions; ++i) at_position[i] = position[t * kUnits][i];
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
           const int stage = t * kUnits + unit;
 #pragma unroll
           for (int block = 0; block < kUnitBlocks; ++block) {
-            const uint4 low = ring[stage][block][0];
-            const uint4 high = ring[stage][block][1];
 #pragma unroll
-            for (int panel = 0; panel < kPanels; ++panel) {
-              const uint4 q = query[panel][unit * kUnitBlocks + block];
-              multiply<T>(sums[panel], low.x, high.x, low.y, high.y, q.x, q.y);
-              multiply<T>(sums[panel], low.z, high.z, low.w, high.w, q.z, q.w);
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+              for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+                for (int part = 0; part < kHalves; ++part) {
+                  const uint2 q = query[panel][part][unit * kUnitBlocks + block];
+                  multiply<T>(sums[half][panel][part], ring[stage][block][half], q.x, q.y);
+                }
+              }
             }
           }
           if (tile + kRound * warps < tiles) load(stage, tile + kRound * warps);
         }
         const int slot = task.begin + tile * kTile + row;
+        if constexpr (kPaired) {
+          // Each lane of a pair has half a sum of two slots; it keeps one slot.
+          const int mine = slot + (upper ? 8 : 0);
 #pragma unroll
-        for (int i = 0; i < kValues; ++i) {
-          const int at = column(lane, i);
-          if (at >= task.query_heads) continue;
-          if (slot < task.end) emit(i, at, slot, position0, sums[i / 2][i % 2]);
-          if (slot + 8 < task.end) emit(i, at, slot + 8, position1, sums[i / 2][2 + i % 2]);
+          for (int i = 0; i < 2; ++i) {
+            const float given = upper ? sums[0][0][0][2 + i] : sums[1][0][0][i];
+            const float held = upper ? sums[1][0][0][2 + i] : sums[0][0][0][i];
+            const float sum = held + __shfl_xor_sync(0xffffffffU, given, 2);
+            const int at = column(lane, i);
+            emit(i, at, mine, at_position[0], sum, at < task.query_heads && mine < task.end);
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) {
+            const int at = column(lane, i);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const float sum = sums[half][i / 2][0][i % 2] + sums[half][i / 2][1][2 + i % 2];
+              emit(i, at, slot + 8 * half, at_position[half], sum,
+                   at < task.query_heads && slot + 8 * half < task.end);
+            }
+          }
         }
       }
     }
@@ -168,6 +236,7 @@ struct CoreDots {
   static constexpr int kFirstRowBit = 2;
   static constexpr int kSlots = 4;
   static constexpr int kVector = kWide ? 4 : 1;
+  static constexpr int kMostThreads = kHeads <= 4 ? 512 : 256;
 
   struct alignas(sizeof(T) * kVector) Vector {
     T values[kVector];
@@ -234,11 +303,11 @@ struct CoreDots {
           sums[i] = held + __shfl_xor_sync(0xffffffffU, given, offset, kLanes);
         }
       }
-      if (slot >= task.end) continue;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const int at_column = column(lane, i);
-        if (at_column < task.query_heads) emit(i, at_column, slot, position, sums[i]);
+        emit(i, at_column, slot, position, sums[i],
+             slot < task.end && at_column < task.query_heads);
       }
     }
   }

@@ -1,4 +1,7 @@
 // Thread-block clusters, and what stands for them where there are none: clusters of one block.
+//
+// Blocks tell each other numbers by mail: a mailbox counts the bytes that come in, and those who
+// wait for it need no barrier and no fence.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,34 +30,68 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-/// Every thread of the cluster arrives and then waits. What was written before is seen after.
-__device__ inline void cluster_arrive() {
+/// In shared memory.
+struct Mailbox {
+  std::uint64_t barrier;
+};
+
+/// By one thread, before cluster_arrive: `bytes` will come in.
+__device__ inline void open_mailbox(Mailbox& box, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
+/// All threads of all blocks arrive, then wait before they post: the mailboxes are open.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
 #endif
 }
 
-/// Writes to the copy that block `rank` of the cluster has of `address` in its shared memory.
-__device__ inline void store_remote(std::uint64_t* address, int rank, std::uint64_t value) {
+/// Writes `value` where block `rank` has its copy of `address`, and tells its copy of `box`.
+__device__ inline void post(std::uint64_t* address, int rank, std::uint64_t value, Mailbox& box) {
 #if __CUDA_ARCH__ >= 900
   const auto local = static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
+  const auto local_box = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "st.shared::cluster.u64 [remote], %2;\n\t}"
+      "{\n\t.reg .b32 to;\n\t.reg .b32 to_box;\n\t"
+      "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 to_box, %1, %2;\n\t"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [to], %3, [to_box];\n\t}"
       :
-      : "r"(local), "r"(rank), "l"(value)
+      : "r"(local), "r"(local_box), "r"(rank), "l"(value)
       : "memory");
 #else
   *address = value;
+#endif
+}
+
+/// By all threads: everything that was announced has come.
+__device__ inline void wait_for_mail(Mailbox& box) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
+  std::uint32_t complete = 0;
+  while (complete == 0) {
+    asm volatile(
+        "{\n\t.reg .pred complete;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], 0;\n\t"
+        "selp.u32 %0, 1, 0, complete;\n\t}"
+        : "=r"(complete)
+        : "r"(address)
+        : "memory");
+  }
+#else
+  __syncthreads();
 #endif
 }
 
