@@ -141,9 +141,7 @@ void init_graph_manager(nb::module_& m) {
       .def(
           "release",
           [](Self& self, std::int64_t layer, const Input& keep, const Counts& kept,
-             std::uintptr_t stream) {
-            self.release(layer, view(keep), stream_of(stream), kept);
-          },
+             std::uintptr_t stream) { self.release(layer, view(keep), stream_of(stream), kept); },
           "layer"_a, "keep"_a.noconvert(), "kept"_a = Counts{}, "stream"_a = 0, Release())
       .def(
           "next_slots",
