@@ -14,6 +14,8 @@ from spectralkv.policies.base import Observation, Policy, Tracker
 
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
+# Times the slots a layer needs that its graph may hold on CUDA before it gives memory back.
+_SPARE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +252,14 @@ class _SpectralTracker(Tracker):
         # A view of the former slab would keep all of it alive.
         self._keys = None
         self._capacity = capacity
-        if self._monitor is not None:
-            self._monitor.graph.reserve(self._layer, capacity)
+        if self._monitor is None:
+            return
+        graph = self._monitor.graph
+        held = graph.capacity(self._layer)
+        # To take or give back memory is to wait for a CUDA device, and a prompt in chunks would
+        # wait twice at each: what one chunk needed stays for the next, unless it is a lot.
+        if graph.graph_config.device == "cpu" or not capacity <= held <= _SPARE * capacity:
+            graph.reserve(self._layer, capacity)
 
     def reset(self) -> None:
         # Of the next batch the number of sequences may be another.
