@@ -47,7 +47,14 @@ class Pair {
     return written[0];
   }
   void expect_same_state(const std::string& after) {
-    EXPECT_TRUE(Snapshot(managers_[0]) == Snapshot(managers_[1])) << "after " << after;
+    const Snapshot expected(managers_[0]);
+    const Snapshot actual(managers_[1]);
+    EXPECT_EQ(expected.numbers, actual.numbers) << "after " << after;
+    ASSERT_EQ(expected.tensors.size(), actual.tensors.size()) << "after " << after;
+    for (std::size_t i = 0; i < expected.tensors.size(); ++i) {
+      EXPECT_TRUE(expected.tensors[i] == actual.tensors[i])
+          << "tensor " << i << " of " << expected.tensors.size() << " after " << after;
+    }
   }
 
   const GraphManager& cpu() const { return managers_[0]; }

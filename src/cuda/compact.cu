@@ -361,8 +361,14 @@ __global__ void __launch_bounds__(kThreads)
     if (kept_slot(layer, keep, b, g, slot) >= 0) return;
     clear_slot(layer, b, g, slot);
   }
-  // What lies behind is cleared when a token takes its place.
+  // The row behind is written when a token takes its place; the rest may be seen before.
   positions_of(layer, b, g)[slot] = -1;
+  if (slot < kept_length) return;
+  for (int p = 0; p < layer.populations; ++p) {
+    scores_of(layer, b, g, p)[slot] = 0.0F;
+    if (layer.visits != nullptr) visits_of(layer, b, g, p)[slot] = 0U;
+  }
+  if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
 }
 
 __global__ void __launch_bounds__(kThreads)
