@@ -105,17 +105,20 @@ def test_decoding_waits_for_nothing_that_torch_knows_of() -> None:
 
 def test_decoding_returns_while_its_stream_is_busy() -> None:
     model = make_model("llama", dtype=torch.float32, device="cuda")
-    ids = random_ids(1, 90, device="cuda")
+    ids = random_ids(1, 59, device="cuda")
     expected = make_cache(model.config, WALK)
-    logits = feed(model, expected, ids, [50, *[1] * 40])
+    logits = feed(model, expected, ids, [50, *[1] * 9])
     cache = make_cache(model.config, WALK)
-    first = feed(model, cache, ids[:, :58], [50, *[1] * 8])
+    first = feed(model, cache, ids[:, :55], [50, *[1] * 5])
+    evictions = cache.stats().evictions
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(2_000_000_000)
-        rest = feed(model, cache, ids[:, 58:], [1] * 32)
+        # No more than a few steps, one with a cut: a stream takes about a thousand launches ahead.
+        rest = feed(model, cache, ids[:, 55:], [1] * 4)
         assert not stream.query()
+    assert cache.stats().evictions == evictions + 2
     stream.synchronize()
     assert torch.equal(torch.cat((first, rest), 1), logits)
 
