@@ -273,7 +273,7 @@ def compare_update(clock: Clock, options: argparse.Namespace, batch: int, length
         "torch fp32 products": torch_update_fp32,
         "torch without softmax": torch_lean,
     }
-    if options.compile:
+    if "update" in options.compile:
         variants["torch.compile bf16"] = torch.compile(torch_update, dynamic=False)
     failed: dict[str, float | str | bool] = {}
     for name, function in variants.items():
@@ -561,7 +561,7 @@ def compare_walk(clock: Clock, options: argparse.Namespace, length: int) -> Row:
         "torch, compare, captured": compare_loop,
         "torch, searchsorted, captured": search_loop,
     }
-    if options.compile:
+    if "walk" in options.compile:
         variants["torch.compile, captured"] = torch.compile(compare_loop, dynamic=False)
     failed: dict[str, float | str | bool] = {}
     for name, function in variants.items():
@@ -927,7 +927,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=8.0, help="limit of one comparison")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as a rival, too")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=("update", "walk"),
+        default=("update",),
+        help="where torch.compile is a rival, too; it takes its time to compile",
+    )
     parser.add_argument("--commit", default="", help="of the tree, where git does not know")
     options = parser.parse_args()
     if not torch.cuda.is_available():
