@@ -1,6 +1,6 @@
 r"""Prints the table of goals of docs/performance.md from measured figures.
 
-    python benchmarks/python/goals.py benchmarks/results/gpu-check-h200.json \
+    python benchmarks/python/goals.py benchmarks/results/gpu-check.json \
         --into docs/performance.md
 
 With --into the table of that page is replaced, without it the table is printed. Reads reports of
