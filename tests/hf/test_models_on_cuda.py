@@ -60,7 +60,7 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
     output = generate(model, random_ids(2, 60, device="cuda"), cache)
     assert output.shape == (2, 100)
     if name != "full":
-        assert {layer.lengths for layer in cache.evicting_layers} == {(27, 27)}
+        assert {layer.lengths for layer in cache.evicting_layers} == {(31, 31)}
     assert cache.evicting_layers[0].keys.dtype == dtype
 
 
