@@ -169,6 +169,7 @@ class CudaBackend final : public Backend {
           "cudaMemcpyAsync");
     check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
     replace_layer(layer, next, own);
+    change(own, [&] { refresh_restart_tables(layer, capacity, own); });
   }
 
   bool is_recording(Stream stream) const override {
@@ -181,7 +182,7 @@ class CudaBackend final : public Backend {
     const LayerState& host = state(layer);
     if (graph_.eager_checks && !is_recording(stream)) {
       const DeviceGuard guard(graph_.device.index);
-      const cudaStream_t queue = begin("update", stream);
+      const cudaStream_t queue = begin_beside_walk("update", stream);
       auto* plan = scratch_.results.as<std::int64_t>(kResultTable);
       look(queue, [&] {
         cuda::launch_plan_slots(view(layer), table_of<const std::int32_t>(slots), plan, checked(),
@@ -204,7 +205,7 @@ class CudaBackend final : public Backend {
   std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                    Stream stream) override {
     const DeviceGuard guard(graph_.device.index);
-    const cudaStream_t queue = begin("update", stream);
+    const cudaStream_t queue = begin_beside_walk("update", stream);
     const std::int64_t count = args.queries.size(2);
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
     if (view(layer).batch == 0) return added;
@@ -242,27 +243,47 @@ class CudaBackend final : public Backend {
     change(queue, [&] {
       cuda::launch_novelty(view(layer), tokens_of(keys), scratch_.novelty.as<float>(), extent,
                            queue);
+      refresh_restart_tables(layer, extent, queue);
     });
   }
 
   void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
             Stream stream) override {
     const DeviceGuard guard(graph_.device.index);
-    raise_reported("walk");
-    const cudaStream_t queue = order_.fork(handle_of(stream), "walk");
+    const cudaStream_t queue = begin("walk", stream);
     std::int64_t most_batch = 0;
     std::int64_t most_extent = 0;
     for (std::int64_t l = first; l < first + count; ++l) {
       most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
       most_extent = std::max(most_extent, extent_of(l, stream));
     }
+    const auto layers = static_cast<int>(count);
+    const auto* const live = scratch_.views.as<LayerView>() + first;
+    const auto walk_layers = [&](const LayerView* views, const LayerView& shape, cudaStream_t on) {
+      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+        cuda::launch_walk(views, layers, shape, rules(), most_batch, most_extent, b,
+                          marks_of(sequences, b, most_batch), on);
+      }
+    };
+    if (is_recording(stream)) {
+      change(queue, [&] { walk_layers(live, view(first), queue); });
+      return;
+    }
+    const LayerView* const copies = live + states_.size();
     change(queue, [&] {
       for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-        cuda::launch_walk(scratch_.views.as<LayerView>() + first, static_cast<int>(count),
-                          view(first), rules(), most_batch, most_extent, b,
-                          marks_of(sequences, b, most_batch), queue);
+        cuda::launch_begin_walk(live, copies, layers, rules(), most_batch, b,
+                                marks_of(sequences, b, most_batch), queue);
       }
     });
+    try {
+      walk_layers(copies, layers_[static_cast<std::size_t>(first)].walk_view(),
+                  order_.fork_walk(queue));
+      order_.leave_walk();
+    } catch (const CudaError& error) {
+      broken_ = error.what();
+      throw;
+    }
   }
 
   void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
@@ -341,7 +362,7 @@ class CudaBackend final : public Backend {
                     std::to_string(host.capacity) + " tokens in as many slots");
     }
     const DeviceGuard guard(graph_.device.index);
-    const cudaStream_t queue = begin("next_slots", stream);
+    const cudaStream_t queue = begin_beside_walk("next_slots", stream);
     look(queue, [&] {
       cuda::launch_next_slots(view(layer), table_of<std::int32_t>(out), extent_of(layer, stream),
                               queue);
@@ -430,6 +451,7 @@ class CudaBackend final : public Backend {
                           kept_length, memory.fault, queue);
       }
       cuda::launch_finish_compact(memory, table, kept_length, extent, queue);
+      refresh_restart_tables(layer, extent, queue);
     });
   }
 
@@ -439,6 +461,7 @@ class CudaBackend final : public Backend {
     change(queue, [&] {
       cuda::launch_release(view(layer), table_of<const std::int32_t>(keep), keep.size(2),
                            scratch_.marks.as<std::int32_t>(), extent_of(layer, stream), queue);
+      refresh_restart_tables(layer, extent_of(layer, stream), queue);
     });
   }
 
@@ -478,6 +501,7 @@ class CudaBackend final : public Backend {
     std::copy(plan.dropped.begin(), plan.dropped.end(), dropped);
     change(own, [&] {
       cuda::launch_truncate(view(layer), plan.length, dropped, state(layer).length, own);
+      refresh_restart_tables(layer, state(layer).length, own);
       check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
     });
   }
@@ -494,6 +518,7 @@ class CudaBackend final : public Backend {
     change(own, [&] {
       cuda::launch_reset(view(layer), sequence, others ? host.length : 0, !others || host.ordered,
                          view(layer).capacity, own);
+      refresh_restart_tables(layer, view(layer).capacity, own);
     });
   }
 
@@ -524,7 +549,7 @@ class CudaBackend final : public Backend {
 
   void load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
                             Stream stream) override {
-    read("load_restart_weights", layer, stream, [&](cudaStream_t queue, std::int64_t) {
+    read("load_restart_weights", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
       const LayerView& memory = view(layer);
       constexpr std::int64_t kWord = 4;
       for (std::int64_t b = 0; b < memory.batch; ++b) {
@@ -537,6 +562,7 @@ class CudaBackend final : public Backend {
                 "cudaMemcpyAsync");
         }
       }
+      refresh_restart_tables(layer, extent, queue);
     });
   }
 
@@ -648,6 +674,13 @@ class CudaBackend final : public Backend {
     return handle_of(stream);
   }
 
+  /// For calls of which a walk under way notices nothing.
+  cudaStream_t begin_beside_walk(std::string_view operation, Stream stream) const {
+    raise_reported(operation);
+    order_.enter_beside_walk(handle_of(stream), operation);
+    return handle_of(stream);
+  }
+
   static void refuse_recording(std::string_view operation, Stream stream) {
     if (!StreamOrder::is_capturing(handle_of(stream))) return;
     throw CudaError("[" + std::string(operation) + "] cannot be captured: the host takes part");
@@ -715,7 +748,7 @@ class CudaBackend final : public Backend {
     Memory novelty;
     Memory results;         ///< of checks; the host reads them
     Memory device_results;  ///< of checks that the host does not wait for
-    Memory views;           ///< LayerView of every layer
+    Memory views;           ///< LayerView of every layer, then what walks see of every layer
   };
 
   /// `next` takes the place of a layer, and its memory is that of the old one afterwards. Takes all
@@ -752,14 +785,14 @@ class CudaBackend final : public Backend {
     const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {
       return bytes > memory.bytes() ? Memory(bytes, kind) : Memory();
     };
-    return {
-        .marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
-        .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
-        .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
-        .device_results =
-            more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
-        .views = more(scratch_.views, static_cast<std::int64_t>(views.size() * sizeof(LayerView)),
-                      Memory::Kind::device)};
+    return {.marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
+            .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
+            .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
+            .device_results =
+                more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
+            .views = more(scratch_.views,
+                          static_cast<std::int64_t>(2 * views.size() * sizeof(LayerView)),
+                          Memory::Kind::device)};
   }
 
   void take_scratch(Scratch& more) {
@@ -774,7 +807,8 @@ class CudaBackend final : public Backend {
   }
 
   void upload_views(cudaStream_t own) {
-    const std::vector<LayerView> views = all_views();
+    std::vector<LayerView> views = all_views();
+    for (const LayerMemory& layer : layers_) views.push_back(layer.walk_view());
     check(cudaMemcpyAsync(scratch_.views.data(), views.data(), views.size() * sizeof(LayerView),
                           cudaMemcpyHostToDevice, own),
           "cudaMemcpyAsync");
@@ -826,14 +860,25 @@ class CudaBackend final : public Backend {
           "cudaMemcpyAsync");
   }
 
+  /// Follows every change of restart weights.
+  void refresh_restart_tables(std::int64_t layer, std::int64_t extent, cudaStream_t queue) const {
+    if (!walk_.needs_novelty()) return;
+    const LayerView& memory = view(layer);
+    for (std::int64_t b = 0; b < memory.batch; b += SequenceMarks::kMost) {
+      cuda::launch_restart_tables(cuda::RestartTables::novelty, nullptr, 1, memory, rules(),
+                                  memory.batch, extent, b, marks_of({}, b, memory.batch), queue);
+    }
+  }
+
   void update_block(std::int64_t layer, const UpdateArgs& args, cudaStream_t queue) {
     const LayerView& memory = view(layer);
     const std::int64_t count = args.queries.size(2);
-    const std::int64_t part = std::min(count, cuda::kMostTokensPerLaunch);
+    const std::int64_t slots = args.first_slot + count;
     constexpr std::int64_t kWord = 4;
     constexpr std::int64_t kAlignment = 64;
     const std::int64_t drawn = (memory.batch * count + kAlignment - 1) / kAlignment * kAlignment;
-    grow(rows_scratch_, (drawn + cuda::update_rows_scratch(memory, part)) * kWord, false,
+    grow(rows_scratch_,
+         (drawn + cuda::update_rows_scratch(memory, slots, count, args.row_stride)) * kWord, false,
          "update_rows");
     const bool marked = !args.valid.empty();
     auto* draws = rows_scratch_.as<std::int32_t>();
@@ -849,10 +894,8 @@ class CudaBackend final : public Backend {
                                     .scale = static_cast<float>(args.scale),
                                     .softcap = static_cast<float>(args.softcap),
                                     .drawn = draws,
-                                    .normalizers = rows_scratch_.as<float>(drawn * kWord)};
-    for (std::int64_t begin = 0; begin < count; begin += part) {
-      cuda::launch_update_rows(memory, rows, begin, std::min(part, count - begin), queue);
-    }
+                                    .scratch = rows_scratch_.as<std::int32_t>(drawn * kWord)};
+    cuda::launch_update_rows(memory, rows, queue);
   }
 
   cuda::WalkRules rules() const {

@@ -52,18 +52,16 @@ struct UpdateRowsArgs {
   std::int64_t row_stride;
   float scale;
   float softcap;
-  std::int32_t* drawn;  ///< (B, count) filled by launch_admit: see there
-  float* normalizers;   ///< scratch of update_rows_scratch floats
+  std::int32_t* drawn;    ///< (B, count) filled by launch_admit: see there
+  std::int32_t* scratch;  ///< update_rows_scratch words, a multiple of 256 bytes into its memory
 };
 
-/// Floats of scratch: what the first pass leaves for the second.
-std::int64_t update_rows_scratch(const LayerView& layer, std::int64_t tokens);
-/// Most tokens of one launch; longer blocks are launched in parts, all after one launch_admit.
-inline constexpr std::int64_t kMostTokensPerLaunch = 2048;
+/// Words of scratch for a block of `count` tokens a sequence, after which `slots` are in use.
+std::int64_t update_rows_scratch(const LayerView& layer, std::int64_t slots, std::int64_t count,
+                                 std::int64_t row_stride);
 
-/// Rows of tokens [begin, begin + tokens) of a block whose slots were admitted.
-void launch_update_rows(const LayerView& layer, const UpdateRowsArgs& args, std::int64_t begin,
-                        std::int64_t tokens, cudaStream_t stream);
+/// Rows of a block of tokens whose slots were admitted.
+void launch_update_rows(const LayerView& layer, const UpdateRowsArgs& args, cudaStream_t stream);
 
 // ---- slots.cu
 
@@ -150,19 +148,29 @@ struct WalkRules {
   } population[kMaxPopulations];
 };
 
-/// Walks `count` layers in one launch for each of: restart tables, walkers, and, where scores
-/// accumulate, the sum. `layers` is on the device; `shape` is any of them (all share what is not a
-/// pointer, batch or capacity); `most_batch` and `most_extent` are over them. Sequences
-/// [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is set take part.
+/// The beginning of a walk that new tokens need not wait for: copies the counters of `layers` to
+/// those of `copies`, which the walk reads, and moves the live ones on. The rest is as in
+/// launch_walk.
+void launch_begin_walk(const LayerView* layers, const LayerView* copies, int count,
+                       const WalkRules& rules, std::int64_t most_batch, std::int64_t first_sequence,
+                       const SequenceMarks& marks, cudaStream_t stream);
+/// Walks `count` layers at once. `layers` is on the device; `shape` is one of them (all share what
+/// is not a pointer, batch or capacity); `most_batch` and `most_extent` are over them. Sequences
+/// [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is set take part. The tables
+/// by novelty must be there, see launch_restart_tables.
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
                  const SequenceMarks& marks, cudaStream_t stream);
-/// Fills the restart tables of layers as in launch_walk; `layers` null: of `shape` alone.
-void launch_restart_tables(const LayerView* layers, int count, const LayerView& shape,
-                           const WalkRules& rules, std::int64_t most_batch,
+/// Which restart tables: those of populations that restart by position, which every launch that
+/// needs them fills, or by novelty, which stand until weights change.
+enum class RestartTables : std::int32_t { recent, novelty };
+/// Fills tables of layers as in launch_walk; `layers` null: of `shape` alone. Those by novelty are
+/// due whenever weights were written or slots were emptied or moved.
+void launch_restart_tables(RestartTables which, const LayerView* layers, int count,
+                           const LayerView& shape, const WalkRules& rules, std::int64_t most_batch,
                            std::int64_t most_extent, std::int64_t first_sequence,
                            const SequenceMarks& marks, cudaStream_t stream);
-/// f32 (B, G, length) of one population; fills the layer's restart tables on the way.
+/// f32 (B, G, length) of one population; fills tables by position on the way.
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
                                  const TableView<float>& out, std::int64_t extent,
                                  cudaStream_t stream);
@@ -171,12 +179,12 @@ void launch_restart_distribution(const LayerView& layer, const WalkRules& rules,
 
 /// Bytes of scratch for so many graphs, over layers and sequences.
 std::int64_t solve_scratch(const LayerView& shape, std::int64_t graphs, std::int64_t most_capacity);
-/// As the CPU's solve; layers and sequences as in launch_walk. Restart tables are filled on the way.
+/// As the CPU's solve; layers and sequences as in launch_walk. Restart tables are filled on the
+/// way.
 void launch_solve(const LayerView* layers, int count, const LayerView& shape,
                   const WalkRules& rules, double restart_prob, std::int64_t most_batch,
-                  std::int64_t most_capacity, std::int64_t most_extent,
-                  std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
-                  cudaStream_t stream);
+                  std::int64_t most_capacity, std::int64_t most_extent, std::int64_t first_sequence,
+                  const SequenceMarks& marks, void* scratch, cudaStream_t stream);
 
 // ---- select.cu
 

@@ -89,7 +89,7 @@ struct LayerView {
   std::int32_t restart_group;     ///< blocks of one coarse sum, a power of two
   std::int64_t restart_stride;    ///< words of a table, an even number
   std::uint64_t* restart_tables;  ///< (B, G, P, restart_stride)
-  std::uint64_t* walk_blocks;     ///< (B): Philox block of the walk under way
+  std::uint32_t* walk_tickets;    ///< (B): thread blocks that have begun a walk, 0 between walks
 };
 
 /// (B, H, S or Q, D) of the caller; strides count elements, the last axis is contiguous.

@@ -75,9 +75,12 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   graph_bytes_ = size;
   const std::int64_t counters = take(sizeof(LayerCounters));
   const std::int64_t sequences = take(batch * static_cast<std::int64_t>(sizeof(SequenceCounters)));
+  const std::int64_t walk_counters = take(sizeof(LayerCounters));
+  const std::int64_t walk_sequences =
+      take(batch * static_cast<std::int64_t>(sizeof(SequenceCounters)));
   const std::int64_t tables = batch * graphs * populations;
   const std::int64_t restart_tables = take(tables * view_.restart_stride * 8);
-  const std::int64_t walk_blocks = take(batch * 8);
+  const std::int64_t walk_tickets = take(batch * 4);
   const std::int64_t update = take(update_scratch(view_));
 
   memory_ = Memory(size, Memory::Kind::device);
@@ -89,8 +92,11 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.counters = memory_.as<LayerCounters>(counters);
   view_.sequences = memory_.as<SequenceCounters>(sequences);
   view_.restart_tables = memory_.as<std::uint64_t>(restart_tables);
-  view_.walk_blocks = memory_.as<std::uint64_t>(walk_blocks);
+  view_.walk_tickets = memory_.as<std::uint32_t>(walk_tickets);
   view_.update_scratch = memory_.as<void>(update);
+  walk_view_ = view_;
+  walk_view_.counters = memory_.as<LayerCounters>(walk_counters);
+  walk_view_.sequences = memory_.as<SequenceCounters>(walk_sequences);
   check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
         "cudaMemsetAsync");
   if (slots > 0) {

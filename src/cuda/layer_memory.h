@@ -25,6 +25,8 @@ class LayerMemory {
               std::int64_t index, std::int64_t batch, std::int64_t capacity, cudaStream_t stream);
 
   const LayerView& view() const { return view_; }
+  /// The same with counters of its own: those of the beginning of a walk, see launch_begin_walk.
+  const LayerView& walk_view() const { return walk_view_; }
   std::int64_t graph_bytes() const { return graph_bytes_; }
   std::int64_t scratch_bytes() const { return memory_.bytes() - graph_bytes_; }
 
@@ -35,6 +37,7 @@ class LayerMemory {
 
  private:
   LayerView view_{};
+  LayerView walk_view_{};
   Memory memory_;
   std::int64_t graph_bytes_ = 0;
 };

@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(kThreads)
 
   for (unsigned index = blockIdx.x; index < tasks; index += gridDim.x) {
     GraphTask task;
-    if (!find(launch, shape, index, task)) continue;
-    const LayerView& layer = layer_of(launch, shape, task);
+    if (!find<false>(launch, shape, index, task)) continue;
+    const LayerView& layer = layer_of<false>(launch, shape, task);
+    if (has_fault(layer)) continue;
     const std::int64_t b = task.sequence;
     const std::int64_t g = task.graph;
     const int p = task.population;
@@ -325,8 +326,8 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
   for (int p = 0; p < rules.populations; ++p) {
     solve.steps[p] = rules.population[p].walkers * rules.walk_length;
   }
-  launch_restart_tables(layers, count, shape, rules, most_batch, most_extent, first_sequence, marks,
-                        stream);
+  launch_restart_tables(RestartTables::recent, layers, count, shape, rules, most_batch, most_extent,
+                        first_sequence, marks, stream);
   const auto launch_as = [&](auto kernel, int threads) {
     kernel<<<static_cast<unsigned>(std::min(tasks, kMostSolvers)), static_cast<unsigned>(threads),
              0, stream>>>(launch, shape, rules, solve, static_cast<unsigned>(tasks),

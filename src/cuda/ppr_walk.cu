@@ -18,33 +18,49 @@ constexpr int kTableThreads = 1024;
 /// Slots that a thread block of a table takes at once.
 constexpr std::int64_t kTableSlots = std::int64_t{kTableThreads} * kRestartBlock;
 constexpr unsigned kMostTableCluster = 8;
-constexpr int kMostWalkThreads = 640;
+/// Up to so many walkers a launch, waiting for memory is what takes time, not work.
+constexpr std::int64_t kFewWalkers = 2048;
+constexpr int kWalkThreads = 256;
+constexpr int kMostRunThreads = 640;
 /// Steps of a walker that are drawn at once.
 constexpr std::int64_t kMostSteps = 32;
-/// Thread blocks that walks are spread over before they grow.
-constexpr std::int64_t kWalkBlocks = 128;
+constexpr std::int64_t kMostGridY = 65535;
+/// Thread blocks that runs are spread over before these grow.
+constexpr std::int64_t kRunBlocks = 128;
 constexpr int kAddThreads = 256;
 
+__device__ bool is_novelty(const WalkRules& rules, int population) {
+  return rules.population[population].restart == static_cast<std::int32_t>(Restart::novelty);
+}
+
+/// Whether slots [0, length) ascend with positions and none is empty.
+__device__ bool has_dense_slots(const LayerView& layer, std::int64_t b) {
+  return layer.counters->ordered != 0 && layer.sequences[b].held == layer.counters->length;
+}
+
 /// First slot of ascending positions, without empty slots, that is `first` or above. One warp.
-__device__ std::int64_t first_slot_from(const std::int32_t* positions, std::int64_t length,
+__device__ std::int32_t first_slot_from(const std::int32_t* positions, std::int64_t length,
                                         std::int64_t seen, std::int32_t first) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  auto high = static_cast<std::int32_t>(length);
   // At most seen - first tokens can be as new.
-  std::int64_t low = max(std::int64_t{0}, length - max(std::int64_t{0}, seen - first));
-  std::int64_t high = length;
-  std::int64_t step = 1;  // most often the answer is the lowest that it can be
+  auto low =
+      static_cast<std::int32_t>(max(std::int64_t{0}, length - max(std::int64_t{0}, seen - first)));
+  std::int32_t step = 1;  // most often the answer is the lowest that it can be
   while (low < high) {
-    const std::int64_t probe = low + lane * step;
-    const unsigned older = __ballot_sync(0xffffffffU, probe < high && positions[probe] < first);
+    const std::int32_t probe = low + lane * step;
+    const unsigned older =
+        __ballot_sync(0xffffffffU, probe < high && __ldg(positions + probe) < first);
     const int count = __popc(older);
     high = min(high, low + count * step);
     if (count > 0) low += (count - 1) * step + 1;
-    step = max(std::int64_t{1}, (high - low + 31) / 32);
+    step = max(1, (high - low + 31) / 32);
   }
   return low;
 }
 
-/// Fills the table of one population of one graph; all threads of the cluster take part.
+/// Fills the table of one population of one graph; all threads of the cluster take part. Where
+/// slots ascend with positions and none is empty, a search takes the place of sums.
 __device__ void fill_restart_table(const cooperative_groups::cluster_group& cluster,
                                    const LayerView& layer, const WalkRules& rules, std::int64_t b,
                                    std::int64_t g, int p) {
@@ -57,15 +73,13 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
-  const SequenceCounters& sequence = layer.sequences[b];
-  if (weights.novelty == nullptr && layer.counters->ordered != 0 && sequence.held == length) {
+  if (weights.novelty == nullptr && has_dense_slots(layer, b)) {
     if (rank != 0 || warp != 0) return;
-    const std::int64_t first =
-        first_slot_from(weights.positions, length, sequence.seen, weights.first);
+    const std::int32_t first =
+        first_slot_from(weights.positions, length, layer.sequences[b].seen, weights.first);
     if (lane == 0) {
-      *table.header = {.total = static_cast<std::uint64_t>(length - first),
-                       .first = static_cast<std::int32_t>(first),
-                       .coarse = 0};
+      *table.header = {
+          .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
     }
     return;
   }
@@ -148,32 +162,35 @@ __device__ void clear(const cooperative_groups::cluster_group& cluster, T* value
   for (std::int64_t i = quads * 4 + thread; i < length; i += threads) values[i] = T{0};
 }
 
-/// A cluster a graph and population: its restart table and, before a walk, empty counts.
+/// A cluster a graph and population: its restart table where that is asked for, and, before a walk,
+/// empty counts.
+template <bool kOne>
 __global__ void __launch_bounds__(kTableThreads)
-    prepare_kernel(Launch launch, LayerView shape, WalkRules rules, bool walks) {
+    prepare_kernel(Launch launch, LayerView shape, WalkRules rules, RestartTables which,
+                   bool walks) {
   cudaTriggerProgrammaticLaunchCompletion();
   const auto cluster = cooperative_groups::this_cluster();
   GraphTask task;
-  if (!find(launch, shape, blockIdx.x / cluster.num_blocks(), task)) return;
-  const LayerView& layer = layer_of(launch, shape, task);
+  if (!find<kOne>(launch, shape, blockIdx.x / cluster.num_blocks(), task)) return;
+  const LayerView& layer = layer_of<kOne>(launch, shape, task);
   const std::int64_t b = task.sequence;
+  const std::int64_t length = layer.counters->length;
+  if (has_fault(layer)) return;
   if (walks) {
-    const std::int64_t length = layer.counters->length;
     const bool aligned = layer.capacity % 4 == 0;
     if (layer.visits != nullptr) {
       clear(cluster, visits_of(layer, b, task.graph, task.population), length, aligned);
     } else {
       clear(cluster, scores_of(layer, b, task.graph, task.population), length, aligned);
     }
-    if (task.graph == 0 && task.population == 0 && cluster.thread_rank() == 0) {
-      SequenceCounters& counters = layer.sequences[b];
-      layer.walk_blocks[b] = counters.walk_block;
-      counters.walk_block += (static_cast<std::uint64_t>(rules.walk_length) + 2) / 2;
-      counters.walked_at = counters.seen;
-    }
   }
-  fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
+  const RestartTables kind =
+      is_novelty(rules, task.population) ? RestartTables::novelty : RestartTables::recent;
+  if (kind == which) fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
 }
+
+constexpr std::int32_t kNone = -1;   ///< a number that means no edge
+constexpr std::int32_t kEmpty = -2;  ///< a row without edges
 
 /// The edges of one graph.
 template <int kTopK, bool kWeighted>
@@ -185,197 +202,363 @@ struct Edges {
   __device__ const std::int32_t* row(std::int32_t slot) const {
     return rows + static_cast<std::int64_t>(slot) * kRowWords;
   }
+  __device__ std::int32_t position(std::int32_t slot) const { return __ldg(positions + slot); }
 
-  /// The edge that a number means, stale or not; -1: the number lies above all edges. Short rows
-  /// are read as a whole, so that a step waits for memory once.
+  /// The edge that a number means, stale or not. Short rows are read as a whole, so that a step
+  /// waits for memory once.
   __device__ std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
     const std::int32_t* edges = row(slot);
     if constexpr (!kWeighted) {
       return __ldg(edges + ((static_cast<std::uint64_t>(kTopK) * random) >> 32U));
     } else {
-      uint4 thresholds[kTopK / 4];
+      constexpr int kFours = kTopK / 4;
+      uint4 thresholds[kFours];
       const auto* from = reinterpret_cast<const uint4*>(edges + kTopK);
+      std::int32_t next = 0;
       if constexpr (kTopK <= 8) {
-        int4 neighbors[kTopK / 4];
+        int4 neighbors[kFours];
 #pragma unroll
-        for (int i = 0; i < kTopK / 4; ++i) {
+        for (int i = 0; i < kFours; ++i) {
           thresholds[i] = __ldg(from + i);
           neighbors[i] = __ldg(reinterpret_cast<const int4*>(edges) + i);
         }
-        std::int32_t next = neighbors[0].x;
+        next = neighbors[0].x;
 #pragma unroll
-        for (int i = 0; i < kTopK / 4; ++i) {
+        for (int i = 0; i < kFours; ++i) {
           next = random >= thresholds[i].x ? neighbors[i].y : next;
           next = random >= thresholds[i].y ? neighbors[i].z : next;
           next = random >= thresholds[i].z ? neighbors[i].w : next;
           next = random >= thresholds[i].w
-                     ? (i + 1 < kTopK / 4 ? neighbors[(i + 1) % (kTopK / 4)].x : -1)
+                     ? (i + 1 < kFours ? neighbors[(i + 1) % kFours].x : kNone)
                      : next;
         }
-        return next;
       } else {
 #pragma unroll
-        for (int i = 0; i < kTopK / 4; ++i) thresholds[i] = __ldg(from + i);
+        for (int i = 0; i < kFours; ++i) thresholds[i] = __ldg(from + i);
         int k = 0;
 #pragma unroll
-        for (int i = 0; i < kTopK / 4; ++i) {
+        for (int i = 0; i < kFours; ++i) {
           k += (random >= thresholds[i].x ? 1 : 0) + (random >= thresholds[i].y ? 1 : 0) +
                (random >= thresholds[i].z ? 1 : 0) + (random >= thresholds[i].w ? 1 : 0);
         }
-        return k < kTopK ? __ldg(edges + k) : -1;
+        next = k < kTopK ? __ldg(edges + k) : kNone;
       }
+      return thresholds[kFours - 1].w == 0 ? kEmpty : next;
     }
   }
 
+  /// A draw among the live edges only; kNone: there are none.
+  __device__ std::int32_t draw_live(std::int32_t slot, std::int32_t from_position,
+                                    std::uint32_t random) const {
+    constexpr int kBatch = kTopK < 16 ? kTopK : 16;
+    const std::int32_t* edges = row(slot);
+    std::uint32_t live = 0;
+    std::uint64_t total = 0;
+#pragma unroll 1
+    for (int begin = 0; begin < kTopK; begin += kBatch) {
+      std::int32_t reached[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const std::int32_t to = __ldg(edges + begin + i);
+        reached[i] = to >= 0 ? position(to) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (reached[i] < 0 || reached[i] >= from_position) continue;
+        live |= 1U << (begin + i);
+        total += width(edges, begin + i);
+      }
+    }
+    const std::uint64_t target = (total * random) >> 32U;
+    std::uint64_t sum = 0;
+    for (; live != 0; live &= live - 1) {
+      const int k = __ffs(static_cast<int>(live)) - 1;
+      sum += width(edges, k);
+      if (target < sum) return __ldg(edges + k);
+    }
+    return kNone;
+  }
+
+ private:
   __device__ std::uint32_t width(const std::int32_t* edges, int k) const {
     if constexpr (!kWeighted) return 1U;
     const auto* thresholds = reinterpret_cast<const std::uint32_t*>(edges + kTopK);
-    return thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]);
-  }
-
-  /// A draw among the live edges only; -1: there are none.
-  __device__ std::int32_t draw_live(std::int32_t slot, std::int32_t position,
-                                    std::uint32_t random) const {
-    const std::int32_t* edges = row(slot);
-    std::uint64_t total = 0;
-#pragma unroll 4
-    for (int k = 0; k < kTopK; ++k) {
-      if (is_live(positions, position, edges[k])) total += width(edges, k);
-    }
-    if (total == 0) return -1;
-    const std::uint64_t target = (total * random) >> 32U;
-    std::uint64_t sum = 0;
-#pragma unroll 1
-    for (int k = 0; k < kTopK; ++k) {
-      if (!is_live(positions, position, edges[k])) continue;
-      sum += width(edges, k);
-      if (target < sum) return edges[k];
-    }
-    return -1;
+    return __ldg(thresholds + k) - (k == 0 ? 0U : __ldg(thresholds + k - 1));
   }
 };
 
-/// Walkers of one graph and population, one thread for each step of a walker. What a walker does
-/// after a restart does not depend on what it did before, so every restart that the numbers
-/// foretell starts a thread of its own, which goes on to the next such restart: the longest wait is
-/// for the longest run of edges, not for all steps. Restarts where a walker meets a dead end belong
-/// to the run that meets it.
+/// What the thread blocks of one graph and population share.
 template <int kTopK, bool kWeighted>
-__global__ void __launch_bounds__(kMostWalkThreads)
-    walk_kernel(Launch launch, LayerView shape, WalkRules rules, unsigned blocks_a_graph,
-                int walkers_a_block, int steps_a_round) {
+struct Walk {
+  Edges<kTopK, kWeighted> edges;
+  Restarts restarts;
+  std::uint32_t* counts;  ///< or float
+  bool counts_integers;
+  std::uint64_t threshold;
+  std::uint64_t first_block;  ///< of this walk in every walker's stream
+  std::uint64_t stream;       ///< of the population's first walker
+  uint2 key;
+  bool counts_restarts;
+
+  __device__ void visit(std::int32_t slot) const {
+    // Said in PTX: an atomicAdd on a pointer that was read from memory waits for an answer, since
+    // it might point to shared memory.
+    if (counts_integers) {
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counts + slot) : "memory");
+    } else {
+      asm volatile("red.relaxed.gpu.global.add.f32 [%0], 0f3F800000;" ::"l"(counts + slot)
+                   : "memory");
+    }
+  }
+  __device__ bool follows(uint2 number) const { return number.x >= threshold; }
+  /// Four numbers of a walker's stream.
+  __device__ uint4 numbers(std::uint64_t walker, std::uint64_t block) const {
+    const std::uint64_t counter = first_block + block;
+    return curand_Philox4x32_10(
+        uint4{static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32U),
+              static_cast<unsigned>(stream + walker),
+              static_cast<unsigned>((stream + walker) >> 32U)},
+        key);
+  }
+  /// Where a walker goes that drew no live edge. What decided to follow an edge is, rescaled,
+  /// uniform again.
+  __device__ std::int32_t leave(std::int32_t node, std::int32_t position, std::int32_t drawn,
+                                uint2 number, bool& counts) const {
+    const std::uint64_t range = (std::uint64_t{1} << 32U) - threshold;
+    const auto again = static_cast<std::uint32_t>(((number.x - threshold) << 32U) / range);
+    const std::int32_t next = drawn == kEmpty ? kNone : edges.draw_live(node, position, again);
+    counts = next >= 0 || counts_restarts;
+    return next >= 0 ? next : restarts.draw(number.y);
+  }
+};
+
+/// How the walkers of a launch are parted.
+struct Parts {
+  unsigned blocks_a_graph;
+  unsigned blocks_a_sequence;  ///< that walk
+  int walkers_a_block;
+  int steps_a_round;
+};
+
+/// The last thread block that has read where the numbers of a sequence's walk start moves that on.
+class Ticket {
+ public:
+  __device__ void take(const LayerView& layer, std::int64_t b, unsigned blocks) {
+    last_ = atomicInc(layer.walk_tickets + b, blocks - 1) == blocks - 1;
+  }
+  __device__ void finish(const LayerView& layer, std::int64_t b, const WalkRules& rules) const {
+    if (!last_) return;
+    SequenceCounters& counters = layer.sequences[b];
+    counters.walk_block += (static_cast<std::uint64_t>(rules.walk_length) + 2) / 2;
+    counters.walked_at = counters.seen;
+  }
+
+ private:
+  bool last_ = false;
+};
+
+/// Collects what a thread block needs, and copies the coarse restart sums; false where it has
+/// nothing to do. It must not count visits before the launch in front is done, which empties the
+/// counts and fills tables by position; all else may come earlier.
+template <int kTopK, bool kWeighted>
+__device__ bool set_up(const LayerView& layer, const GraphTask& task, const WalkRules& rules,
+                       std::uint64_t* coarse, Walk<kTopK, kWeighted>& walk) {
+  const std::int64_t b = task.sequence;
+  const std::int64_t g = task.graph;
+  const int p = task.population;
+  // What does not depend on each other is asked for at once.
+  const std::uint32_t fault = __ldcg(&layer.fault->fault);
+  const LayerCounters* const counters = layer.counters;
+  const SequenceCounters* const sequence = layer.sequences + b;
+  const std::int64_t length = __ldcg(&counters->length);
+  const std::int32_t ordered = __ldcg(&counters->ordered);
+  const std::int64_t held = __ldcg(&sequence->held);
+  const std::int64_t seen = __ldcg(&sequence->seen);
+  walk.first_block = __ldcg(&sequence->walk_block);
+  const RestartTable table = restart_table_of(layer, b, g, p);
+  walk.edges = {row_of(layer, b, g, 0), positions_of(layer, b, g)};
+  walk.counts_integers = layer.visits != nullptr;
+  walk.counts = layer.visits != nullptr
+                    ? visits_of(layer, b, g, p)
+                    : reinterpret_cast<std::uint32_t*>(scores_of(layer, b, g, p));
+  walk.threshold = rules.restart_threshold;
+  walk.stream =
+      (static_cast<std::uint64_t>(layer.index * rules.first_stream_of_layer + rules.head_offset + g)
+       << 32U) +
+      static_cast<std::uint64_t>(rules.population[p].first_walker);
+  walk.key = {static_cast<unsigned>(rules.seed), static_cast<unsigned>(rules.seed >> 32U)};
+  walk.counts_restarts = rules.population[p].count_restarts != 0;
+  Restarts& restarts = walk.restarts;
+  restarts.coarse = coarse;
+  restarts.fine = table.fine;
+  restarts.group = layer.restart_group;
+  restarts.aligned = layer.capacity % 4 == 0;
+  restarts.capacity = static_cast<std::int32_t>(layer.capacity);
+  restarts.positions = walk.edges.positions;
+  restarts.novelty = nullptr;
+  const auto read_table = [&] {
+    const uint4 header = __ldcg(reinterpret_cast<const uint4*>(table.header));
+    const auto sums = static_cast<std::int32_t>(table.fine - table.coarse);
+    for (auto i = static_cast<std::int32_t>(threadIdx.x); i < sums;
+         i += static_cast<std::int32_t>(blockDim.x)) {
+      coarse[i] = __ldcg(table.coarse + i);
+    }
+    restarts.header = {.total = std::uint64_t{header.y} << 32U | header.x,
+                       .first = static_cast<std::int32_t>(header.z),
+                       .coarse = static_cast<std::int32_t>(header.w)};
+  };
+  if (is_novelty(rules, p)) {
+    restarts.novelty = novelty_of(layer, b, g);
+    read_table();
+  } else if (ordered != 0 && held == length) {
+    const std::int32_t first =
+        first_slot_from(restarts.positions, length, seen, first_recent(layer, rules, seen, p));
+    restarts.header = {
+        .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
+  } else {
+    cudaGridDependencySynchronize();
+    read_table();
+  }
+  restarts.coarse_step = restarts.header.coarse > 0 ? 1 << (31 - __clz(restarts.header.coarse)) : 0;
+  return fault == 0;
+}
+
+/// One thread a walker.
+template <int kTopK, bool kWeighted>
+__global__ void __launch_bounds__(kWalkThreads, 4)
+    walk_kernel(Launch launch, LayerView shape, WalkRules rules, Parts parts) {
+  __shared__ std::uint64_t coarse[kMostCoarseSums];
+  GraphTask task;
+  if (!find<false>(launch, shape, blockIdx.x / parts.blocks_a_graph, task)) return;
+  const LayerView& layer = layer_of<false>(launch, shape, task);
+  const std::int64_t walkers = rules.population[task.population].walkers;
+  const std::int64_t first = std::int64_t{blockIdx.x % parts.blocks_a_graph} * kWalkThreads;
+  if (first >= walkers) return;
+  Walk<kTopK, kWeighted> walk;
+  if (!set_up(layer, task, rules, coarse, walk)) return;
+  __syncthreads();
+  Ticket ticket;
+  if (threadIdx.x == kWalkThreads - 1) {
+    ticket.take(layer, task.sequence, parts.blocks_a_sequence);
+    ticket.finish(layer, task.sequence, rules);
+  }
+  const auto walker = static_cast<std::uint64_t>(first) + threadIdx.x;
+  if (walker >= static_cast<std::uint64_t>(walkers) || walk.restarts.header.total == 0) return;
+
+  // A step's edge is drawn when its node is reached, before it is known that the edge to the node
+  // is live: a step waits for memory once.
+  uint4 four = walk.numbers(walker, 0);
+  uint2 number{four.z, four.w};
+  bool follows = walk.follows(number);
+  std::int32_t node = walk.restarts.draw(four.y);
+  std::int32_t position = 0;
+  std::int32_t drawn = kNone;
+  if (follows) {
+    position = walk.edges.position(node);
+    drawn = walk.edges.draw(node, number.y);
+  }
+  cudaGridDependencySynchronize();
+  const auto steps = static_cast<std::uint64_t>(rules.walk_length);
+  for (std::uint64_t step = 0; step < steps; ++step) {
+    if (step % 2 == 0) four = walk.numbers(walker, step / 2 + 1);
+    const uint2 next_number = step % 2 == 0 ? uint2{four.x, four.y} : uint2{four.z, four.w};
+    const bool next_follows = step + 1 < steps && walk.follows(next_number);
+    std::int32_t next = follows ? drawn : walk.restarts.draw(number.y);
+    const std::int32_t assumed = max(next, 0);
+    const std::int32_t used = drawn;
+    std::int32_t next_position = 0;
+    if (follows || next_follows) next_position = walk.edges.position(assumed);
+    if (next_follows) drawn = walk.edges.draw(assumed, next_number.y);
+    bool counts = follows || walk.counts_restarts;
+    if (follows && (next < 0 || next_position < 0 || next_position >= position)) {
+      next = walk.leave(node, position, used, number, counts);
+      next_position = walk.edges.position(next);
+      if (next_follows) drawn = walk.edges.draw(next, next_number.y);
+    }
+    if (counts) walk.visit(next);
+    node = next;
+    position = next_position;
+    number = next_number;
+    follows = next_follows;
+  }
+}
+
+/// One thread a step of a walker, for walks of one layer. What a walker does after a restart does
+/// not depend on what it did before, so every restart that the numbers foretell starts a run of its
+/// own, up to the next such restart: the longest wait is for the longest run of edges, not for all
+/// steps. Restarts where a walker meets a dead end belong to the run that meets it.
+template <int kTopK, bool kWeighted>
+__global__ void __launch_bounds__(kMostRunThreads)
+    walk_runs_kernel(Launch launch, LayerView layer, WalkRules rules, Parts parts) {
   extern __shared__ std::uint64_t coarse[];
   auto* const numbers = reinterpret_cast<uint2*>(coarse + kMostCoarseSums);
   auto* const carried = reinterpret_cast<std::int32_t*>(numbers + blockDim.x);
 
   GraphTask task;
-  if (!find(launch, shape, blockIdx.x / blocks_a_graph, task)) return;
-  const LayerView& layer = layer_of(launch, shape, task);
-  const auto& population = rules.population[task.population];
-  const std::int64_t b = task.sequence;
-  const std::int64_t g = task.graph;
+  if (!find<true>(launch, layer, blockIdx.y, task)) return;
+  const std::int64_t walkers = rules.population[task.population].walkers;
+  const std::int64_t first = std::int64_t{blockIdx.x} * parts.walkers_a_block;
+  if (first >= walkers) return;
+  Walk<kTopK, kWeighted> walk;
+  if (!set_up(layer, task, rules, coarse, walk)) return;
   const int thread = static_cast<int>(threadIdx.x);
-  const int in_block = thread / steps_a_round;
-  const int turn = thread - in_block * steps_a_round;
-  const std::int64_t first_walker = std::int64_t{blockIdx.x % blocks_a_graph} * walkers_a_block;
-  if (first_walker >= population.walkers) return;
-  const bool walks = in_block < walkers_a_block && first_walker + in_block < population.walkers;
-  const Edges<kTopK, kWeighted> edges{row_of(layer, b, g, 0), positions_of(layer, b, g)};
-  float* const scores = scores_of(layer, b, g, task.population);
-  std::uint32_t* const visits =
-      layer.visits == nullptr ? nullptr : visits_of(layer, b, g, task.population);
-  const auto visit = [&](std::int32_t slot) {
-    if (visits != nullptr) {
-      atomicAdd(visits + slot, 1U);
-    } else {
-      atomicAdd(scores + slot, 1.0F);
-    }
-  };
-  const RestartTable table = restart_table_of(layer, b, g, task.population);
-  Restarts restarts{.header = {},
-                    .coarse = coarse,
-                    .fine = table.fine,
-                    .group = layer.restart_group,
-                    .coarse_step = 0,
-                    .aligned = layer.capacity % 4 == 0,
-                    .capacity = layer.capacity,
-                    .positions = edges.positions,
-                    .novelty = population.restart == static_cast<std::int32_t>(Restart::novelty)
-                                   ? novelty_of(layer, b, g)
-                                   : nullptr};
-  const auto graph_id =
-      static_cast<std::uint64_t>(layer.index * rules.first_stream_of_layer + rules.head_offset + g);
-  const std::uint64_t stream =
-      (graph_id << 32U) |
-      static_cast<std::uint64_t>(population.first_walker + first_walker + in_block);
-  const uint2 key{static_cast<unsigned>(rules.seed), static_cast<unsigned>(rules.seed >> 32U)};
-
-  cudaGridDependencySynchronize();
-  restarts.header = *table.header;
-  const std::uint64_t first_block = layer.walk_blocks[b];
-  if (restarts.header.total == 0) return;
-  for (std::int32_t i = thread; i < restarts.header.coarse; i += static_cast<int>(blockDim.x)) {
-    coarse[i] = table.coarse[i];
-  }
-  if (restarts.header.coarse > 0) restarts.coarse_step = 1 << (31 - __clz(restarts.header.coarse));
-
-  const std::uint64_t follow_range = (std::uint64_t{1} << 32U) - rules.restart_threshold;
-  const auto follows = [&](uint2 number) { return number.x >= rules.restart_threshold; };
-  for (std::int64_t begin = 0; begin < rules.walk_length; begin += steps_a_round) {
-    const int steps = static_cast<int>(min(std::int64_t{steps_a_round}, rules.walk_length - begin));
+  const int in_block = thread / parts.steps_a_round;
+  const int turn = thread - in_block * parts.steps_a_round;
+  const bool walks = in_block < parts.walkers_a_block && first + in_block < walkers &&
+                     walk.restarts.header.total != 0;
+  Ticket ticket;
+  for (std::int64_t begin = 0; begin < rules.walk_length; begin += parts.steps_a_round) {
+    const int steps =
+        static_cast<int>(min(std::int64_t{parts.steps_a_round}, rules.walk_length - begin));
     // Two numbers for the start and for every step.
     const std::int64_t step = begin + turn;
-    const std::uint64_t counter = first_block + static_cast<std::uint64_t>((step + 1) / 2);
-    const uint4 four = curand_Philox4x32_10(
-        uint4{static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32U),
-              static_cast<unsigned>(stream), static_cast<unsigned>(stream >> 32U)},
-        key);
+    const uint4 four = walk.numbers(static_cast<std::uint64_t>(first + in_block),
+                                    static_cast<std::uint64_t>((step + 1) / 2));
     uint2 number = step % 2 == 0 ? uint2{four.z, four.w} : uint2{four.x, four.y};
     numbers[thread] = number;
     __syncthreads();
-    const bool restarts_here = !follows(number);
-    if (walks && turn < steps && (restarts_here || turn == 0)) {
-      const uint2* const mine = numbers + in_block * steps_a_round;
-      int at = turn;
-      std::int32_t node = 0;
+    if (begin == 0 && threadIdx.x + 1 == blockDim.x) {
+      ticket.take(layer, task.sequence, parts.blocks_a_sequence);
+    }
+    const bool restarts_here = !walk.follows(number);
+    const bool runs = walks && turn < steps && (restarts_here || turn == 0);
+    const uint2* const mine = numbers + in_block * parts.steps_a_round;
+    int at = restarts_here ? turn + 1 : turn;
+    bool goes_on = false;
+    std::int32_t node = 0;
+    std::int32_t position = 0;
+    std::int32_t drawn = kNone;
+    if (runs) {
       if (restarts_here || begin == 0) {
-        node = restarts.draw(restarts_here ? number.y : four.y);
+        node = walk.restarts.draw(restarts_here ? number.y : four.y);
       } else {
         node = carried[in_block];
       }
-      if (restarts_here) {
-        if (population.count_restarts != 0) visit(node);
-        ++at;
-      }
-      bool goes_on = at < steps && follows(number = mine[at]);
-      std::int32_t position = 0;
-      std::int32_t drawn = -1;
+      goes_on = at < steps && walk.follows(number = mine[at]);
       if (goes_on) {
-        position = __ldg(edges.positions + node);
-        drawn = edges.draw(node, number.y);
+        position = walk.edges.position(node);
+        drawn = walk.edges.draw(node, number.y);
       }
+    }
+    if (begin == 0) cudaGridDependencySynchronize();
+    if (runs) {
+      if (restarts_here && walk.counts_restarts) walk.visit(node);
       while (goes_on) {
-        // The row of the next node is read before it is known that the edge to it is live.
+        // The edge behind the next node is drawn before it is known that the edge to it is live.
         const uint2 used = number;
         std::int32_t next = drawn;
         const std::int32_t assumed = max(next, 0);
-        std::int32_t next_position = __ldg(edges.positions + assumed);
+        std::int32_t next_position = walk.edges.position(assumed);
         ++at;
-        goes_on = at < steps && follows(number = mine[at]);
-        if (goes_on) drawn = edges.draw(assumed, number.y);
+        goes_on = at < steps && walk.follows(number = mine[at]);
+        if (goes_on) drawn = walk.edges.draw(assumed, number.y);
         bool counts = true;
         if (next < 0 || next_position < 0 || next_position >= position) {
-          const std::uint64_t again = used.x - rules.restart_threshold;
-          next = edges.draw_live(node, position,
-                                 static_cast<std::uint32_t>((again << 32U) / follow_range));
-          if (next < 0) {
-            next = restarts.draw(used.y);
-            counts = population.count_restarts != 0;
-          }
-          next_position = __ldg(edges.positions + next);
-          if (goes_on) drawn = edges.draw(next, number.y);
+          next = walk.leave(node, position, next, used, counts);
+          next_position = walk.edges.position(next);
+          if (goes_on) drawn = walk.edges.draw(next, number.y);
         }
-        if (counts) visit(next);
+        if (counts) walk.visit(next);
         node = next;
         position = next_position;
       }
@@ -383,15 +566,16 @@ __global__ void __launch_bounds__(kMostWalkThreads)
     }
     if (begin + steps < rules.walk_length) __syncthreads();
   }
+  ticket.finish(layer, task.sequence, rules);
 }
 
 __global__ void __launch_bounds__(kAddThreads)
     accumulate_kernel(Launch launch, LayerView shape, float decay, unsigned blocks_a_graph) {
   GraphTask task;
-  if (!find(launch, shape, blockIdx.x / blocks_a_graph, task)) return;
-  const LayerView& layer = layer_of(launch, shape, task);
+  if (!find<false>(launch, shape, blockIdx.x / blocks_a_graph, task)) return;
+  const LayerView& layer = layer_of<false>(launch, shape, task);
   const std::int64_t j = std::int64_t{blockIdx.x % blocks_a_graph} * kAddThreads + threadIdx.x;
-  if (j >= layer.counters->length) return;
+  if (j >= layer.counters->length || has_fault(layer)) return;
   float* const scores = scores_of(layer, task.sequence, task.graph, task.population);
   const auto visits =
       static_cast<float>(visits_of(layer, task.sequence, task.graph, task.population)[j]);
@@ -415,7 +599,8 @@ __global__ void __launch_bounds__(kAddThreads)
 }
 
 void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRules& rules,
-                    std::int64_t graphs, std::int64_t extent, bool walks, cudaStream_t stream) {
+                    std::int64_t graphs, std::int64_t extent, RestartTables which, bool walks,
+                    cudaStream_t stream) {
   unsigned cluster = 1;
   while (cluster < kMostTableCluster && cluster * kTableSlots < extent) cluster *= 2;
   cudaLaunchAttribute attribute{};
@@ -427,11 +612,14 @@ void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRule
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, prepare_kernel, launch, shape, rules, walks), "prepare_kernel");
+  check(cudaLaunchKernelEx(&config,
+                           launch.layers == nullptr ? prepare_kernel<true> : prepare_kernel<false>,
+                           launch, shape, rules, which, walks),
+        "prepare_kernel");
 }
 
 template <int kTopK, bool kWeighted>
-void launch_walkers(const Launch& launch, const LayerView& shape, const WalkRules& rules,
+void launch_walkers(const Launch& launch, bool one, const LayerView& shape, const WalkRules& rules,
                     std::int64_t graphs, cudaStream_t stream) {
   std::int64_t most = 0;
   std::int64_t walkers = 0;
@@ -441,37 +629,50 @@ void launch_walkers(const Launch& launch, const LayerView& shape, const WalkRule
   }
   if (most == 0) return;
   walkers *= graphs / rules.populations;
+  const bool few = one && walkers <= kFewWalkers && graphs <= kMostGridY;
   const std::int64_t rounds = (rules.walk_length + kMostSteps - 1) / kMostSteps;
   const std::int64_t steps = (rules.walk_length + rounds - 1) / rounds;
   const std::int64_t a_block =
-      std::clamp((walkers + kWalkBlocks - 1) / kWalkBlocks, std::int64_t{1},
-                 std::min(most, kMostWalkThreads / steps));
+      few ? std::min({(walkers + kRunBlocks - 1) / kRunBlocks, most, kMostRunThreads / steps})
+          : kWalkThreads;
+  std::int64_t of_a_graph = 0;
+  for (int p = 0; p < rules.populations; ++p) {
+    of_a_graph += (rules.population[p].walkers + a_block - 1) / a_block;
+  }
   const std::int64_t blocks = (most + a_block - 1) / a_block;
+  const Parts parts{.blocks_a_graph = static_cast<unsigned>(blocks),
+                    .blocks_a_sequence = static_cast<unsigned>(of_a_graph * shape.graphs),
+                    .walkers_a_block = static_cast<int>(a_block),
+                    .steps_a_round = static_cast<int>(steps)};
+  // Starts while the launch in front runs, see set_up.
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(graphs * blocks));
-  config.blockDim = dim3(static_cast<unsigned>((a_block * steps + 31) / 32 * 32));
-  config.dynamicSmemBytes = kMostCoarseSums * sizeof(std::uint64_t) +
-                            config.blockDim.x * sizeof(uint2) +
-                            (config.blockDim.x / static_cast<unsigned>(steps) + 1) * 4;
+  config.blockDim = dim3(kWalkThreads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, walk_kernel<kTopK, kWeighted>, launch, shape, rules,
-                           static_cast<unsigned>(blocks), static_cast<int>(a_block),
-                           static_cast<int>(steps)),
-        "walk_kernel");
+  auto* kernel = walk_kernel<kTopK, kWeighted>;
+  if (few) {
+    kernel = walk_runs_kernel<kTopK, kWeighted>;
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(graphs));
+    config.blockDim = dim3(static_cast<unsigned>((a_block * steps + 31) / 32 * 32));
+    config.dynamicSmemBytes = kMostCoarseSums * sizeof(std::uint64_t) +
+                              config.blockDim.x * sizeof(uint2) +
+                              (config.blockDim.x / static_cast<unsigned>(steps) + 1) * 4;
+  }
+  check(cudaLaunchKernelEx(&config, kernel, launch, shape, rules, parts), "walk_kernel");
 }
 
 template <int kTopK>
-void launch_walkers_by_law(const Launch& launch, const LayerView& shape, const WalkRules& rules,
-                           std::int64_t graphs, cudaStream_t stream) {
+void launch_walkers_by_law(const Launch& launch, bool one, const LayerView& shape,
+                           const WalkRules& rules, std::int64_t graphs, cudaStream_t stream) {
   if (shape.weighted) {
-    launch_walkers<kTopK, true>(launch, shape, rules, graphs, stream);
+    launch_walkers<kTopK, true>(launch, one, shape, rules, graphs, stream);
   } else {
-    launch_walkers<kTopK, false>(launch, shape, rules, graphs, stream);
+    launch_walkers<kTopK, false>(launch, one, shape, rules, graphs, stream);
   }
 }
 
@@ -481,21 +682,24 @@ void launch_walk(const LayerView* layers, int count, const LayerView& shape, con
                  std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
                  const SequenceMarks& marks, cudaStream_t stream) {
   const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
+  const bool one = count == 1;
   const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
   if (graphs <= 0) return;
-  launch_prepare(launch, shape, rules, graphs, most_extent, true, stream);
+  Launch by_value = launch;
+  if (one) by_value.layers = nullptr;
+  launch_prepare(by_value, shape, rules, graphs, most_extent, RestartTables::recent, true, stream);
   switch (shape.top_k) {
     case 4:
-      launch_walkers_by_law<4>(launch, shape, rules, graphs, stream);
+      launch_walkers_by_law<4>(launch, one, shape, rules, graphs, stream);
       break;
     case 8:
-      launch_walkers_by_law<8>(launch, shape, rules, graphs, stream);
+      launch_walkers_by_law<8>(launch, one, shape, rules, graphs, stream);
       break;
     case 16:
-      launch_walkers_by_law<16>(launch, shape, rules, graphs, stream);
+      launch_walkers_by_law<16>(launch, one, shape, rules, graphs, stream);
       break;
     default:
-      launch_walkers_by_law<32>(launch, shape, rules, graphs, stream);
+      launch_walkers_by_law<32>(launch, one, shape, rules, graphs, stream);
   }
   if (shape.visits == nullptr || most_extent == 0) return;
   const std::int64_t blocks = (most_extent + kAddThreads - 1) / kAddThreads;
@@ -504,13 +708,13 @@ void launch_walk(const LayerView* layers, int count, const LayerView& shape, con
   check(cudaGetLastError(), "accumulate_kernel");
 }
 
-void launch_restart_tables(const LayerView* layers, int count, const LayerView& shape,
-                           const WalkRules& rules, std::int64_t most_batch,
+void launch_restart_tables(RestartTables which, const LayerView* layers, int count,
+                           const LayerView& shape, const WalkRules& rules, std::int64_t most_batch,
                            std::int64_t most_extent, std::int64_t first_sequence,
                            const SequenceMarks& marks, cudaStream_t stream) {
   const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
   const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
-  if (graphs > 0) launch_prepare(launch, shape, rules, graphs, most_extent, false, stream);
+  if (graphs > 0) launch_prepare(launch, shape, rules, graphs, most_extent, which, false, stream);
 }
 
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
@@ -519,7 +723,8 @@ void launch_restart_distribution(const LayerView& layer, const WalkRules& rules,
   SequenceMarks all{};
   std::fill(std::begin(all.bits), std::end(all.bits), ~0U);
   for (std::int64_t b = 0; b < layer.batch; b += SequenceMarks::kMost) {
-    launch_restart_tables(nullptr, 1, layer, rules, layer.batch, extent, b, all, stream);
+    launch_restart_tables(RestartTables::recent, nullptr, 1, layer, rules, layer.batch, extent, b,
+                          all, stream);
   }
   const std::int64_t blocks = (extent + kAddThreads - 1) / kAddThreads;
   distribution_kernel<<<static_cast<unsigned>(layer.batch * layer.graphs * blocks), kAddThreads, 0,

@@ -16,10 +16,12 @@ StreamOrder::StreamOrder() {
     check(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, lowest),
           "cudaStreamCreateWithPriority");
     check(cudaEventCreateWithFlags(&last_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    check(cudaEventCreateWithFlags(&walk_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     check(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   } catch (...) {
     if (side_ != nullptr) static_cast<void>(cudaStreamDestroy(side_));
     if (last_ != nullptr) static_cast<void>(cudaEventDestroy(last_));
+    if (walk_ != nullptr) static_cast<void>(cudaEventDestroy(walk_));
     throw;
   }
 }
@@ -29,6 +31,7 @@ StreamOrder::~StreamOrder() {
   if (!idle_) static_cast<void>(cudaEventSynchronize(last_));
   static_cast<void>(cudaStreamSynchronize(side_));
   static_cast<void>(cudaEventDestroy(last_));
+  static_cast<void>(cudaEventDestroy(walk_));
   static_cast<void>(cudaEventDestroy(ready_));
   static_cast<void>(cudaStreamDestroy(side_));
   static_cast<void>(cudaGetLastError());
@@ -54,15 +57,33 @@ void StreamOrder::wait_for_last(cudaStream_t stream) {
   }
 }
 
+void StreamOrder::wait_for_walk(cudaStream_t stream) {
+  if (walks_) check(cudaStreamWaitEvent(stream, walk_, 0), "cudaStreamWaitEvent");
+  joined_ = true;
+}
+
+void StreamOrder::check_idle(std::string_view operation) const {
+  if (idle_ && !walks_) return;
+  throw CudaError("[" + std::string(operation) +
+                  "] the manager must be idle when it is captured: call synchronize() before");
+}
+
 void StreamOrder::enter(cudaStream_t stream, std::string_view operation) {
-  if (!is_capturing(stream)) {
-    wait_for_last(stream);
+  if (is_capturing(stream)) {
+    check_idle(operation);
     return;
   }
-  if (!idle_) {
-    throw CudaError("[" + std::string(operation) +
-                    "] the manager must be idle when it is captured: call synchronize() before");
+  wait_for_last(stream);
+  wait_for_walk(stream);
+}
+
+void StreamOrder::enter_beside_walk(cudaStream_t stream, std::string_view operation) {
+  if (is_capturing(stream)) {
+    check_idle(operation);
+    return;
   }
+  wait_for_last(stream);
+  joined_ = false;
 }
 
 void StreamOrder::leave(cudaStream_t stream) {
@@ -70,6 +91,7 @@ void StreamOrder::leave(cudaStream_t stream) {
   check(cudaEventRecord(last_, stream), "cudaEventRecord");
   last_stream_ = id_of(stream);
   idle_ = false;
+  if (joined_) walks_ = false;
 }
 
 cudaStream_t StreamOrder::fork(cudaStream_t stream, std::string_view operation) {
@@ -79,19 +101,31 @@ cudaStream_t StreamOrder::fork(cudaStream_t stream, std::string_view operation) 
   }
   check(cudaEventRecord(ready_, stream), "cudaEventRecord");
   check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");
-  wait_for_last(side_);
+  return own();
+}
+
+cudaStream_t StreamOrder::fork_walk(cudaStream_t stream) {
+  check(cudaEventRecord(ready_, stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");
   return side_;
+}
+
+void StreamOrder::leave_walk() {
+  check(cudaEventRecord(walk_, side_), "cudaEventRecord");
+  walks_ = true;
 }
 
 cudaStream_t StreamOrder::own() {
   wait_for_last(side_);
+  joined_ = true;  // a walk runs on the side stream itself
   return side_;
 }
 
 void StreamOrder::synchronize() {
-  if (idle_) return;
-  check(cudaEventSynchronize(last_), "cudaEventSynchronize");
+  if (!idle_) check(cudaEventSynchronize(last_), "cudaEventSynchronize");
   idle_ = true;
+  if (walks_) check(cudaEventSynchronize(walk_), "cudaEventSynchronize");
+  walks_ = false;
 }
 
 }  // namespace spectralkv::cuda

@@ -7,9 +7,10 @@
 
 namespace spectralkv::cuda {
 
-/// Owns a non-blocking side stream of the lowest priority and two events. The calls of a manager do
-/// not overlap on the host, so the order of the calls is the order that the device must keep:
-/// whoever comes next waits, on the device, for the last work on another stream.
+/// Owns a non-blocking side stream of the lowest priority and three events. The calls of a manager
+/// do not overlap on the host, so the order of the calls is the order that the device must keep:
+/// whoever comes next waits, on the device, for the last work on another stream. One exception: a
+/// walk reads nothing that a new token changes, so new tokens do not wait for it.
 class StreamOrder {
  public:
   /// On the current device.
@@ -23,12 +24,18 @@ class StreamOrder {
   /// Before work on the caller's stream. Throws CudaError where a capture begins while earlier work
   /// may still run: a captured stream cannot wait for it.
   void enter(cudaStream_t stream, std::string_view operation);
+  /// The same, but a walk may still be under way.
+  void enter_beside_walk(cudaStream_t stream, std::string_view operation);
   /// After work, whatever stream it was queued on.
   void leave(cudaStream_t stream);
 
   /// Before work on the side stream that follows what `stream` holds now. Returns the stream to
   /// work on: `stream` itself while it is captured.
   cudaStream_t fork(cudaStream_t stream, std::string_view operation);
+  /// Before a walk, whose beginning was just queued on `stream`. Returns the side stream.
+  cudaStream_t fork_walk(cudaStream_t stream);
+  /// After it.
+  void leave_walk();
   /// The side stream, ordered behind all earlier work: for calls that come without a stream.
   cudaStream_t own();
 
@@ -37,14 +44,19 @@ class StreamOrder {
 
  private:
   static unsigned long long id_of(cudaStream_t stream);
+  void check_idle(std::string_view operation) const;
   void wait_for_last(cudaStream_t stream);
+  void wait_for_walk(cudaStream_t stream);
 
   cudaStream_t side_ = nullptr;
-  cudaEvent_t last_ = nullptr;  ///< after the latest work
+  cudaEvent_t last_ = nullptr;  ///< after the latest work but a walk
+  cudaEvent_t walk_ = nullptr;  ///< after the latest walk
   cudaEvent_t ready_ = nullptr;
   /// A handle may come again for another stream, its number never.
   unsigned long long last_stream_ = 0;
-  bool idle_ = true;  ///< nothing was queued since the last synchronization
+  bool idle_ = true;     ///< nothing but a walk was queued since the last synchronization
+  bool walks_ = false;   ///< the latest work does not follow the latest walk
+  bool joined_ = false;  ///< the work that is being queued does
 };
 
 }  // namespace spectralkv::cuda

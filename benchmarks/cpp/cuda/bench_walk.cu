@@ -641,7 +641,7 @@ void print_overlap() {
   for (const std::int64_t slots : {4096, 65536}) {
     const Graphs graphs = make_graphs({.slots = slots}, 9);
     GraphManager manager(GraphConfig{.capacity = slots, .device = kGpu},
-                         WalkConfig{.num_walkers = 25 * slots / 20, .populations = kRecent});
+                         WalkConfig{.num_walkers = 25 * slots / 10, .populations = kRecent});
     load(manager, 0, graphs);
     const auto best = [&] {
       const auto scores = scores_of(manager, 0, 0);

@@ -12,7 +12,7 @@ namespace spectralkv::cuda {
 /// Graphs of `layers`, each with all its populations. All layers share what is not a pointer, batch
 /// or capacity.
 struct Launch {
-  const LayerView* layers;  ///< null: the one that is handed over by value
+  const LayerView* layers;  ///< null: there is one, which is handed over by value
   std::int64_t sequences;
   std::int64_t first_sequence;
   SequenceMarks marks;
@@ -33,14 +33,19 @@ struct GraphTask {
   int population;
 };
 
-__device__ inline const LayerView& layer_of(const Launch& launch, const LayerView& shape,
-                                            const GraphTask& task) {
-  return launch.layers == nullptr ? shape : launch.layers[task.layer];
+/// kOne: the layer that was handed over by value, whose fields need not be fetched.
+template <bool kOne>
+__device__ const LayerView& layer_of(const Launch& launch, const LayerView& shape,
+                                     const GraphTask& task) {
+  if constexpr (kOne) return shape;
+  return launch.layers[task.layer];
 }
 
-/// The task of a number; false where its sequence takes no part.
-__device__ inline bool find(const Launch& launch, const LayerView& shape, unsigned index,
-                            GraphTask& task) {
+/// The task of a number; false where its sequence takes no part. Faults are the caller's to check,
+/// once it has asked memory for more.
+template <bool kOne>
+__device__ bool find(const Launch& launch, const LayerView& shape, unsigned index,
+                     GraphTask& task) {
   const auto populations = static_cast<unsigned>(shape.populations);
   const auto graphs = static_cast<unsigned>(shape.graphs);
   const auto sequences = static_cast<unsigned>(launch.sequences);
@@ -48,12 +53,16 @@ __device__ inline bool find(const Launch& launch, const LayerView& shape, unsign
   index /= populations;
   task.graph = index % graphs;
   index /= graphs;
-  task.sequence = index % sequences;
-  task.layer = static_cast<int>(index / sequences);
+  if constexpr (kOne) {
+    task.sequence = index;
+    task.layer = 0;
+  } else {
+    task.sequence = index % sequences;
+    task.layer = static_cast<int>(index / sequences);
+  }
   const bool marked = is_marked(launch.marks, task.sequence);
   task.sequence += launch.first_sequence;
-  const LayerView& layer = layer_of(launch, shape, task);
-  return marked && task.sequence < layer.batch && !has_fault(layer);
+  return marked && task.sequence < layer_of<kOne>(launch, shape, task).batch;
 }
 
 }  // namespace spectralkv::cuda

@@ -34,22 +34,28 @@ struct RestartWeights {
   }
 };
 
+/// Oldest position of a population that restarts by position.
+__device__ inline std::int32_t first_recent(const LayerView& layer, const WalkRules& rules,
+                                            std::int64_t seen, int p) {
+  const auto& population = rules.population[p];
+  const std::int64_t sinks = layer.num_sinks;
+  if (population.restart == static_cast<std::int32_t>(Restart::current)) {
+    return static_cast<std::int32_t>(max(seen - 1, sinks));
+  }
+  const auto by_fraction = static_cast<std::int64_t>(
+      floor(__dadd_rn(__dmul_rn(population.recent_fraction, static_cast<double>(seen)), 1e-9)));
+  const std::int64_t tokens =
+      population.recent_tokens > 0 ? population.recent_tokens : max(std::int64_t{1}, by_fraction);
+  return static_cast<std::int32_t>(max(sinks, seen - tokens));
+}
+
 __device__ inline RestartWeights restart_weights(const LayerView& layer, const WalkRules& rules,
                                                  std::int64_t b, std::int64_t g, int p) {
-  const auto& population = rules.population[p];
   RestartWeights weights{positions_of(layer, b, g), nullptr, 0};
-  const std::int64_t seen = layer.sequences[b].seen;
-  const std::int64_t sinks = layer.num_sinks;
-  if (population.restart == static_cast<std::int32_t>(Restart::novelty)) {
+  if (rules.population[p].restart == static_cast<std::int32_t>(Restart::novelty)) {
     weights.novelty = novelty_of(layer, b, g);
-  } else if (population.restart == static_cast<std::int32_t>(Restart::current)) {
-    weights.first = static_cast<std::int32_t>(max(seen - 1, sinks));
   } else {
-    const auto by_fraction = static_cast<std::int64_t>(
-        floor(__dadd_rn(__dmul_rn(population.recent_fraction, static_cast<double>(seen)), 1e-9)));
-    const std::int64_t tokens =
-        population.recent_tokens > 0 ? population.recent_tokens : max(std::int64_t{1}, by_fraction);
-    weights.first = static_cast<std::int32_t>(max(sinks, seen - tokens));
+    weights.first = first_recent(layer, rules, layer.sequences[b].seen, p);
   }
   return weights;
 }
@@ -72,8 +78,8 @@ __device__ inline RestartTable restart_table_of(const LayerView& layer, std::int
   std::uint64_t* const table =
       layer.restart_tables +
       (graph_index(layer, b, g) * layer.populations + p) * layer.restart_stride;
-  const std::int64_t group = std::int64_t{layer.restart_group} * kRestartBlock;
-  const std::int64_t coarse = (layer.capacity + group - 1) / group;
+  const int group = layer.restart_group * kRestartBlock;  // a power of two
+  const std::int64_t coarse = (layer.capacity + group - 1) >> (31 - __clz(group));
   return {.header = reinterpret_cast<RestartHeader*>(table),
           .coarse = table + 2,
           .fine = table + 2 + (coarse + 1) / 2 * 2};
@@ -88,7 +94,7 @@ __device__ inline void load_block(const T* values, std::int64_t first, std::int6
 #pragma unroll
     for (int i = 0; i < kRestartBlock; i += 4) {
       uint4 four{};
-      if (first + i < end) four = *reinterpret_cast<const uint4*>(values + first + i);
+      if (first + i < end) four = __ldcg(reinterpret_cast<const uint4*>(values + first + i));
       out[i] = static_cast<T>(four.x);
       out[i + 1] = static_cast<T>(four.y);
       out[i + 2] = static_cast<T>(four.z);
@@ -96,7 +102,8 @@ __device__ inline void load_block(const T* values, std::int64_t first, std::int6
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kRestartBlock; ++i) out[i] = first + i < end ? values[first + i] : T{0};
+    for (int i = 0; i < kRestartBlock; ++i)
+      out[i] = first + i < end ? __ldcg(values + first + i) : T{0};
   }
 }
 
@@ -108,7 +115,7 @@ struct Restarts {
   std::int32_t group;
   std::int32_t coarse_step;  ///< highest power of two up to the number of coarse sums
   bool aligned;
-  std::int64_t capacity;
+  std::int32_t capacity;
   const std::int32_t* positions;
   const std::uint32_t* novelty;  ///< null: as in RestartWeights
 
@@ -124,7 +131,7 @@ struct Restarts {
     constexpr int kScan = 8;
     std::int32_t blocks = group;
     for (; blocks > kScan; blocks /= 2) {
-      const std::uint64_t sum = fine[block + blocks / 2 - 1];
+      const std::uint64_t sum = __ldcg(fine + block + blocks / 2 - 1);
       if (sum <= target) {
         before = sum;
         block += blocks / 2;
@@ -134,7 +141,9 @@ struct Restarts {
       std::uint64_t sums[kScan - 1];
       const std::uint64_t* const from = fine + block;
 #pragma unroll
-      for (int i = 0; i < kScan - 1; ++i) sums[i] = i + 1 < blocks ? from[i] : ~std::uint64_t{0};
+      for (int i = 0; i < kScan - 1; ++i) {
+        sums[i] = i + 1 < blocks ? __ldcg(from + i) : ~std::uint64_t{0};
+      }
 #pragma unroll
       for (int i = 0; i < kScan - 1; ++i) {
         if (sums[i] <= target) {
