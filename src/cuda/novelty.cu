@@ -134,7 +134,9 @@ struct Reader {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) values[r][i] = as_float(raw[r][i / kVector].values[i % kVector]);
+      for (int i = 0; i < kHeld; ++i) {
+        values[r][i] = as_float(raw[r][i / kVector].values[i % kVector]);
+      }
     }
   }
 
@@ -458,9 +460,9 @@ void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& sc
                cudaStream_t stream) {
   constexpr std::int64_t kAlignment = 4 * sizeof(T);
   const auto is_aligned = [&](std::int64_t stride) { return stride % 4 == 0; };
-  const bool wide =
-      layer.head_dim % 4 == 0 && is_aligned(keys.sequence_stride) && is_aligned(keys.head_stride) &&
-      is_aligned(keys.token_stride) && reinterpret_cast<std::uintptr_t>(keys.data) % kAlignment == 0;
+  const bool wide = layer.head_dim % 4 == 0 && is_aligned(keys.sequence_stride) &&
+                    is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
+                    reinterpret_cast<std::uintptr_t>(keys.data) % kAlignment == 0;
   if (!wide) {
     launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
   } else if (layer.head_dim <= 64) {

@@ -5,6 +5,8 @@
 // cluster holds the scores of a graph, one launch does all: each block of the cluster reads its
 // part of the keys once, the blocks exchange maxima and sums, and each names its K best.
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cfloat>
 #include <cstdint>
 
@@ -24,29 +26,28 @@ constexpr float kLog2E = 1.44269504F;
 
 /// Where a block keeps what in shared memory; offsets in bytes.
 struct Layout {
-  std::int64_t merged;      ///< u64 (cluster, K): candidates of all blocks, in the first block
-  std::int64_t places;      ///< i32 (cluster, K): how many of these are better
-  std::int64_t sums;        ///< u64 (cluster, query heads): maximum and sum of a block
-  std::int64_t warp_sums;   ///< u64 (warps, query heads)
-  std::int64_t shifts;      ///< f32 (query heads): log of the softmax's sum
-  std::int64_t barred;      ///< one bit a slot: gets no edge
-  std::int64_t scores;      ///< f32 (query heads, pitch)
-  std::int64_t pitch;       ///< the rows of a tile fall into different banks
-  std::int64_t bytes;
+  int lists;      ///< u64 (cluster, 32): candidates of all blocks, in the first block
+  int sums;       ///< u64 (cluster, query heads): maximum and sum of a block
+  int warp_sums;  ///< u64 (warps, query heads)
+  int shifts;     ///< f32 (query heads): binary logarithm of the softmax's sum
+  int barred;     ///< one bit a slot: gets no edge
+  int scores;     ///< f32 (query heads, pitch), in units of log(2)
+  int pitch;      ///< the rows of a tile fall into different banks
+
+  __host__ __device__ Layout(int query_heads, int cluster, int threads, int slots)
+      : lists(0),
+        sums(8 * 32 * cluster),
+        warp_sums(sums + 8 * cluster * query_heads),
+        shifts(warp_sums + threads / 4 * query_heads),
+        barred(shifts + 4 * query_heads),
+        scores(barred + (slots + 31) / 32 * 4),
+        pitch(slots + 8) {}
 };
 
-__host__ __device__ inline Layout layout_of(int query_heads, int top_k, int cluster, int threads,
-                                            int slots) {
-  Layout layout{};
-  layout.pitch = slots + 8;
-  layout.places = layout.merged + std::int64_t{8} * cluster * top_k;
-  layout.sums = layout.places + std::int64_t{4} * cluster * top_k;
-  layout.warp_sums = layout.sums + std::int64_t{8} * cluster * query_heads;
-  layout.shifts = layout.warp_sums + std::int64_t{8} * (threads / 32) * query_heads;
-  layout.barred = layout.shifts + std::int64_t{4} * query_heads;
-  layout.scores = layout.barred + std::int64_t{4} * ((slots + 31) / 32);
-  layout.bytes = layout.scores + 4 * layout.pitch * query_heads;
-  return layout;
+/// Bytes of all of it.
+std::int64_t layout_bytes(int query_heads, int cluster, int threads, std::int64_t slots) {
+  const std::int64_t sums = std::int64_t{query_heads} * (8 * cluster + threads / 4 + 4);
+  return 8 * 32 * cluster + sums + (slots + 31) / 32 * 4 + 4 * (slots + 8) * query_heads;
 }
 
 __device__ std::int64_t slot_at(const UpdateArgs& args, std::int64_t b, std::int64_t h,
@@ -142,16 +143,18 @@ __device__ inline SequenceCounters counters_of_lane(const LayerView& layer) {
   return counters;
 }
 
-/// write_row by one warp: lane k has the k-th candidate, 0 where there is none.
-__device__ void write_row(const LayerView& layer, std::int32_t* row, std::uint64_t own) {
+/// write_row by one warp: `best` has 32 candidates in descending order, 0 behind the last.
+__device__ void write_row(const LayerView& layer, std::int32_t* row, const std::uint64_t* best) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::uint64_t own = best[lane];
   const int count = __popc(__ballot_sync(0xffffffffU, own != 0));
   if (lane < layer.top_k) row[lane] = own != 0 ? slot_of(own) : -1;
   if (!layer.weighted) return;
   double total = 0.0;
   double sum = 0.0;
+#pragma unroll 4
   for (int k = 0; k < count; ++k) {
-    total += static_cast<double>(__shfl_sync(0xffffffffU, value_of(own), k));
+    total += static_cast<double>(value_of(best[k]));
     if (k == lane) sum = total;
   }
   std::uint32_t threshold = 0;
@@ -193,38 +196,51 @@ __device__ inline float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+__device__ inline float log2_of(float x) {
+  float result = 0.0F;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
-/// Sum of exp(x - maximum), whose maximum may still rise. Scores are finite or -inf.
+/// Sum of 2^(x - maximum), whose maximum may still rise. Scores are finite or -inf.
 struct ExpSum {
   float maximum = -FLT_MAX;
   float sum = 0.0F;
 
   __device__ void add(float x) {
     const float above = x - maximum;
-    const float factor = exp2_of(-fabsf(above) * kLog2E);
+    const float factor = exp2_of(-fabsf(above));
     sum = above > 0.0F ? fmaf(sum, factor, 1.0F) : sum + factor;
     maximum = fmaxf(maximum, x);
   }
   __device__ void add(const ExpSum& other) {
     const float highest = fmaxf(maximum, other.maximum);
-    sum = sum * exp2_of((maximum - highest) * kLog2E) +
-          other.sum * exp2_of((other.maximum - highest) * kLog2E);
+    sum = sum * exp2_of(maximum - highest) + other.sum * exp2_of(other.maximum - highest);
     maximum = highest;
   }
   /// What is subtracted from a score to get the logarithm of its probability.
-  __device__ float shift() const { return sum > 0.0F ? maximum + logf(sum) : INFINITY; }
+  __device__ float shift() const { return sum > 0.0F ? maximum + log2_of(sum) : INFINITY; }
 
   /// Of `count` that lie `stride` apart.
-  __device__ static ExpSum of(const std::uint64_t* packed, int count, std::int64_t stride) {
+  __device__ static ExpSum of(const std::uint64_t* packed, int count, int stride) {
+    constexpr int kAtOnce = 8;
     ExpSum all;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      all.maximum = fmaxf(all.maximum, unpacked(packed[i * stride]).maximum);
-    }
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      const ExpSum one = unpacked(packed[i * stride]);
-      all.sum = fmaf(one.sum, exp2_of((one.maximum - all.maximum) * kLog2E), all.sum);
+#pragma unroll 1
+    for (int first = 0; first < count; first += kAtOnce) {
+      ExpSum parts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i < count) parts[i] = unpacked(packed[(first + i) * stride]);
+      }
+      float highest = all.maximum;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, parts[i].maximum);
+      all.sum *= exp2_of(all.maximum - highest);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        all.sum = fmaf(parts[i].sum, exp2_of(parts[i].maximum - highest), all.sum);
+      }
+      all.maximum = highest;
     }
     return all;
   }
@@ -241,13 +257,15 @@ struct ExpSum {
   }
 };
 
-/// A finite score below the softcap; -inf stays.
+/// Scores count in units of log(2): their exponentials are powers of 2. This takes the softcap into
+/// account; -inf stays.
 __device__ inline float soften(const UpdateArgs& args, float score) {
-  return score > -INFINITY ? args.softcap * tanhf(score / args.softcap) : score;
+  const float cap = args.softcap * kLog2E;
+  return score > -INFINITY ? cap * tanhf(score / cap) : score;
 }
 /// The score of a dot product, -inf where it is no number.
 __device__ inline float scaled(const UpdateArgs& args, float dot) {
-  const float x = dot * args.scale;
+  const float x = dot * (args.scale * kLog2E);
   if (!(fabsf(x) <= FLT_MAX)) return -INFINITY;
   return args.softcap > 0.0F ? soften(args, x) : x;
 }
@@ -259,16 +277,18 @@ __device__ inline int visible_slots(const LayerView& layer, std::int64_t slot, s
   return static_cast<int>(min(fits ? max(length, slot + 1) : length, extent));
 }
 /// Slots of each of `parts` blocks.
-__host__ __device__ inline int part_of(std::int64_t slots, int parts) {
-  const std::int64_t tiles = (slots + kTile - 1) / kTile;
-  return static_cast<int>((tiles + parts - 1) / parts * kTile);
+__host__ __device__ inline int part_of(int slots, int parts) {
+  const unsigned tiles = static_cast<unsigned>(slots + kTile - 1) / kTile;
+  const auto count = static_cast<unsigned>(parts);
+  return static_cast<int>((tiles + count - 1) / count * kTile);
 }
 
 /// Calls `use(task, first query head of the graph)` for all of the graph's query heads, as many at
 /// a time as Dots takes.
 template <class Dots, class Use>
 __device__ inline void for_each_task(const LayerView& layer, const UpdateArgs& args, std::int64_t b,
-                                     std::int64_t g, int begin, int end, Use&& use) {
+                                     std::int64_t g, int begin, int end, int own_slot,
+                                     Use&& use) {
   using T = typename Dots::T;
   for (int head = 0; head < layer.heads_per_graph; ++head) {
     const std::int64_t h = g * layer.heads_per_graph + head;
@@ -281,7 +301,8 @@ __device__ inline void for_each_task(const LayerView& layer, const UpdateArgs& a
                       .query_heads = min(layer.group - first, Dots::kColumns),
                       .head_dim = layer.head_dim,
                       .begin = begin,
-                      .end = end},
+                      .end = end,
+                      .own_slot = own_slot},
           head * layer.group + first);
     }
   }
@@ -298,11 +319,11 @@ __device__ inline void sum_warp(ExpSum (&sums)[Dots::kValues]) {
   }
 }
 
-/// The row and what else belongs to a new slot, by one warp.
+/// The row and what else belongs to a new slot, by one warp. Not drawn: `best` has none.
 __device__ inline void finish_row(const LayerView& layer, std::int64_t b, std::int64_t g,
-                                  std::int64_t slot, bool drawn, std::uint64_t best) {
+                                  std::int64_t slot, bool drawn, const std::uint64_t* best) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  write_row(layer, row_of(layer, b, g, slot), drawn ? best : 0);
+  write_row(layer, row_of(layer, b, g, slot), best);
   if (lane < layer.populations) {
     scores_of(layer, b, g, lane)[slot] = 0.0F;
     if (layer.visits != nullptr) visits_of(layer, b, g, lane)[slot] = 0U;
@@ -328,21 +349,22 @@ __device__ inline bool is_last(const LayerView& layer, std::uint32_t ticket) {
 
 struct Shared {
   TopKScratch top_k;
-  std::uint64_t best[32];
-  std::uint64_t suspects[kMostCluster];  ///< not 0: the block met a new key without a score
-  Mailbox sums;                          ///< of all blocks, to all blocks
-  Mailbox lists;                         ///< of all blocks, to the first
-  int suspect;
+  std::uint64_t reports[kMostCluster];  ///< of all blocks, in the first: see kernel
+  Mailbox sums;                         ///< of all blocks, to all blocks
+  Mailbox lists;                        ///< of all blocks, to the first
+  int suspect;                          ///< the block met a new key without a score
 };
 
-/// A cluster of thread blocks a graph.
+/// A cluster of thread blocks a graph, clusters along x, sequences along y.
 template <class Dots>
 __global__ void __launch_bounds__(Dots::kMostThreads)
     update_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ UpdateArgs args,
                   std::int64_t extent, int most_slots) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename Dots::T;
   extern __shared__ std::uint64_t memory[];
   __shared__ Shared shared;
+  const std::int64_t length = layer.counters->length;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;
@@ -350,83 +372,76 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   const int warps = threads / 32;
   const int cluster = cluster_size();
   const int rank = cluster_rank();
-  const int graph = static_cast<int>(blockIdx.x) / cluster;
-  const int b = graph / layer.graphs;
-  const int g = graph % layer.graphs;
+  const int b = static_cast<int>(blockIdx.y);
+  const int g = static_cast<int>(blockIdx.x) >> (31 - __clz(cluster));  // a power of two
   const int query_heads = layer.heads_per_graph * layer.group;
-  const int top_k = layer.top_k;
-  const int entries = cluster * top_k;
 
-  const std::int64_t length = layer.counters->length;
   const bool fault = rank == 0 && thread == 0 && has_fault(layer);
   const bool finishes = rank == 0 && warp == 1;
   SequenceCounters counters{};
   if (finishes) counters = counters_of_lane(layer);
+  if (thread == 0) {
+    constexpr int kEntry = sizeof(std::uint64_t);
+    open_mailbox(shared.sums, cluster * query_heads * kEntry);
+    open_mailbox(shared.lists, cluster * (32 + 1) * kEntry);
+    shared.suspect = 0;
+    shared.top_k.found = 0;
+  }
+  cluster_arrive();
 
-  const Layout layout = layout_of(query_heads, top_k, cluster, threads, most_slots);
+  const Layout layout(query_heads, cluster, threads, most_slots);
   auto* const bytes = reinterpret_cast<unsigned char*>(memory);
-  auto* const merged = reinterpret_cast<std::uint64_t*>(bytes + layout.merged);
-  auto* const places = reinterpret_cast<int*>(bytes + layout.places);
+  auto* const lists = reinterpret_cast<std::uint64_t*>(bytes + layout.lists);
   auto* const sums = reinterpret_cast<std::uint64_t*>(bytes + layout.sums);
   auto* const warp_sums = reinterpret_cast<std::uint64_t*>(bytes + layout.warp_sums);
   auto* const shifts = reinterpret_cast<float*>(bytes + layout.shifts);
   auto* const barred = reinterpret_cast<std::uint32_t*>(bytes + layout.barred);
   auto* const scores = reinterpret_cast<float*>(bytes + layout.scores);
-  const int pitch = static_cast<int>(layout.pitch);
-  if (thread == 0) {
-    constexpr int kEntry = sizeof(std::uint64_t);
-    open_mailbox(shared.sums, cluster * query_heads * kEntry);
-    open_mailbox(shared.lists, cluster * (top_k + 1) * kEntry);
-    shared.suspect = 0;
-    shared.top_k.found = 0;
-  }
-  cluster_arrive();
+  const int pitch = layout.pitch;
+#pragma unroll 1
   for (int i = thread; i < (most_slots + 31) / 32; i += threads) barred[i] = 0;
-  for (int i = thread; i < entries; i += threads) places[i] = 0;
-  if (thread < 32) shared.best[thread] = 0;
   __syncthreads();
 
   const std::int64_t slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
   const int visible = visible_slots(layer, slot, length, extent);
-  const int own_slot = static_cast<int>(slot);
   const int part = part_of(visible, cluster);
   const int begin = min(rank * part, visible);
   const int end = min(begin + part, visible);
-  unsigned suspect = 0;
-  for_each_task<Dots>(layer, args, b, g, begin, end, [&](const auto& task, int first_query) {
-    ExpSum mine[Dots::kValues];
-    float* const task_scores = scores + first_query * pitch - begin;
-    Dots::run(task, warp, warps,
-              [&](int i, int column, int j, std::int32_t position, float dot, bool valid) {
-                // Without branches: this runs for every score.
-                const bool own = j == own_slot;
-                const float x = dot * args.scale;
-                const bool finite = fabsf(x) <= FLT_MAX;
-                const bool seen = (position >= 0) | own;
-                const float score = valid & seen & finite ? x : -INFINITY;
-                suspect |= valid & own & !finite ? 1U : 0U;
-                mine[i].add(score);
-                if (valid) task_scores[column * pitch + j] = score;
-                const auto sinks = static_cast<unsigned>(layer.num_sinks);
-                const bool bar = own | (static_cast<unsigned>(position) < sinks);
-                if (valid & bar & (column == 0)) {
-                  atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
-                }
-              });
-    sum_warp<Dots>(mine);
+  const auto own_slot = static_cast<int>(slot);
+  const float scale = args.scale * kLog2E;
+  for_each_task<Dots>(
+      layer, args, b, g, begin, end, own_slot, [&](const auto& task, int first_query) {
+        ExpSum mine[Dots::kValues];
+        float* const task_scores = scores + first_query * pitch - begin;
+        Dots::run(task, warp, warps,
+                  [&](int i, int column, int j, std::int32_t place, float dot, bool valid) {
+                    const float x = dot * scale;
+                    const bool seen = valid & (place != kNoPlace);
+                    const bool finite = fabsf(x) <= FLT_MAX;
+                    const float score = seen & finite ? x : -INFINITY;
+                    mine[i].add(score);
+                    if (valid) task_scores[column * pitch + j] = score;
+                    // Both are rare: sinks and the new token itself.
+                    if (i == 0 && seen && place < layer.num_sinks) {
+                      atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
+                    }
+                    if (seen & !finite && place == kOwnPlace) shared.suspect = 1;
+                  });
+        sum_warp<Dots>(mine);
 #pragma unroll
-    for (int i = 0; i < Dots::kValues; ++i) {
-      const int column = Dots::column(lane, i);
-      if (lane < Dots::kFirstRowBit && column < task.query_heads) {
-        warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
-      }
-    }
-  });
-  if (suspect != 0) shared.suspect = 1;
+        for (int i = 0; i < Dots::kValues; ++i) {
+          const int column = Dots::column(lane, i);
+          if (lane < Dots::kFirstRowBit && column < task.query_heads) {
+            warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
+          }
+        }
+      });
   __syncthreads();
   if (args.softcap > 0.0F) {
+#pragma unroll 1
     for (int q = 0; q < query_heads; ++q) {
       ExpSum sum;
+#pragma unroll 1
       for (int j = thread; j < end - begin; j += threads) {
         const float score = soften(args, scores[q * pitch + j]);
         scores[q * pitch + j] = score;
@@ -439,14 +454,17 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   }
 
   cluster_wait();
+#pragma unroll 1
   for (int i = thread; i < cluster * query_heads; i += threads) {
-    const int q = i % query_heads;
+    const int to = i / query_heads;
+    const int q = i - to * query_heads;
     const ExpSum sum = ExpSum::of(warp_sums + q, warps, query_heads);
-    post(&sums[rank * query_heads + q], i / query_heads, sum.packed(), shared.sums);
+    post(&sums[rank * query_heads + q], to, sum.packed(), shared.sums);
   }
   bool good = true;
   if (rank == 0) good = check_slots(layer, args, length, extent) && !fault;
   wait_for_mail(shared.sums);
+#pragma unroll 1
   for (int q = thread; q < query_heads; q += threads) {
     shifts[q] = ExpSum::of(sums + q, cluster, query_heads).shift();
   }
@@ -456,19 +474,17 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
 
   const float weight = 1.0F / static_cast<float>(query_heads);
   float highest = 0.0F;
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 2;
 #pragma unroll 1
   for (int first = thread; first < end - begin; first += kAtOnce * threads) {
     float probabilities[kAtOnce] = {};
-#pragma unroll 1
+    const int second = min(first + threads, end - begin - 1);
+#pragma unroll 4
     for (int q = 0; q < query_heads; ++q) {
       const float shift = shifts[q];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int j = first + i * threads;
-        const float score = j < end - begin ? scores[q * pitch + j] : -INFINITY;
-        probabilities[i] += exp2_of((score - shift) * kLog2E);
-      }
+      const float* const plane = scores + q * pitch;
+      probabilities[0] += exp2_of(plane[first] - shift);
+      probabilities[1] += exp2_of(plane[second] - shift);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -480,41 +496,41 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
       highest = fmaxf(highest, probability);
     }
   }
-  block_top_k(scores, end - begin, begin, highest, top_k, shared.top_k,
-              [&](int place, std::uint64_t found) { shared.best[place] = found; });
-  __syncthreads();
-  if (thread < top_k) post(&merged[rank * top_k + thread], 0, shared.best[thread], shared.lists);
-  if (thread == 32) {
-    post(&shared.suspects[rank], 0, static_cast<std::uint64_t>(shared.suspect), shared.lists);
+  const Found found =
+      block_top_k(scores, end - begin, begin, highest, layer.top_k, shared.top_k);
+  if (warp == 0) {
+    post(&lists[rank * 32 + lane], 0, lane < found.count ? found.candidates[lane] : 0,
+         shared.lists);
+  } else if (warp == 1 && lane == 0) {
+    const auto suspect = static_cast<std::uint64_t>(shared.suspect);
+    post(&shared.reports[rank], 0, suspect << 32U | found.bound, shared.lists);
   }
   if (rank != 0) return;
   wait_for_mail(shared.lists);
 
-  bool drawn = true;
-  for (int c = 0; c < cluster; ++c) drawn = drawn && shared.suspects[c] == 0;
+  // The highest bound of any block leaves few candidates.
+  const std::uint64_t report = lane < cluster ? shared.reports[lane] : 0;
+  const std::uint32_t bound = warp_max(static_cast<std::uint32_t>(report));
+  bool drawn = __any_sync(0xffffffffU, report >> 32U != 0) == 0;
   if (!drawn && good) drawn = all_finite<T>(layer, args, b, g, slot);
-  for (int i = thread; i < entries * cluster; i += threads) {
-    // Lists descend: the number of entries above is found by halving.
-    const std::uint64_t own = merged[i % entries];
-    const std::uint64_t* const list = merged + i / entries * top_k;
-    int above = 0;
-    for (int step = top_k; step > 0; step /= 2) {
-      if (above + step <= top_k && list[above + step - 1] > own) above += step;
-    }
-    if (above > 0) atomicAdd(&places[i % entries], above);
-  }
-  if (thread < 32) shared.best[thread] = 0;
+  if (thread == 0) shared.top_k.found = 0;
   __syncthreads();
-  for (int i = thread; i < entries; i += threads) {
-    if (merged[i] != 0 && places[i] < top_k) shared.best[places[i]] = merged[i];
+#pragma unroll 1
+  for (int i = thread; drawn && i < cluster * 32; i += threads) {
+    const std::uint64_t own = lists[i];
+    if (own == 0 || own >> 32U < bound) continue;
+    shared.top_k.list[atomicAdd(&shared.top_k.found, 1)] = own;
   }
+  __syncthreads();
+  rank_list(shared.top_k, shared.top_k.found, layer.top_k);
   __syncthreads();
   if (!good) return;
   if (warp == 0) {
-    finish_row(layer, b, g, slot, drawn, shared.best[lane]);
+    finish_row(layer, b, g, slot, drawn, shared.top_k.best);
   } else if (finishes && is_last(layer, ticket)) {
     take_slots(layer, args, length, counters);
   }
+#endif
 }
 
 // ---- Where no cluster holds the scores: the keys are read twice, by many blocks a graph.
@@ -566,12 +582,12 @@ __global__ void __launch_bounds__(kSplitThreads)
   const SplitPart part(layer, args, scratch.extent, graph, block % scratch.splits, scratch.splits);
   const int query_heads = layer.heads_per_graph * layer.group;
   for_each_task<Dots>(
-      layer, args, part.b, part.g, part.begin, part.end, [&](const auto& task, int first_query) {
+      layer, args, part.b, part.g, part.begin, part.end, static_cast<int>(part.slot),
+      [&](const auto& task, int first_query) {
         ExpSum mine[Dots::kValues];
         Dots::run(task, warp, kSplitWarps,
-                  [&](int i, int /*column*/, int j, std::int32_t position, float dot, bool valid) {
-                    const bool seen = valid && (position >= 0 || j == part.slot);
-                    mine[i].add(seen ? scaled(args, dot) : -INFINITY);
+                  [&](int i, int /*column*/, int /*j*/, std::int32_t place, float dot, bool valid) {
+                    mine[i].add(valid && place != kNoPlace ? scaled(args, dot) : -INFINITY);
                   });
         sum_warp<Dots>(mine);
         for (int i = 0; i < Dots::kValues; ++i) {
@@ -579,10 +595,8 @@ __global__ void __launch_bounds__(kSplitThreads)
         }
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < task.query_heads) {
-          ExpSum sum;
-          for (int w = 0; w < kSplitWarps; ++w) {
-            sum.add(ExpSum::unpacked(warp_sums[w][threadIdx.x]));
-          }
+          const ExpSum sum =
+              ExpSum::of(&warp_sums[0][threadIdx.x], kSplitWarps, Dots::kColumns);
           scratch.sums[std::int64_t{block} * query_heads + first_query + threadIdx.x] =
               sum.packed();
         }
@@ -612,7 +626,6 @@ __global__ void __launch_bounds__(kSplitThreads)
                        const __grid_constant__ UpdateArgs args, SplitScratch scratch) {
   extern __shared__ float columns[];  // (kColumns, kChunkPitch)
   __shared__ float probabilities[kChunk];
-  __shared__ std::uint64_t best[32];
   __shared__ TopKScratch top_k;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
@@ -629,20 +642,19 @@ __global__ void __launch_bounds__(kSplitThreads)
     const int count = min(kChunk, part.end - begin);
     for (int j = thread; j < count; j += kSplitThreads) probabilities[j] = 0.0F;
     for_each_task<Dots>(
-        layer, args, part.b, part.g, begin, begin + count, [&](const auto& task, int first_query) {
+        layer, args, part.b, part.g, begin, begin + count, static_cast<int>(part.slot),
+        [&](const auto& task, int first_query) {
           Dots::run(task, warp, kSplitWarps,
-                    [&](int /*i*/, int column, int j, std::int32_t position, float dot,
-                        bool valid) {
+                    [&](int /*i*/, int column, int j, std::int32_t place, float dot, bool valid) {
                       if (!valid) return;
-                      const bool seen = position >= 0 || j == part.slot;
                       columns[column * kChunkPitch + j - begin] =
-                          seen ? scaled(args, dot) : -INFINITY;
+                          place != kNoPlace ? scaled(args, dot) : -INFINITY;
                     });
           __syncthreads();
           for (int j = thread; j < count; j += kSplitThreads) {
             float sum = probabilities[j];
             for (int q = 0; q < task.query_heads; ++q) {
-              sum += exp2_of((columns[q * kChunkPitch + j] - shifts[first_query + q]) * kLog2E);
+              sum += exp2_of(columns[q * kChunkPitch + j] - shifts[first_query + q]);
             }
             probabilities[j] = sum;
           }
@@ -656,11 +668,8 @@ __global__ void __launch_bounds__(kSplitThreads)
       highest = fmaxf(highest, probability);
     }
     if (thread == 0) top_k.found = 0;
-    if (thread < 32) best[thread] = 0;
-    block_top_k(probabilities, count, begin, highest, layer.top_k, top_k,
-                [&](int place, std::uint64_t found) { best[place] = found; });
-    __syncthreads();
-    if (warp == 0) insert(kept, best[lane], layer.top_k);
+    const Found found = block_top_k(probabilities, count, begin, highest, layer.top_k, top_k);
+    if (warp == 0) insert(kept, lane < found.count ? found.candidates[lane] : 0, layer.top_k);
     __syncthreads();
   }
   if (thread < layer.top_k) scratch.lists[std::int64_t{block} * layer.top_k + thread] = kept;
@@ -693,7 +702,10 @@ __global__ void __launch_bounds__(kSplitThreads)
   const bool drawn = good && all_finite<T>(layer, args, b, g, slot);
   if (warp != 0) return;
   for (int w = 1; w < kSplitWarps; ++w) insert(kept, best[w * 32 + lane], layer.top_k);
-  if (good) finish_row(layer, b, g, slot, drawn, kept);
+  __syncwarp();
+  best[lane] = drawn ? kept : 0;
+  __syncwarp();
+  if (good) finish_row(layer, b, g, slot, drawn, best);
   const bool last = is_last(layer, take_ticket(layer));
   if (good && last) take_slots(layer, args, length, counters_of_lane(layer));
 }
@@ -740,13 +752,12 @@ void launch_splits(const LayerView& layer, const UpdateArgs& args, std::int64_t 
 }
 
 std::int64_t slots_a_block(std::int64_t extent, int cluster) {
-  return part_of(std::max<std::int64_t>(extent, 1), cluster);
+  return part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
 }
 
 std::int64_t shared_bytes(const LayerView& layer, std::int64_t extent, int cluster, int threads) {
-  return layout_of(layer.heads_per_graph * layer.group, layer.top_k, cluster, threads,
-                   static_cast<int>(slots_a_block(extent, cluster)))
-      .bytes;
+  return layout_bytes(layer.heads_per_graph * layer.group, cluster, threads,
+                      slots_a_block(extent, cluster));
 }
 
 template <class Dots>
@@ -766,7 +777,8 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(layer.batch * layer.graphs * plan.cluster));
+  config.gridDim = dim3(static_cast<unsigned>(layer.graphs * plan.cluster),
+                        static_cast<unsigned>(layer.batch));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
@@ -795,22 +807,58 @@ int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-/// Calls `launch(Dots{})` with the way to read keys of this shape.
-template <class T, class Launch>
+int most_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+         static_cast<int>(sizeof(Shared));
+}
+
+/// Whether the current device runs clusters of kMostCluster blocks that use all shared memory.
+bool runs_wide_clusters() {
+  enum : int { unknown, no, yes };
+  constexpr std::size_t kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> answers{};
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  std::atomic<int>& answer = answers[static_cast<std::size_t>(device) % kDevices];
+  if (answer == unknown) {
+    const auto kernel = update_kernel<TensorDots<__nv_bfloat16, 4, 4>>;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {kMostCluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(kMostCluster);
+    config.blockDim = dim3(512);
+    config.dynamicSmemBytes = static_cast<std::size_t>(most_shared_bytes());
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const bool asked =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most_shared_bytes()) == cudaSuccess &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+            cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    static_cast<void>(cudaGetLastError());
+    answer = asked && clusters > 0 ? yes : no;
+  }
+  return answer == yes;
+}
+
+/// Calls `launch(Dots{})` with the way to read keys of this shape. kBest: one for every number of
+/// query heads, else as few as there can be.
+template <class T, bool kBest, class Launch>
 void with_dots(const LayerView& layer, const UpdateArgs& args, Launch&& launch) {
   constexpr std::int64_t kElement = sizeof(T);
   const int dim = layer.head_dim;
   const auto start_at = [&](std::int64_t bytes) {
-    return rows_start_at(args.keys, bytes, kElement) && rows_start_at(args.queries, bytes, kElement);
+    return rows_start_at(args.keys, bytes, kElement) &&
+           rows_start_at(args.queries, bytes, kElement);
   };
   if constexpr (kElement == 2) {
-    if (dim <= 256 && dim % 8 == 0 && start_at(16) &&
-        is_near(args.keys.token_stride, kElement) &&
+    if (dim <= 256 && dim % 8 == 0 && start_at(16) && is_near(args.keys.token_stride, kElement) &&
         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8) {
       const auto with_heads = [&]<int kHeads>() {
-        if (dim <= 32) {
-          launch(TensorDots<T, 1, kHeads>{});
-        } else if (dim <= 64) {
+        if (dim <= 64) {
           launch(TensorDots<T, 2, kHeads>{});
         } else if (dim <= 96) {
           launch(TensorDots<T, 3, kHeads>{});
@@ -820,13 +868,17 @@ void with_dots(const LayerView& layer, const UpdateArgs& args, Launch&& launch) 
           launch(TensorDots<T, 8, kHeads>{});
         }
       };
-      if (layer.group <= 4) {
-        with_heads.template operator()<4>();
-      } else if (layer.group <= 8) {
-        with_heads.template operator()<8>();
-      } else {
-        with_heads.template operator()<16>();
+      if constexpr (kBest) {
+        if (layer.group <= 4) {
+          with_heads.template operator()<4>();
+          return;
+        }
+        if (layer.group > 8) {
+          with_heads.template operator()<16>();
+          return;
+        }
       }
+      with_heads.template operator()<8>();
       return;
     }
   }
@@ -834,7 +886,7 @@ void with_dots(const LayerView& layer, const UpdateArgs& args, Launch&& launch) 
     launch(CoreDots<T, false, 4>{});
     return;
   }
-  if constexpr (kElement == 4) {
+  if constexpr (kElement == 4 && kBest) {
     if (layer.group > 4) {
       launch(CoreDots<T, true, 8>{});
       return;
@@ -846,13 +898,15 @@ void with_dots(const LayerView& layer, const UpdateArgs& args, Launch&& launch) 
 template <class T>
 void launch_as(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                const UpdatePlan& plan, cudaStream_t stream) {
-  with_dots<T>(layer, args, [&](auto dots) {
-    if (plan.cluster == 0) {
+  if (plan.cluster == 0) {
+    with_dots<T, false>(layer, args, [&](auto dots) {
       launch_splits<decltype(dots)>(layer, args, extent, stream);
-    } else {
+    });
+  } else {
+    with_dots<T, true>(layer, args, [&](auto dots) {
       launch_clusters<decltype(dots)>(layer, args, extent, plan, stream);
-    }
-  });
+    });
+  }
 }
 
 }  // namespace
@@ -865,19 +919,22 @@ std::int64_t update_scratch(const LayerView& layer) {
 }
 
 UpdatePlan plan_update(const LayerView& layer, std::int64_t extent) {
-  const int most_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-                         static_cast<int>(sizeof(Shared));
-  const bool clusters = device_attribute(cudaDevAttrClusterLaunch) != 0;
-  UpdatePlan plan{.cluster = 1, .threads = 256};
-  const int most = clusters ? kPortableCluster : 1;
+  constexpr std::int64_t kMostSequences = 65535;  // of a grid along y
+  const UpdatePlan split{.cluster = 0, .threads = 0};
+  if (device_attribute(cudaDevAttrClusterLaunch) == 0 || layer.batch > kMostSequences) return split;
+  const int most_bytes = most_shared_bytes();
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  UpdatePlan plan{.cluster = 1, .threads = 512};
   const auto bytes = [&] { return shared_bytes(layer, extent, plan.cluster, plan.threads); };
-  while (plan.cluster < most &&
-         (bytes() > most_bytes ||
-          std::int64_t{layer.batch} * layer.graphs * plan.cluster < 2 * processors)) {
+  while (plan.cluster < kPortableCluster &&
+         (bytes() > most_bytes || graphs * plan.cluster < processors)) {
     plan.cluster *= 2;
   }
-  if (bytes() > most_bytes) plan.cluster = 0;
+  if (bytes() > most_bytes && runs_wide_clusters()) plan.cluster = kMostCluster;
+  if (bytes() > most_bytes) return split;
+  // Where a processor has but one block at a time, that one is large.
+  if (bytes() <= most_bytes / 2 && graphs * plan.cluster > processors) plan.threads = 256;
   return plan;
 }
 

@@ -1,6 +1,6 @@
 // The row of one new token a sequence: against a reference, then against the memory's bandwidth.
 //
-//   bench_update check | tune | time
+//   bench_update [check | time | plans]    (default: check, then time)
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -39,9 +39,10 @@ struct Shape {
   std::int64_t key_bytes() const { return batch * heads * length * dim * size_of(dtype); }
   std::string name() const {
     const char* type = dtype == DType::bf16 ? "bf16" : dtype == DType::f16 ? "f16" : "f32";
-    return std::string(type) + " B" + std::to_string(batch) + " Hkv" + std::to_string(heads) +
-           " group" + std::to_string(group) + " D" + std::to_string(dim) + " S" +
-           std::to_string(length) + " K" + std::to_string(top_k) + (shared_graph ? " layer" : "");
+    return "B=" + std::to_string(batch) + " S=" + std::to_string(length) + " Hkv=" +
+           std::to_string(heads) + " group=" + std::to_string(group) + " D=" +
+           std::to_string(dim) + " K=" + std::to_string(top_k) + " " + type +
+           (shared_graph ? " layer" : "");
   }
 };
 
@@ -255,7 +256,8 @@ class Layer {
   }
 
   /// Of graph (b, g), in double precision; the new token is not in the list.
-  std::vector<double> probabilities(int b, int g, const std::vector<std::int32_t>& positions) const {
+  std::vector<double> probabilities(int b, int g,
+                                    const std::vector<std::int32_t>& positions) const {
     const std::int64_t n = shape_.length + 1;
     const int heads = shape_.heads / shape_.graphs();
     std::vector<double> mean(static_cast<std::size_t>(n));
@@ -423,8 +425,7 @@ void check_novelty(const Shape& shape, int holes) {
   const Buffer scratch(novelty_scratch(layer.view()) * 4);
   launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, nullptr);
   check(cudaDeviceSynchronize(), name.c_str());
-  const double error =
-      layer.novelty_error(shape.batch - 1, shape.graphs() - 1, positions);
+  const double error = layer.novelty_error(shape.batch - 1, shape.graphs() - 1, positions);
   expect(error < 40.0, name + ": off by " + std::to_string(error) + " of 2^20");
 }
 
@@ -468,122 +469,159 @@ void check_all() {
   std::printf("checked: %s\n", sound ? "good" : "WRONG");
 }
 
-/// All rows of one plan against those of the split kernels.
+/// All rows of one plan against those of another way to draw them.
 void compare(Layer& layer, const Shape& shape, const UpdatePlan& plan, std::int64_t extent) {
-  layer.rewind();
-  update(layer, {0, 0}, extent, nullptr);
-  check(cudaDeviceSynchronize(), "split");
-  const std::vector<std::int32_t> wanted = layer.new_rows();
-  layer.rewind();
-  update(layer, plan, extent, nullptr);
-  check(cudaDeviceSynchronize(), "update");
-  const std::vector<std::int32_t> got = layer.new_rows();
-  layer.rewind();
-  int differ = 0;
-  for (std::size_t i = 0; i < wanted.size(); i += static_cast<std::size_t>(2 * shape.top_k)) {
-    std::vector<std::int32_t> a(wanted.begin() + static_cast<std::ptrdiff_t>(i),
-                                wanted.begin() + static_cast<std::ptrdiff_t>(i) + shape.top_k);
-    std::vector<std::int32_t> b(got.begin() + static_cast<std::ptrdiff_t>(i),
-                                got.begin() + static_cast<std::ptrdiff_t>(i) + shape.top_k);
-    std::sort(a.begin(), a.end());
-    std::sort(b.begin(), b.end());
-    differ += a != b ? 1 : 0;
-  }
-  if (differ != 0) {
-    std::printf("%s%s: %d of %zu rows differ from the split ones\n", shape.name().c_str(),
-                plan_name(plan).c_str(), differ, wanted.size() / (2 * shape.top_k));
-  }
+  const auto rows_of = [&](const UpdatePlan& one) {
+    layer.rewind();
+    update(layer, one, extent, nullptr);
+    check(cudaDeviceSynchronize(), "update");
+    std::vector<std::int32_t> rows = layer.new_rows();
+    layer.rewind();
+    const std::size_t words = static_cast<std::size_t>(2 * shape.top_k);
+    for (std::size_t i = 0; i < rows.size(); i += words) {
+      const auto first = rows.begin() + static_cast<std::ptrdiff_t>(i);
+      std::sort(first, first + shape.top_k);
+      std::fill(first + shape.top_k, first + static_cast<std::ptrdiff_t>(words), 0);
+    }
+    return rows;
+  };
+  const bool split = plan.cluster == 0;
+  if (rows_of(plan) == rows_of(split ? UpdatePlan{8, 256} : UpdatePlan{0, 0})) return;
+  std::printf("%s%s: rows differ\n", shape.name().c_str(), plan_name(plan).c_str());
 }
 
-void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double bandwidth,
-                bool warm) {
-  const std::int64_t kCold = std::int64_t{256} << 20U;
-  const auto calls =
-      warm ? 8 : static_cast<int>(std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32));
+/// As many layers as make the keys cold, or one that stays in the cache.
+std::vector<std::unique_ptr<Layer>> layers_for(const Shape& shape, bool warm) {
+  constexpr std::int64_t kCold = std::int64_t{256} << 20U;
+  const std::int64_t count =
+      warm ? 1 : std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32);
   std::vector<std::unique_ptr<Layer>> layers;
-  for (int i = 0; i < (warm ? 1 : calls); ++i) {
+  for (std::int64_t i = 0; i < count; ++i) {
     layers.push_back(std::make_unique<Layer>(shape, static_cast<std::uint32_t>(17 + i)));
   }
+  return layers;
+}
+
+void print_rate(const char* bench, const std::string& name, const Timing& timing, double bytes,
+                double bandwidth) {
+  const double rate = bytes / (timing.median * 1e-6);
+  print(bench, name, timing,
+        {{"bytes", bytes},
+         {"floor_us", bytes / bandwidth * 1e6},
+         {"gbs", rate * 1e-9},
+         {"copy_gbs", bandwidth * 1e-9},
+         {"fraction_of_copy", rate / bandwidth}});
+}
+
+/// Without plans: as the library does it.
+void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double bandwidth,
+                bool warm = false) {
+  const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, warm);
+  const auto bytes = static_cast<double>(shape.key_bytes());
   const std::int64_t extent = shape.length + Layer::kRoom;
+  const auto time = [&](const UpdatePlan& plan) {
+    const Timing timing =
+        measure({.calls = warm ? 8 : static_cast<int>(layers.size()),
+                 .warm_up = 3,
+                 .replays = 25},
+                [&](int call, auto stream) {
+                  Layer& layer = *layers[static_cast<std::size_t>(call) % layers.size()];
+                  update(layer, plan, extent, stream);
+                });
+    for (const auto& layer : layers) layer->rewind();
+    return timing;
+  };
+  const std::string name = shape.name() + (warm ? " warm" : "");
+  if (plans.empty()) {
+    const UpdatePlan plan = plan_update(layers[0]->view(), extent);
+    print_rate("update", name + plan_name(plan), time(plan), bytes, bandwidth);
+    return;
+  }
   for (const UpdatePlan& plan : plans) {
-    const std::string name = shape.name() + plan_name(plan) + (warm ? " warm" : "");
     try {
       compare(*layers[0], shape, plan, extent);
-      const Timing timing = measure(
-          {.calls = calls, .warm_up = 3, .replays = warm ? 40 : 20}, [&](int call, auto stream) {
-            update(*layers[static_cast<std::size_t>(warm ? 0 : call)], plan, extent, stream);
-          });
-      const double rate = static_cast<double>(shape.key_bytes()) / (timing.median * 1e-6);
-      print("update", name, timing,
-            {{"GB/s", rate * 1e-9}, {"copy_GB/s", bandwidth * 1e-9}, {"of_copy", rate / bandwidth}});
-      check(cudaDeviceSynchronize(), "update");
+      print_rate("update_plan", name + plan_name(plan), time(plan), bytes, bandwidth);
     } catch (const Error& error) {
-      std::printf("%s: %s\n", name.c_str(), error.what());
+      std::printf("%s%s: %s\n", name.c_str(), plan_name(plan).c_str(), error.what());
     }
-    for (const auto& layer : layers) layer->rewind();
   }
 }
 
 void time_novelty(const Shape& shape, double bandwidth) {
-  constexpr std::int64_t kCold = std::int64_t{256} << 20U;
-  const auto calls = static_cast<int>(std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32));
-  std::vector<std::unique_ptr<Layer>> layers;
-  for (int i = 0; i < calls; ++i) {
-    layers.push_back(std::make_unique<Layer>(shape, static_cast<std::uint32_t>(17 + i)));
-  }
+  const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, false);
   const Buffer scratch(novelty_scratch(layers[0]->view()) * 4);
-  const Timing timing = measure({.calls = calls, .warm_up = 3, .replays = 20}, [&](int i, auto stream) {
-    const Layer& layer = *layers[static_cast<std::size_t>(i)];
-    launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, stream);
-  });
-  const double rate = 2.0 * static_cast<double>(shape.key_bytes()) / (timing.median * 1e-6);
-  print("novelty", shape.name(), timing,
-        {{"GB/s", rate * 1e-9}, {"copy_GB/s", bandwidth * 1e-9}, {"of_copy", rate / bandwidth}});
+  const Timing timing =
+      measure({.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
+              [&](int call, auto stream) {
+                const Layer& layer = *layers[static_cast<std::size_t>(call)];
+                launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length,
+                               stream);
+              });
+  print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
+             bandwidth);
 }
 
-void tune(double bandwidth) {
-  for (const int batch : {1, 16}) {
-    for (const std::int64_t length : {4096, 65536}) {
-      time_novelty({.batch = batch, .length = length}, bandwidth);
-    }
-  }
+/// What other plans would give.
+void time_plans(double bandwidth) {
   std::vector<UpdatePlan> plans;
-  for (const int cluster : {2, 4, 8, 16}) {
-    for (const int threads : {128, 256, 512}) plans.push_back({cluster, threads});
+  for (const int cluster : {1, 2, 4, 8, 16}) {
+    for (const int threads : {256, 512}) plans.push_back({cluster, threads});
   }
   plans.push_back({0, 0});
   time_shape({.batch = 1, .length = 4096}, plans, bandwidth, true);
-  time_shape({.batch = 1, .length = 4096}, plans, bandwidth, false);
-  time_shape({.batch = 1, .length = 65536}, plans, bandwidth, false);
-  time_shape({.batch = 16, .length = 4096}, plans, bandwidth, false);
-  time_shape({.batch = 16, .length = 65536}, plans, bandwidth, false);
-  time_shape({.batch = 16, .group = 1, .length = 65536}, plans, bandwidth, false);
+  time_shape({.batch = 1, .length = 4096}, plans, bandwidth);
+  time_shape({.batch = 1, .length = 16384}, plans, bandwidth);
+  time_shape({.batch = 16, .length = 4096}, plans, bandwidth);
+  time_shape({.batch = 4, .length = 16384}, plans, bandwidth);
+  const std::vector<UpdatePlan> wide = {{8, 256}, {8, 512}, {16, 256}, {16, 512}, {0, 0}};
+  time_shape({.batch = 1, .length = 65536}, wide, bandwidth);
+  time_shape({.batch = 1, .length = 131072}, wide, bandwidth);
+  time_shape({.batch = 16, .length = 65536}, wide, bandwidth);
+  for (const std::int64_t length : {4096, 16384}) {
+    time_shape({.batch = 1, .length = length, .shared_graph = true}, wide, bandwidth);
+  }
 }
 
 void time_all(double bandwidth) {
   for (const int batch : {1, 16}) {
     for (const std::int64_t length : {4096, 16384, 65536}) {
-      Shape shape{.batch = batch, .length = length};
-      const auto run = [&](const Shape& one) {
-        time_shape(one, {UpdatePlan{0, 0}}, bandwidth, false);
-      };
-      run(shape);
+      time_shape({.batch = batch, .length = length}, {}, bandwidth);
+    }
+  }
+  time_shape({.batch = 1, .length = 4096}, {}, bandwidth, true);
+  for (const int batch : {1, 16}) {
+    const std::int64_t length = batch == 1 ? 65536 : 16384;
+    for (const int group : {1, 8, 16}) {
+      time_shape({.batch = batch, .group = group, .length = length}, {}, bandwidth);
+    }
+    for (const int dim : {64, 80, 96, 256}) {
+      time_shape({.batch = batch, .dim = dim, .length = length}, {}, bandwidth);
+    }
+    for (const int top_k : {4, 32}) {
+      time_shape({.batch = batch, .top_k = top_k, .length = length}, {}, bandwidth);
+    }
+    time_shape({.batch = batch, .dtype = DType::f16, .length = length}, {}, bandwidth);
+    time_shape({.batch = batch, .dtype = DType::f32, .length = length}, {}, bandwidth);
+    time_shape({.batch = batch, .group = 8, .dtype = DType::f32, .length = length}, {}, bandwidth);
+    time_shape({.batch = batch, .length = length, .shared_graph = true}, {}, bandwidth);
+  }
+  for (const int batch : {1, 16}) {
+    for (const std::int64_t length : {4096, 65536}) {
+      time_novelty({.batch = batch, .length = length}, bandwidth);
     }
   }
 }
 
 int run(int count, char** arguments) {
-  const std::string mode = count > 1 ? arguments[1] : "time";
+  const std::string mode = count > 1 ? arguments[1] : "all";
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
-  if (mode == "check") {
-    check_all();
-    return sound ? 0 : 1;
-  }
+  if (mode == "all" || mode == "check") check_all();
+  if (!sound || mode == "check") return sound ? 0 : 1;
   const double bandwidth = copy_bandwidth();
-  if (mode == "tune") {
-    tune(bandwidth);
+  if (mode == "plans") {
+    time_plans(bandwidth);
   } else {
     time_all(bandwidth);
   }

@@ -2,9 +2,11 @@
 // full width. Two ways: tensor cores for 16-bit keys of common shapes, plain cores for all others.
 //
 // A warp takes tiles of kTile slots. For every (slot, query head) exactly one lane gets the value
-// and calls `emit(i, column, slot, position, value, valid)`; i < kValues counts the columns of that
-// lane, so that a lane may keep what belongs to a column in registers. Lanes that share columns
-// differ in bits kFirstRowBit and up. Where there is no such slot or head, valid is false.
+// and calls `emit(i, column, slot, place, value, valid)`. i < kValues counts the columns of that
+// lane, so that a lane may keep what belongs to a column in registers; lanes that share columns
+// differ in bits kFirstRowBit and up. `place` is the position of the slot's token, or kOwnPlace, or
+// kNoPlace where the slot is empty or behind the end of the last tile. `valid` is false where there
+// is no such query head.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,6 +22,8 @@
 namespace spectralkv::cuda {
 
 inline constexpr int kTile = 16;
+inline constexpr int kNoPlace = -1;
+inline constexpr int kOwnPlace = -2;
 
 /// Keys of one head and the query heads that look at them.
 template <class T>
@@ -33,6 +37,12 @@ struct DotsTask {
   int head_dim;
   int begin;  ///< slots [begin, end)
   int end;
+  int own_slot;
+
+  __device__ std::int32_t place(int slot, std::int32_t position) const {
+    const std::int32_t place = slot == own_slot ? kOwnPlace : position;
+    return slot < end ? place : kNoPlace;
+  }
 };
 
 template <int kOffset>
@@ -62,7 +72,7 @@ __device__ inline void multiply(float (&c)[4], const uint4& a, std::uint32_t b0,
 #endif
 }
 
-/// 16-bit keys of up to 32 kBlocks elements (kBlocks 1 to 4, or 8 for more), a multiple of 8, at
+/// 16-bit keys of up to 32 kBlocks elements (kBlocks 2 to 4, or 8 for more), a multiple of 8, at
 /// addresses that are multiples of 16 bytes and less than 4 GiB apart.
 ///
 /// A lane reads 16 contiguous bytes of a key, and hands them to the instruction as they lie in its
@@ -82,7 +92,7 @@ struct TensorDots {
   static constexpr int kUnitBlocks = kBlocks < 4 ? kBlocks : 4;
   static constexpr int kUnits = kBlocks / kUnitBlocks;  ///< of a tile
   /// Blocks without columns behind the end of the shortest row that comes here.
-  static constexpr int kFullBlocks = kBlocks <= 4 ? kBlocks - 1 : 4;
+  static constexpr int kFullBlocks = kBlocks == 2 ? 0 : kBlocks <= 4 ? kBlocks - 1 : 4;
   static constexpr int kStages = kBlocks <= 2 ? 4 : 2;
   static constexpr int kHalves = kPaired ? 1 : 2;  ///< right operands of a panel
   static_assert(kStages % kUnits == 0);
@@ -115,7 +125,7 @@ struct TensorDots {
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         uint4 words = *reinterpret_cast<const uint4*>(from + column_of(block));
-        if (head >= task.query_heads || block * 32 + first_column >= task.head_dim) words = {};
+        if (block >= kFullBlocks && block * 32 + first_column >= task.head_dim) words = {};
         if constexpr (kPaired) {
           query[panel][0][block] =
               row < 4 ? uint2{words.x, words.z} : uint2{words.y, words.w};
@@ -207,7 +217,7 @@ struct TensorDots {
             const float held = upper ? sums[1][0][0][2 + i] : sums[0][0][0][i];
             const float sum = held + __shfl_xor_sync(0xffffffffU, given, 2);
             const int at = column(lane, i);
-            emit(i, at, mine, at_position[0], sum, at < task.query_heads && mine < task.end);
+            emit(i, at, mine, task.place(mine, at_position[0]), sum, at < task.query_heads);
           }
         } else {
 #pragma unroll
@@ -216,8 +226,8 @@ struct TensorDots {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const float sum = sums[half][i / 2][0][i % 2] + sums[half][i / 2][1][2 + i % 2];
-              emit(i, at, slot + 8 * half, at_position[half], sum,
-                   at < task.query_heads && slot + 8 * half < task.end);
+              emit(i, at, slot + 8 * half, task.place(slot + 8 * half, at_position[half]), sum,
+                   at < task.query_heads);
             }
           }
         }
@@ -258,7 +268,7 @@ struct CoreDots {
         keys[s] = task.keys + min(first + s, task.end - 1) * task.key_stride;
       }
       const int slot = first + member / 2;
-      const std::int32_t position = slot < task.end ? task.positions[slot] : -1;
+      const std::int32_t position = task.positions[min(slot, task.end - 1)];
       float sums[kSlots * kHeads] = {};
       Vector next[kSlots];
       const auto load = [&](int at) {
@@ -306,8 +316,8 @@ struct CoreDots {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const int at_column = column(lane, i);
-        emit(i, at_column, slot, position, sums[i],
-             slot < task.end && at_column < task.query_heads);
+        emit(i, at_column, slot, task.place(slot, position), sums[i],
+             at_column < task.query_heads);
       }
     }
   }

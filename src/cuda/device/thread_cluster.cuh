@@ -1,7 +1,8 @@
-// Thread-block clusters, and what stands for them where there are none: clusters of one block.
+// Thread-block clusters: for kernels that are only launched where there are such (sm_90 and up).
 //
 // Blocks tell each other numbers by mail: a mailbox counts the bytes that come in, and those who
-// wait for it need no barrier and no fence.
+// wait for it need no barrier and no fence. A block without others must not send mail: it writes
+// for itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,23 +12,15 @@
 namespace spectralkv::cuda {
 
 __device__ inline int cluster_size() {
-#if __CUDA_ARCH__ >= 900
   std::uint32_t size = 0;
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
   return static_cast<int>(size);
-#else
-  return 1;
-#endif
 }
 
 __device__ inline int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
   std::uint32_t rank = 0;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
-#else
-  return 0;
-#endif
 }
 
 /// In shared memory.
@@ -37,30 +30,27 @@ struct Mailbox {
 
 /// By one thread, before cluster_arrive: `bytes` will come in.
 __device__ inline void open_mailbox(Mailbox& box, int bytes) {
-#if __CUDA_ARCH__ >= 900
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
 }
 
 /// All threads of all blocks arrive, then wait before they post: the mailboxes are open.
 __device__ inline void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
 }
 __device__ inline void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 /// Writes `value` where block `rank` has its copy of `address`, and tells its copy of `box`.
 __device__ inline void post(std::uint64_t* address, int rank, std::uint64_t value, Mailbox& box) {
-#if __CUDA_ARCH__ >= 900
+  if (cluster_size() == 1) {
+    *address = value;
+    return;
+  }
   const auto local = static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
   const auto local_box = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   asm volatile(
@@ -71,14 +61,14 @@ __device__ inline void post(std::uint64_t* address, int rank, std::uint64_t valu
       :
       : "r"(local), "r"(local_box), "r"(rank), "l"(value)
       : "memory");
-#else
-  *address = value;
-#endif
 }
 
 /// By all threads: everything that was announced has come.
 __device__ inline void wait_for_mail(Mailbox& box) {
-#if __CUDA_ARCH__ >= 900
+  if (cluster_size() == 1) {
+    __syncthreads();
+    return;
+  }
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   std::uint32_t complete = 0;
   while (complete == 0) {
@@ -90,9 +80,6 @@ __device__ inline void wait_for_mail(Mailbox& box) {
         : "r"(address)
         : "memory");
   }
-#else
-  __syncthreads();
-#endif
 }
 
 }  // namespace spectralkv::cuda

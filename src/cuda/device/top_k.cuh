@@ -30,8 +30,11 @@ __device__ inline std::uint32_t warp_max(std::uint32_t value) {
 #endif
 }
 
+inline constexpr int kMostTopKThreads = 512;
+
 struct TopKScratch {
-  std::uint64_t list[512];  ///< one entry a thread
+  std::uint64_t list[kMostTopKThreads];
+  std::uint64_t best[32];
   std::uint32_t highest[32];
   int found;  ///< 0 before a search
 };
@@ -54,13 +57,34 @@ __device__ inline void insert(std::uint64_t& mine, std::uint64_t shown, int top_
   }
 }
 
-/// Of values[0, count), which belong to the slots from first_slot on, the K highest above 0.
-/// Thread t must have written those at t, t + blockDim.x, ... and says the highest of them; this
-/// may be called right behind. `emit(rank, candidate)` gets each from some thread. Warps: a power
-/// of two.
-template <class Emit>
-__device__ void block_top_k(const float* values, int count, int first_slot, float highest,
-                            int top_k, TopKScratch& scratch, Emit&& emit) {
+/// Writes the K highest of list[0, count) to best[0, K), descending, and 0 where there are fewer.
+/// All threads, after what they wrote; who reads `best` waits for the block.
+__device__ inline void rank_list(TopKScratch& scratch, int count, int top_k) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < 32) scratch.best[thread] = 0;
+  __syncthreads();
+  for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
+    const std::uint64_t own = scratch.list[i];
+    int better = 0;
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) better += scratch.list[j] > own ? 1 : 0;
+    if (own != 0 && better < top_k) scratch.best[better] = own;
+  }
+}
+
+/// What block_top_k finds.
+struct Found {
+  const std::uint64_t* candidates;  ///< 32 in shared memory, in no order
+  int count;
+  std::uint32_t bound;  ///< bits of a value that the K-th highest reaches
+};
+
+/// Finds candidates among values[0, count), which belong to the slots from first_slot on: the K
+/// highest above 0 are among them. Thread t must have written the values at t, t + blockDim.x, ...
+/// and says the highest of them; this may be called right behind. All threads get the answer.
+/// Warps: a power of two.
+__device__ inline Found block_top_k(const float* values, int count, int first_slot, float highest,
+                                    int top_k, TopKScratch& scratch) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;
@@ -69,11 +93,14 @@ __device__ void block_top_k(const float* values, int count, int first_slot, floa
 
   // The K-th highest of 32 values that are there is a bound for the K-th highest of all.
   std::uint32_t rest = __float_as_uint(highest);
+#pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
     const std::uint32_t best = warp_max(rest);
     const std::uint32_t owners = __ballot_sync(0xffffffffU, rest == best);
-    if (lane == __ffs(static_cast<int>(owners)) - 1) rest = 0;
-    if (lane == 0) scratch.highest[warp * rounds + round] = best;
+    if (lane == __ffs(static_cast<int>(owners)) - 1) {
+      scratch.highest[warp * rounds + round] = best;
+      rest = 0;
+    }
   }
   __syncthreads();
   const std::uint32_t mine = scratch.highest[lane];
@@ -88,6 +115,7 @@ __device__ void block_top_k(const float* values, int count, int first_slot, floa
   const float bound = __uint_as_float(bits);
 
   if (highest >= bound && highest > 0.0F) {
+#pragma unroll 4
     for (int j = thread; j < count; j += threads) {
       const float value = values[j];
       if (value < bound || !(value > 0.0F)) continue;
@@ -96,7 +124,8 @@ __device__ void block_top_k(const float* values, int count, int first_slot, floa
     }
   }
   __syncthreads();
-  int found = scratch.found;
+  const int found = scratch.found;
+  if (found <= 32) return {.candidates = scratch.list, .count = found, .bound = bits};
   if (found > threads) {  // many equal values, or all the high ones in one warp
     std::uint64_t best = 0;
     for (int first = warp * 32; first < count; first += threads) {
@@ -105,16 +134,10 @@ __device__ void block_top_k(const float* values, int count, int first_slot, floa
       insert(best, value > 0.0F ? candidate(value, first_slot + j) : 0, top_k);
     }
     scratch.list[thread] = best;
-    __syncthreads();
-    found = threads;
   }
-  if (thread >= found) return;
-  const std::uint64_t own = scratch.list[thread];
-  if (own == 0) return;
-  int better = 0;
-#pragma unroll 4
-  for (int i = 0; i < found; ++i) better += scratch.list[i] > own ? 1 : 0;
-  if (better < top_k) emit(better, own);
+  rank_list(scratch, min(found, threads), top_k);
+  __syncthreads();
+  return {.candidates = scratch.best, .count = top_k, .bound = bits};
 }
 
 }  // namespace spectralkv::cuda
