@@ -1,0 +1,1018 @@
+// Rows of many tokens at once, in one pass over the keys, on the tensor cores.
+//
+// A tile is 64 keys by 128 columns, one a (token, query head); the columns lie such that a thread
+// holds all heads of its tokens. With reference[q] near the logarithm of the softmax's sum of
+// column q,
+//   value(token, j) = sum over q of 2^(score(q, j) - reference[q])
+// is near the (group-fold) probability, which is what keys are ranked by. Sums are not known before
+// all keys were seen, so the references are estimates, from a sample of the blocks of keys at first
+// and from what was seen later on. Per token a list holds the keys of the highest values, and
+// `bound` is at least the value of every key that is not in it: it rises when the list is cut, and
+// is scaled with the values, by the head that changes most, when references change. At the end the
+// references are exact, the list's keys are scored anew, and if the K-th best lies above the bound
+// no key outside can belong to the row. Otherwise the token goes through once more, with
+// exact references from the start; what is still not told apart (ties) is left to draw_row.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device/graph_rows.cuh"
+#include "cuda/device/matrix.cuh"
+#include "cuda/layer.h"
+
+namespace spectralkv::cuda {
+
+inline constexpr int kMostWarpgroups = 2;  ///< of a thread block, that compute
+inline constexpr int kTileThreads = (kMostWarpgroups + 1) * kWarpgroup;
+/// Most entries of a list when it is ranked.
+inline constexpr int kMostRanked = 64;
+inline constexpr int kMostEntries = 128;
+
+/// Which keys of a block of 64 a softmax counts, and which may become neighbours.
+struct alignas(16) KeyMasks {
+  unsigned long long counted;
+  unsigned long long candidates;
+};
+
+/// Tokens that get a row, by sequence or by graph.
+struct TokenList {
+  const std::int32_t* tokens;  ///< (lists, stride)
+  const std::int32_t* counts;  ///< (lists)
+};
+
+struct RowTilesArgs {
+  TokensView queries;
+  TokensView keys;
+  std::int64_t first_slot;
+  float scale;
+  float softcap;
+  TokenList drawn;    ///< by sequence
+  std::int64_t most;  ///< stride of the lists
+  KeyMasks* masks;    ///< (B, Hkv, blocks)
+  std::int64_t blocks;
+  /// Tokens left over by the first pass, by graph, and their exact references (B, G, most, group).
+  std::int32_t* again;
+  std::int32_t* again_counts;
+  float* references;
+  /// (graph in the layer, token) left over by the second.
+  int2* unsettled;
+  std::int32_t* unsettled_count;
+  // Of the launch
+  std::int32_t warpgroups;
+  std::int32_t stages;
+  std::int32_t panels;
+  std::int32_t entries;   ///< of a list
+  std::int32_t keep_low;  ///< a list is cut to between these
+  std::int32_t keep_high;
+  std::int32_t rank_low;  ///< and to these before it is ranked
+  std::int32_t rank_high;
+  std::int32_t samples;       ///< fewest blocks of a sample
+  std::int32_t sample_share;  ///< one in so many blocks
+  bool second;                ///< pass
+};
+
+/// Where what lies in the scratch of one call, in words.
+struct RowsScratch {
+  std::int64_t most;    ///< tokens of a sequence that get a row
+  std::int64_t blocks;  ///< of keys
+  std::int64_t masks;
+  std::int64_t counts;  ///< drawn tokens by sequence, tokens left over by graph, unsettled ones
+  std::int64_t drawn;
+  std::int64_t again;
+  std::int64_t references;
+  std::int64_t unsettled;
+  std::int64_t words;
+
+  RowsScratch(const LayerView& layer, std::int64_t slots, std::int64_t count,
+              std::int64_t row_stride)
+      : most((count + row_stride - 1) / row_stride),
+        blocks((slots + kTileRows - 1) / kTileRows),
+        masks(0),
+        counts(aligned(masks + layer.batch * layer.heads * blocks * 4)),
+        drawn(aligned(counts + counters(layer))),
+        again(aligned(drawn + layer.batch * most)),
+        references(aligned(again + graphs(layer) * most)),
+        unsettled(aligned(references + graphs(layer) * most * layer.group)),
+        words(aligned(unsettled + graphs(layer) * most * 2)) {}
+
+  static std::int64_t aligned(std::int64_t word) { return (word + 63) / 64 * 64; }
+  static std::int64_t graphs(const LayerView& layer) {
+    return std::int64_t{layer.batch} * layer.graphs;
+  }
+  static std::int64_t counters(const LayerView& layer) { return layer.batch + graphs(layer) + 1; }
+};
+
+/// Shared memory of a thread block, in this order.
+struct TileMemory {
+  static constexpr int kAlignment = 1024;
+  /// Floats of one thread's columns (32), so far apart that four threads' reads do not collide.
+  static constexpr int kThreadColumns = kTileColumns / 4;
+  static constexpr int kColumnStride = kThreadColumns + 4;
+  static constexpr int kColumns = 4 * kColumnStride;
+
+  /// What a warpgroup has for itself besides its queries and lists.
+  struct Warpgroup {
+    float reference[kColumns];
+    float head_sum[kColumns];
+    float middle_sum[kColumns];
+    float ratio[kColumns];
+    float partial[4][kColumns];
+    float partial_maximum[4][kColumns];
+    float bound[kTileColumns];
+    std::int32_t count[kTileColumns];
+    std::int32_t slot[kTileColumns];  ///< -1: no token
+    std::int32_t token[kTileColumns];
+    std::int32_t state[kTileColumns];  ///< of TokenState
+  };
+  struct Block {
+    Warpgroup warpgroups[kMostWarpgroups];
+    KeyMasks masks[4];
+    unsigned long long full[4];
+    unsigned long long empty[4];
+    std::int32_t lowest_slot;
+    std::int32_t highest_slot;
+  };
+
+  static std::int64_t bytes(int warpgroups, int stages, int panels, int tokens, int entries) {
+    const std::int64_t queries = std::int64_t{warpgroups} * panels * kTileColumns * kPanelBytes;
+    const std::int64_t keys = std::int64_t{stages} * panels * kTileRows * kPanelBytes;
+    const std::int64_t lists = std::int64_t{warpgroups} * tokens * entries * 8;
+    return kAlignment + queries + keys + lists + static_cast<std::int64_t>(sizeof(Block));
+  }
+};
+
+enum TokenState : std::int32_t {
+  kTokenPlain = 0,
+  kTokenNonfinite = 1,  ///< its query or key has elements that are no numbers
+  kTokenUnsure = 2,     ///< a sum overflowed
+};
+
+/// Blocks of 64 keys in the order they are seen: those around the tile's own tokens and the first,
+/// then the middle, by golden steps, so that any number of the latter is a fair sample.
+struct BlockOrder {
+  int blocks;
+  int tail;  ///< first block that not all tokens see to its end
+  int head;  ///< number of blocks that are not in the middle
+  int middle;
+  int step;
+  int samples;
+
+  __device__ BlockOrder(int lowest_slot, int highest_slot, int fewest, int share) {
+    blocks = highest_slot / kTileRows + 1;
+    tail = lowest_slot / kTileRows;
+    middle = tail > 1 ? tail - 1 : 0;
+    head = blocks - middle;
+    samples = middle / share > fewest ? middle / share : fewest;
+    if (samples > middle) samples = middle;
+    step = middle * 5 / 8 + 1;
+    while (middle > 0 && common_divisor(step, middle) != 1) ++step;
+  }
+  __device__ static int common_divisor(int a, int b) {
+    while (b != 0) {
+      const int rest = a % b;
+      a = b;
+      b = rest;
+    }
+    return a;
+  }
+  __device__ int head_block(int i) const {
+    if (middle == 0) return i;
+    return i == 0 ? 0 : tail + i - 1;
+  }
+  /// `cursor`: 0 at first, kept by the caller.
+  __device__ int next_middle(int& cursor) const {
+    const int at = cursor + 1;
+    cursor += step;
+    if (cursor >= middle) cursor -= middle;
+    return at;
+  }
+  /// Block number i of all that pass; in ascending order of i. The sample comes first (not in the
+  /// second pass), then everything.
+  __device__ int block(int i, bool sampled, int& cursor) const {
+    if (sampled) {
+      if (i < samples) return next_middle(cursor);
+      i -= samples;
+      if (i < head) return head_block(i);
+      if (i == head) cursor = 0;
+      i -= head;
+    }
+    return i < head ? head_block(i) : next_middle(cursor);
+  }
+  __device__ int steps(bool sampled) const { return blocks + (sampled ? samples + head : 0); }
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Are all eight elements numbers?
+template <class T>
+__device__ inline bool all_finite(const uint4& chunk) {
+  constexpr std::uint32_t kExponent = std::is_same_v<T, __half> ? 0x7c00U : 0x7f80U;
+  bool finite = true;
+  for (const std::uint32_t pair : {chunk.x, chunk.y, chunk.z, chunk.w}) {
+    finite = finite && (pair & kExponent) != kExponent && (pair >> 16U & kExponent) != kExponent;
+  }
+  return finite;
+}
+
+/// Scores in units of log2: `factor` times a dot product, or capped ones.
+struct ScoreRule {
+  float factor;
+  float inner;  ///< of the softcap: 2 log2(e) scale / softcap; 0: none
+  float outer;  ///< softcap log2(e)
+
+  __device__ ScoreRule(float scale, float softcap) {
+    constexpr float kLog2E = 1.44269504088896F;
+    factor = softcap > 0.0F ? 1.0F : scale * kLog2E;
+    inner = softcap > 0.0F ? 2.0F * kLog2E * scale / softcap : 0.0F;
+    outer = softcap * kLog2E;
+  }
+  /// softcap tanh(scale dot / softcap); no number where the dot product is none.
+  __device__ float capped(float dot) const {
+    const float tanh = 1.0F - __fdividef(2.0F, 1.0F + exp2_of(inner * dot));
+    return fmaf(outer, tanh, 0.0F * dot);
+  }
+};
+
+/// Like write_row, by a warp whose lane k has neighbour k; `count` have a probability above zero.
+__device__ inline void write_row_by_warp(std::int32_t* row, int top_k, bool weighted, int lane,
+                                         std::int32_t neighbor, float probability, int count) {
+  if (lane < top_k) row[lane] = lane < count ? neighbor : -1;
+  if (!weighted || count == 0) return;
+  double sum = lane < count ? static_cast<double>(probability) : 0.0;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const double before = __shfl_up_sync(kAllOnes, sum, offset);
+    if (lane >= offset) sum += before;
+  }
+  const double total = __shfl_sync(kAllOnes, sum, 31);
+  const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
+  const bool last = lane + 1 >= count || !(scaled < 0x1p32);
+  if (lane < top_k)
+    row[top_k + lane] =
+        static_cast<std::int32_t>(last ? kAllOnes : static_cast<std::uint32_t>(scaled));
+}
+
+/// kGroup: query heads of a token's columns, `group` of them real.
+template <class T, int kGroup>
+struct RowTiles {
+  static constexpr int kTokens = kTileColumns / kGroup;
+  static constexpr int kThreadColumns = TileMemory::kThreadColumns;
+  static constexpr int kThreadTokens = kThreadColumns / kGroup;
+  static constexpr int kColumnStride = TileMemory::kColumnStride;
+  /// Registers are short where a thread has many tokens.
+  static constexpr bool kHoldsBounds = kThreadTokens <= 8;
+
+  /// Column x of the threads with lane % 4 == c belongs to token 4 (x / kGroup) + c, head
+  /// x % kGroup; it is row `tile_column` of the tile of queries.
+  __device__ static int tile_column(int c, int x) { return x / 2 * 8 + 2 * c + x % 2; }
+
+  const LayerView& layer;
+  const RowTilesArgs& args;
+  TileMemory::Block& block;
+  TileMemory::Warpgroup& own;
+  uint2* lists;  ///< (kTokens, entries): slot, value
+  std::uint32_t queries;
+  std::uint32_t keys;
+  const unsigned char* query_tile;
+  int name;  ///< of the warpgroup's barrier
+  int thread;
+  int lane;
+  int warp;
+  int c;  ///< lane % 4
+  std::int64_t b;
+  std::int64_t g;
+  std::int64_t first_index;  ///< of the tile in the list
+  BlockOrder order;
+  ScoreRule rule;
+  int stage = 0;  ///< of the next block
+  std::uint32_t parity = 0;
+  int cursor = 0;  ///< see BlockOrder
+
+  float reference[kThreadColumns];
+  float sum[kThreadColumns];
+  float bound[kHoldsBounds ? kThreadTokens : 1];
+
+  // ---- input
+
+  __device__ void load_queries() {
+    const int chunks = layer.head_dim / 8;
+    unsigned char* const tile = const_cast<unsigned char*>(query_tile);
+    for (int column = thread / 8; column < kTileColumns; column += kWarpgroup / 8) {
+      const int x = column / 8 * 2 + column % 2;
+      const int token = x / kGroup * 4 + column % 8 / 2;
+      const int head = x % kGroup;
+      const bool there = own.slot[token] >= 0 && head < layer.group;
+      const T* const from = static_cast<const T*>(args.queries.data) +
+                            b * args.queries.sequence_stride +
+                            (g * layer.group + (there ? head : 0)) * args.queries.head_stride +
+                            (there ? own.token[token] : 0) * args.queries.token_stride;
+      for (int chunk = thread % 8; chunk < 8 * args.panels; chunk += 8) {
+        uint4 value{0, 0, 0, 0};
+        if (there && chunk < chunks) value = reinterpret_cast<const uint4*>(from)[chunk];
+        if (!all_finite<T>(value)) own.state[token] = kTokenNonfinite;
+        *reinterpret_cast<uint4*>(tile + chunk_offset(kTileColumns, column, chunk)) = value;
+      }
+    }
+  }
+
+  __device__ void start_tokens() {
+    for (int token = thread; token < kTokens; token += kWarpgroup) {
+      const int slot = own.slot[token];
+      if (slot >= 0) {
+        const unsigned long long counted =
+            args.masks[(b * layer.heads + g) * args.blocks + slot / kTileRows].counted;
+        if ((counted >> (slot % kTileRows) & 1U) == 0) own.state[token] = kTokenNonfinite;
+      }
+      own.count[token] = 0;
+      // No value exceeds infinity: nothing is listed.
+      const bool listed = slot >= 0 && own.state[token] == kTokenPlain;
+      own.bound[token] = listed ? -1.0F : INFINITY;
+    }
+  }
+
+  // ---- one block of keys
+
+  /// Waits for the next block, and begins to multiply it with the queries.
+  __device__ void start_scores(Accumulator& acc, bool there) {
+    if (there) barrier_wait(shared_address(&block.full[stage]), parity);
+    start_product<T>(acc,
+                     keys + __shfl_sync(kAllOnes, stage, 0) * args.panels * kTileRows * kPanelBytes,
+                     queries, (layer.head_dim + 15) / 16);
+  }
+  /// Waits for the scores of the block; those of keys that a token does not see are -inf.
+  __device__ KeyMasks finish_scores(Accumulator& acc, int block_index) {
+    const KeyMasks masks = block.masks[stage];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&block.empty[stage]));
+    if (++stage == args.stages) {
+      stage = 0;
+      parity ^= 1U;
+    }
+    if (args.softcap > 0.0F) {
+#pragma unroll
+      for (int i = 0; i < kTileColumns / 2; ++i) acc[i] = rule.capped(acc[i]);
+    }
+    const int first_key = block_index * kTileRows;
+    if (masks.counted != ~0ULL || block_index >= order.tail) {
+      const int row = 16 * warp + lane / 4;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool counted = (masks.counted >> (row + 8 * r) & 1U) != 0;
+#pragma unroll
+        for (int x = 0; x < kThreadColumns; ++x) {
+          const bool seen = counted && first_key + row + 8 * r <= own.slot[4 * (x / kGroup) + c];
+          float& score = acc[x / 2 * 4 + 2 * r + x % 2];
+          score = seen ? score : -INFINITY;
+        }
+      }
+    }
+    return masks;
+  }
+
+  // ---- references
+
+  static constexpr float kNothing = -1e30F;
+
+  /// Adds a block to this thread's own running maximum (in `reference`) and sum.
+  __device__ void sample(const Accumulator& acc) {
+#pragma unroll
+    for (int x = 0; x < kThreadColumns; ++x) {
+      const float first = acc[x / 2 * 4 + x % 2] * rule.factor;
+      const float second = acc[x / 2 * 4 + 2 + x % 2] * rule.factor;
+      const float highest = fmaxf(reference[x], fmaxf(first, second));
+      sum[x] = fmaf(sum[x], exp2_of(reference[x] - highest),
+                    exp2_of(first - highest) + exp2_of(second - highest));
+      reference[x] = highest;
+    }
+  }
+
+  __device__ void finish_sample() {
+#pragma unroll
+    for (int x = 0; x < kThreadColumns; ++x) {
+      float highest = reference[x];
+      for (int offset = 4; offset < 32; offset *= 2) {
+        highest = fmaxf(highest, __shfl_xor_sync(kAllOnes, highest, offset));
+      }
+      float total = sum[x] * exp2_of(reference[x] - highest);
+      for (int offset = 4; offset < 32; offset *= 2) {
+        total += __shfl_xor_sync(kAllOnes, total, offset);
+      }
+      if (lane / 4 == 0) {
+        own.partial[warp][c * kColumnStride + x] = total;
+        own.partial_maximum[warp][c * kColumnStride + x] = highest;
+      }
+    }
+    warpgroup_sync(name);
+    const int column = thread / kThreadColumns * kColumnStride + thread % kThreadColumns;
+    float highest = kNothing;
+    for (int w = 0; w < 4; ++w) highest = fmaxf(highest, own.partial_maximum[w][column]);
+    float total = 0.0F;
+    for (int w = 0; w < 4; ++w) {
+      total += own.partial[w][column] * exp2_of(own.partial_maximum[w][column] - highest);
+    }
+    own.reference[column] = highest > kNothing ? highest + log2f(total) : 0.0F;
+  }
+
+  /// References of the second pass.
+  __device__ void load_references() {
+    const int column = thread / kThreadColumns * kColumnStride + thread % kThreadColumns;
+    const int token = thread % kThreadColumns / kGroup * 4 + thread / kThreadColumns;
+    const int head = thread % kThreadColumns % kGroup;
+    own.reference[column] = own.slot[token] >= 0 && head < layer.group
+                                ? args.references[reference_index(token) + head]
+                                : 0.0F;
+  }
+  __device__ std::int64_t reference_index(int token) const {
+    return ((b * layer.graphs + g) * args.most + first_index + token) * layer.group;
+  }
+
+  __device__ void clear_sums() {
+    const int column = thread / kThreadColumns * kColumnStride + thread % kThreadColumns;
+    own.head_sum[column] = 0.0F;
+    own.middle_sum[column] = 0.0F;
+    own.ratio[column] = 1.0F;
+    // Columns without a head add nothing.
+    if (thread % kGroup >= layer.group) own.reference[column] = INFINITY;
+  }
+
+  __device__ void reload() {
+#pragma unroll
+    for (int x = 0; x < kThreadColumns; ++x) reference[x] = own.reference[c * kColumnStride + x];
+#pragma unroll
+    for (int i = 0; i < (kHoldsBounds ? kThreadTokens : 0); ++i) bound[i] = own.bound[4 * i + c];
+  }
+
+  // ---- values and lists
+
+  /// Values of this thread's two keys for its tokens; adds to the sums.
+  __device__ void add_values(const Accumulator& acc, float (&values)[kThreadTokens][2]) {
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      values[i][0] = 0.0F;
+      values[i][1] = 0.0F;
+#pragma unroll
+      for (int head = 0; head < kGroup; ++head) {
+        const int x = i * kGroup + head;
+        const float first = exp2_of(fmaf(acc[x / 2 * 4 + x % 2], rule.factor, -reference[x]));
+        const float second = exp2_of(fmaf(acc[x / 2 * 4 + 2 + x % 2], rule.factor, -reference[x]));
+        values[i][0] = head == 0 ? first : values[i][0] + first;
+        values[i][1] = head == 0 ? second : values[i][1] + second;
+        sum[x] += first + second;
+      }
+    }
+  }
+
+  /// Lists what exceeds the bounds; not 0 where a list has no room left.
+  __device__ int list_values(float (&values)[kThreadTokens][2], const KeyMasks& masks,
+                             int block_index) {
+    int full = 0;
+    const int row = 16 * warp + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      const int token = 4 * i + c;
+      const float limit = kHoldsBounds ? bound[kHoldsBounds ? i : 0] : own.bound[token];
+      if (!(fmaxf(values[i][0], values[i][1]) > limit)) continue;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (!(values[i][r] > limit)) continue;
+        const int key = block_index * kTileRows + row + 8 * r;
+        const bool candidate = (masks.candidates >> (row + 8 * r) & 1U) != 0;
+        if (candidate && key < own.slot[token]) {
+          const int at = atomicAdd(&own.count[token], 1);
+          if (at >= args.entries) {
+            full = 1;
+            continue;
+          }
+          lists[token * args.entries + at] =
+              make_uint2(static_cast<std::uint32_t>(key), __float_as_uint(values[i][r]));
+        }
+        values[i][r] = -1.0F;
+      }
+    }
+    return full;
+  }
+
+  /// Cuts a list of more than `trigger` entries to between `low` and `high`, by one warp.
+  __device__ void cut_list(int token, float ratio, int trigger, int low, int high) {
+    constexpr int kPerLane = kMostEntries / 32;
+    uint2* const list = lists + token * args.entries;
+    const int count = min(own.count[token], args.entries);
+    uint2 entries[kPerLane];
+    std::uint32_t highest = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int at = lane + 32 * i;
+      entries[i] = at < count ? list[at] : make_uint2(0, 0);
+      entries[i].y = __float_as_uint(__uint_as_float(entries[i].y) * ratio);
+      highest = max(highest, entries[i].y);
+    }
+    float lowest = own.bound[token] * ratio;
+    __syncwarp();
+    if (count <= trigger) {
+      if (ratio != 1.0F) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          if (lane + 32 * i < count) list[lane + 32 * i].y = entries[i].y;
+        }
+      }
+      if (lane == 0) own.bound[token] = lowest;
+      return;
+    }
+    // Values are not negative: they compare like their bits. The share above x of those above
+    // `below` falls about like a power of x, which gives guesses for the cut; where a guess leaves
+    // the bracket, it is halved.
+    std::uint32_t least = 0x7f800000U;
+    float logs = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane + 32 * i < count) least = min(least, entries[i].y);
+    }
+    least = __reduce_min_sync(kAllOnes, least);
+    std::uint32_t above = __reduce_max_sync(kAllOnes, highest);
+    std::uint32_t below =
+        max(least > 0U ? least - 1U : 0U, lowest > 0.0F ? __float_as_uint(lowest) : 0U);
+    const float base = __log2f(__uint_as_float(below | 1U));
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (lane + 32 * i < count) logs += __log2f(__uint_as_float(entries[i].y)) - base;
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      logs += __shfl_xor_sync(kAllOnes, logs, offset);
+    }
+    const float wanted = 0.5F * static_cast<float>(low + high);
+    const float slope = __fdividef(logs, static_cast<float>(count)) * 0.6931472F;
+    float guess = base + slope * __log2f(__fdividef(static_cast<float>(count), wanted));
+    constexpr int kMostSteps = 26;
+    for (int step = 0; step < kMostSteps && above - below > 1; ++step) {
+      std::uint32_t middle = __float_as_uint(exp2_of(guess));
+      if (step > 3 || !(middle > below && middle < above)) middle = below + (above - below) / 2;
+      int higher = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        higher += __popc(__ballot_sync(kAllOnes, entries[i].y > middle));
+      }
+      if (higher > high) {
+        below = middle;
+      } else {
+        above = middle;
+        if (higher >= low) break;
+      }
+      guess = __log2f(__uint_as_float(middle)) +
+              slope * __log2f(__fdividef(fmaxf(static_cast<float>(higher), 0.5F), wanted));
+    }
+    int kept = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const bool stays = entries[i].y > above;
+      const unsigned stay = __ballot_sync(kAllOnes, stays);
+      if (stays) list[kept + __popc(stay & ((1U << lane) - 1U))] = entries[i];
+      kept += __popc(stay);
+    }
+    if (lane == 0) {
+      own.count[token] = kept;
+      own.bound[token] = fmaxf(__uint_as_float(above), lowest);
+    }
+  }
+
+  /// Adds up the sums, renews the references if asked to, and cuts lists. `done` blocks of the
+  /// middle were seen.
+  __device__ void refresh(bool in_head, int done, bool renew, int trigger, int low, int high) {
+    if (!args.second) {
+#pragma unroll
+      for (int x = 0; x < kThreadColumns; ++x) {
+        float total = sum[x];
+        for (int offset = 4; offset < 32; offset *= 2) {
+          total += __shfl_xor_sync(kAllOnes, total, offset);
+        }
+        if (lane / 4 == 0) own.partial[warp][c * kColumnStride + x] = total;
+        sum[x] = 0.0F;
+      }
+    }
+    warpgroup_sync(name);
+    if (!args.second) {
+      const int column = thread / kThreadColumns * kColumnStride + thread % kThreadColumns;
+      float total = 0.0F;
+      for (int w = 0; w < 4; ++w) total += own.partial[w][column];
+      float head = own.head_sum[column] + (in_head ? total : 0.0F);
+      float middle = own.middle_sum[column] + (in_head ? 0.0F : total);
+      float ratio = 1.0F;
+      if (renew && thread % kGroup < layer.group) {
+        const float seen =
+            done > 0 ? __fdividef(static_cast<float>(order.middle), static_cast<float>(done))
+                     : 0.0F;
+        const float all = fmaf(middle, seen, head);
+        if (all > 0.0F && all < INFINITY) {
+          own.reference[column] += log2f(all);
+          ratio = __fdividef(1.0F, all);
+        } else {
+          own.state[thread % kThreadColumns / kGroup * 4 + thread / kThreadColumns] |= kTokenUnsure;
+        }
+      }
+      own.head_sum[column] = head * ratio;
+      own.middle_sum[column] = middle * ratio;
+      own.ratio[column] = ratio;
+    }
+    warpgroup_sync(name);
+    for (int token = warp; token < kTokens; token += 4) {
+      float ratio = 1.0F;
+      if (renew) {
+        ratio = 0.0F;
+        for (int head = 0; head < layer.group; ++head) {
+          ratio = fmaxf(ratio, own.ratio[token % 4 * kColumnStride + token / 4 * kGroup + head]);
+        }
+      }
+      cut_list(token, ratio, trigger, low, high);
+    }
+    warpgroup_sync(name);
+    reload();
+  }
+
+  // ---- rows
+
+  /// The probability sums of 32 entries from `base` on, in place of their values, as a number that
+  /// orders entries: higher probability first, then lower slot.
+  __device__ void score_entries(int token, int base, int count) {
+    constexpr int kRows = 4;  // of a lane: 8 apart
+    constexpr int kEights = kGroup > 8 ? 2 : 1;
+    const int row = lane / 4;
+    auto* const ranked = reinterpret_cast<unsigned long long*>(lists + token * args.entries);
+    const uint2* const list = lists + token * args.entries;
+    const T* const head_keys = static_cast<const T*>(args.keys.data) +
+                               b * args.keys.sequence_stride + g * args.keys.head_stride;
+    std::uint32_t slots[kRows];
+    const uint4* from[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      slots[r] = list[min(base + row + 8 * r, count - 1)].x;
+      from[r] = reinterpret_cast<const uint4*>(head_keys + slots[r] * args.keys.token_stride);
+    }
+    float acc[kEights][kRows / 2][4] = {};
+    const int chunks = layer.head_dim / 8;
+    // The order of elements within a sum is free: lane c takes chunk c of every four.
+#pragma unroll 4
+    for (int chunk = c; chunk < (chunks + 3) / 4 * 4; chunk += 4) {
+      uint4 key[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        key[r] = make_uint4(0, 0, 0, 0);
+        if (chunk < chunks) key[r] = from[r][chunk];
+      }
+#pragma unroll
+      for (int e = 0; e < kEights; ++e) {
+        uint4 query{0, 0, 0, 0};
+        const int head = 8 * e + row;
+        if (head < kGroup && chunk < chunks) {
+          const int column = tile_column(token % 4, token / 4 * kGroup + head);
+          query = *reinterpret_cast<const uint4*>(query_tile +
+                                                  chunk_offset(kTileColumns, column, chunk));
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; r += 2) {
+          multiply<T>(acc[e][r / 2], key[r].x, key[r + 1].x, key[r].y, key[r + 1].y, query.x,
+                      query.y);
+          multiply<T>(acc[e][r / 2], key[r].z, key[r + 1].z, key[r].w, key[r + 1].w, query.z,
+                      query.w);
+        }
+      }
+    }
+    float totals[kRows] = {};
+#pragma unroll
+    for (int e = 0; e < kEights; ++e) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int head = 8 * e + 2 * c + i;
+        if (head >= layer.group) continue;
+        const float shift = own.reference[token % 4 * kColumnStride + token / 4 * kGroup + head];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          float score = acc[e][r / 2][r % 2 * 2 + i];
+          if (args.softcap > 0.0F) score = rule.capped(score);
+          if (isfinite(score)) totals[r] += exp2_of(fmaf(score, rule.factor, -shift));
+        }
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      totals[r] += __shfl_xor_sync(kAllOnes, totals[r], 1);
+      totals[r] += __shfl_xor_sync(kAllOnes, totals[r], 2);
+      const int at = base + row + 8 * r;
+      if (c == r && at < count) {
+        ranked[at] = static_cast<unsigned long long>(__float_as_uint(totals[r])) << 32U |
+                     static_cast<std::uint32_t>(~slots[r]);
+      }
+    }
+  }
+
+  /// Draws the row of a token, by one warp; false where its list may lack a neighbour.
+  __device__ bool draw(int token) {
+    const int count = own.count[token];
+    auto* const ranked = reinterpret_cast<unsigned long long*>(lists + token * args.entries);
+    for (int base = 0; base < count; base += 32) score_entries(token, base, count);
+    __syncwarp();
+    unsigned long long mine[2];
+    int rank[2] = {0, 0};
+    mine[0] = lane < count ? ranked[lane] : 0ULL;
+    mine[1] = lane + 32 < count ? ranked[lane + 32] : 0ULL;
+    for (int i = 0; i < count; ++i) {
+      const unsigned long long other = ranked[i];
+      rank[0] += other > mine[0] ? 1 : 0;
+      rank[1] += other > mine[1] ? 1 : 0;
+    }
+    __syncwarp();
+    const int top_k = layer.top_k;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (lane + 32 * i < count && rank[i] < top_k) ranked[rank[i]] = mine[i];
+    }
+    __syncwarp();
+    const unsigned long long best = lane < min(count, top_k) ? ranked[lane] : 0ULL;
+    const float probability = __uint_as_float(static_cast<std::uint32_t>(best >> 32U));
+    const auto slot = static_cast<std::int32_t>(~static_cast<std::uint32_t>(best));
+    // Scores of the pass and of the list may differ by how they were rounded.
+    constexpr float kSlack = 1.002F;
+    constexpr float kLeast = 1e-36F;
+    const float last = __shfl_sync(kAllOnes, probability, top_k - 1);
+    const float limit = own.bound[token];
+    if (limit >= 0.0F && !(last > fmaf(limit, kSlack, kLeast))) return false;
+    const int neighbors = __popc(__ballot_sync(kAllOnes, probability > 0.0F));
+    write_row_by_warp(row_of(layer, b, g, own.slot[token]), top_k, layer.weighted, lane, slot,
+                      probability, neighbors);
+    return true;
+  }
+
+  __device__ void finish() {
+    std::uint32_t drawn = 0;
+    std::uint32_t nonfinite = 0;
+    const std::int64_t graph = b * layer.graphs + g;
+    for (int token = warp; token < kTokens; token += 4) {
+      if (own.slot[token] < 0) continue;
+      if (own.state[token] & kTokenNonfinite) {
+        ++drawn;
+        ++nonfinite;
+        continue;
+      }
+      const bool unsure = (own.state[token] & kTokenUnsure) != 0;
+      if (!unsure && draw(token)) {
+        ++drawn;
+        continue;
+      }
+      if (unsure || args.second) {
+        if (lane == 0) {
+          args.unsettled[atomicAdd(args.unsettled_count, 1)] =
+              make_int2(static_cast<int>(graph), own.token[token]);
+        }
+        continue;
+      }
+      int at = lane == 0 ? atomicAdd(args.again_counts + graph, 1) : 0;
+      at = __shfl_sync(kAllOnes, at, 0);
+      if (lane == 0) args.again[graph * args.most + at] = own.token[token];
+      for (int head = lane; head < layer.group; head += 32) {
+        args.references[(graph * args.most + at) * layer.group + head] =
+            own.reference[token % 4 * kColumnStride + token / 4 * kGroup + head];
+      }
+    }
+    if (lane == 0 && drawn > 0) {
+      atomicAdd(&layer.statistics->rows_written, static_cast<unsigned long long>(drawn));
+    }
+    if (lane == 0 && nonfinite > 0) {
+      atomicAdd(&layer.statistics->rows_nonfinite, static_cast<unsigned long long>(nonfinite));
+    }
+  }
+
+  __device__ void run() {
+    start_tokens();
+    load_queries();
+    publish_to_products();
+    warpgroup_sync(name);
+    start_tokens();  // once more: queries may have turned out to be no numbers
+
+    Accumulator acc;
+    const bool sampled = !args.second;
+    int step = 0;
+    if (sampled) {
+#pragma unroll
+      for (int x = 0; x < kThreadColumns; ++x) {
+        reference[x] = kNothing;
+        sum[x] = 0.0F;
+      }
+      for (; step < order.samples + order.head; ++step) {
+        if (step == order.samples && order.samples > 0) {
+          const float all = static_cast<float>(order.middle) / static_cast<float>(order.samples);
+#pragma unroll
+          for (int x = 0; x < kThreadColumns; ++x) sum[x] *= all;
+        }
+        start_scores(acc, true);
+        finish_product(acc);
+        finish_scores(acc, order.block(step, sampled, cursor));
+        sample(acc);
+      }
+      finish_sample();
+    } else {
+      load_references();
+    }
+    clear_sums();
+    warpgroup_sync(name);
+    reload();
+#pragma unroll
+    for (int x = 0; x < kThreadColumns; ++x) sum[x] = 0.0F;
+
+    const int trigger = args.keep_high + (args.entries - args.keep_high) / 8;
+    start_scores(acc, true);
+    finish_product(acc);
+    for (int i = 0; i < order.blocks; ++i, ++step) {
+      const int block_index = order.block(step, sampled, cursor);
+      const KeyMasks masks = finish_scores(acc, block_index);
+      float values[kThreadTokens][2];
+      add_values(acc, values);
+      // The next product runs while lists are filled.
+      start_scores(acc, i + 1 < order.blocks);
+      const bool in_head = i < order.head;
+      const int done = in_head ? 0 : i + 1 - order.head;
+      int full = list_values(values, masks, block_index);
+      finish_product(acc);
+      while (warpgroup_any(name, full != 0)) {
+        const bool renew = sampled && done >= order.samples && done > 0;
+        refresh(in_head, done, renew, trigger, args.keep_low, args.keep_high);
+#pragma unroll
+        for (int t = 0; t < kThreadTokens; ++t) {
+          if (!renew) break;
+          float ratio = 0.0F;
+          for (int head = 0; head < layer.group; ++head) {
+            ratio = fmaxf(ratio, own.ratio[c * kColumnStride + t * kGroup + head]);
+          }
+          values[t][0] *= ratio;
+          values[t][1] *= ratio;
+        }
+        full = list_values(values, masks, block_index);
+      }
+      if (i + 1 == order.head && sampled) {
+        refresh(true, 0, false, kMostEntries, args.keep_low, args.keep_high);
+      }
+    }
+    refresh(order.middle == 0, order.middle, sampled, args.rank_high, args.rank_low,
+            args.rank_high);
+    finish();
+  }
+};
+
+template <class T, int kGroup>
+__device__ void feed_keys(const LayerView& layer, const RowTilesArgs& args,
+                          TileMemory::Block& block, std::uint32_t keys, std::int64_t b,
+                          std::int64_t g, const BlockOrder& order) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const T* const from = static_cast<const T*>(args.keys.data) + b * args.keys.sequence_stride +
+                        g * args.keys.head_stride;
+  const KeyMasks* const masks = args.masks + (b * layer.heads + g) * args.blocks;
+  const int chunks = layer.head_dim / 8;
+  const int steps = order.steps(!args.second);
+  // Copies under way while the next are issued; what waits for its announcement must leave the
+  // consumers a stage.
+  const int lag = args.stages > 3 ? 2 : args.stages - 2;
+  const std::int64_t length = static_cast<std::int64_t>(block.highest_slot) + 1;
+  int stage = 0;
+  int announced = 0;
+  int cursor = 0;
+  std::uint32_t parity = 1;  // all stages are empty: the phase before the first has ended
+  const auto announce = [&] {
+    publish_to_products();
+    barrier_arrive(shared_address(&block.full[announced]));
+    if (++announced == args.stages) announced = 0;
+  };
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(shared_address(&block.empty[stage]), parity);
+    const int index = order.block(step, !args.second, cursor);
+    const std::uint32_t to = keys + stage * args.panels * kTileRows * kPanelBytes;
+#pragma unroll
+    for (int row = thread / 8; row < kTileRows; row += kWarpgroup / 8) {
+      const std::int64_t slot = std::int64_t{index} * kTileRows + row;
+      const bool there = slot < length;
+      const T* const key = from + (there ? slot : 0) * args.keys.token_stride;
+      for (int panel = 0; panel < args.panels; ++panel) {
+        const int chunk = 8 * panel + thread % 8;
+        copy_chunk(to + chunk_offset(kTileRows, row, chunk), key + (chunk < chunks ? chunk : 0) * 8,
+                   there && chunk < chunks);
+      }
+    }
+    if (thread == 0) copy_chunk(shared_address(&block.masks[stage]), masks + index, true);
+    copies_commit();
+    if (++stage == args.stages) {
+      stage = 0;
+      parity ^= 1U;
+    }
+    if (step < lag) continue;
+    if (lag == 2) {
+      copies_wait<2>();
+    } else if (lag == 1) {
+      copies_wait<1>();
+    } else {
+      copies_wait<0>();
+    }
+    announce();
+  }
+  copies_wait<0>();
+  for (int step = max(steps - lag, 0); step < steps; ++step) announce();
+}
+
+#endif  // __CUDA_ARCH__ >= 800
+
+/// One warpgroup copies keys, the others draw the rows of a tile of tokens each. Grid: (graphs of
+/// all sequences) x tiles, the longest of a graph first.
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    row_tiles_kernel(const __grid_constant__ LayerView layer,
+                     const __grid_constant__ RowTilesArgs args, std::int64_t tiles) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  using Tiles = RowTiles<T, kGroup>;
+  extern __shared__ unsigned char memory[];
+  if (has_fault(layer)) return;
+  const std::int64_t graph = blockIdx.x / tiles;
+  const std::int64_t tile = tiles - 1 - blockIdx.x % tiles;
+  const std::int64_t b = graph / layer.graphs;
+  const std::int64_t g = graph % layer.graphs;
+  const std::int64_t list = args.second ? graph : b;
+  const std::int32_t* const listed =
+      (args.second ? args.again : args.drawn.tokens) + list * args.most;
+  const std::int64_t count = (args.second ? args.again_counts : args.drawn.counts)[list];
+  const int tokens = args.warpgroups * Tiles::kTokens;
+  const std::int64_t first = tile * tokens;
+  if (first >= count) return;
+
+  const std::uint32_t start = shared_address(memory);
+  unsigned char* const aligned = memory + (-start & (TileMemory::kAlignment - 1));
+  const int query_bytes = args.panels * kTileColumns * kPanelBytes;
+  const int key_bytes = args.panels * kTileRows * kPanelBytes;
+  unsigned char* const key_tiles = aligned + args.warpgroups * query_bytes;
+  auto* const lists = reinterpret_cast<uint2*>(key_tiles + args.stages * key_bytes);
+  auto& block = *reinterpret_cast<TileMemory::Block*>(lists + tokens * args.entries);
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < args.stages; ++stage) {
+      barrier_init(shared_address(&block.full[stage]), kWarpgroup);
+      barrier_init(shared_address(&block.empty[stage]),
+                   static_cast<std::uint32_t>(4 * args.warpgroups));
+    }
+    block.lowest_slot = 0x7fffffff;
+    block.highest_slot = -1;
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
+    TileMemory::Warpgroup& own = block.warpgroups[i / Tiles::kTokens];
+    const int at = i % Tiles::kTokens;
+    const std::int32_t token = first + i < count ? listed[first + i] : -1;
+    const std::int32_t slot = token < 0 ? -1 : static_cast<std::int32_t>(args.first_slot) + token;
+    own.token[at] = token;
+    own.slot[at] = slot;
+    own.state[at] = kTokenPlain;
+    if (slot < 0) continue;
+    atomicMin(&block.lowest_slot, slot);
+    atomicMax(&block.highest_slot, slot);
+  }
+  __syncthreads();
+  const BlockOrder order(block.lowest_slot, block.highest_slot, args.samples, args.sample_share);
+  // The shuffle tells the compiler that a warp agrees: what follows from it goes to uniform
+  // registers.
+  const int role = __shfl_sync(kAllOnes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (role == 0) {
+    keep_few_registers();
+    feed_keys<T, kGroup>(layer, args, block, shared_address(key_tiles), b, g, order);
+    return;
+  }
+  take_many_registers();
+  const int w = role - 1;
+  unsigned char* const query_tile = aligned + w * query_bytes;
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  Tiles mine{.layer = layer,
+             .args = args,
+             .block = block,
+             .own = block.warpgroups[w],
+             .lists = lists + w * Tiles::kTokens * args.entries,
+             .queries = shared_address(query_tile),
+             .keys = shared_address(key_tiles),
+             .query_tile = query_tile,
+             .name = role,
+             .thread = thread,
+             .lane = thread % 32,
+             .warp = thread / 32,
+             .c = thread % 4,
+             .b = b,
+             .g = g,
+             .first_index = first + w * Tiles::kTokens,
+             .order = order,
+             .rule = ScoreRule(args.scale, args.softcap),
+             .stage = 0,
+             .parity = 0,
+             .cursor = 0,
+             .reference = {},
+             .sum = {},
+             .bound = {}};
+  mine.run();
+#endif
+}
+
+}  // namespace spectralkv::cuda
