@@ -95,8 +95,8 @@ class Decoder {
   static constexpr Index kBudget = 40;
   static constexpr Index kLayers = 2;
 
-  explicit Decoder(std::uint64_t seed = 1)
-      : manager(graph_config(seed), walk_config()),
+  explicit Decoder(std::uint64_t seed = 1, const WalkConfig& walk = walk_config())
+      : manager(graph_config(seed), walk),
         keys_(random_tensor(seed, {2, 2, kCapacity, 64})),
         queries_(random_tensor(seed + 1, {2, 4, kBudget + 1, 64})),
         query_(random_tensor(seed + 2, {2, 4, 64})),
@@ -120,6 +120,13 @@ class Decoder {
       manager.update_novelty(layer, keys_.view(), stream);
     }
     manager.walk(kAllLayers, {}, stream);
+  }
+
+  /// Behind all others, and every layer gets it.
+  void add_token(const OwnStream& on) {
+    for (Index layer = 0; layer < kLayers; ++layer) {
+      manager.update(layer, query_.view(), keys_.view(), {}, {}, on.stream());
+    }
   }
 
   static EvictionConfig eviction() {

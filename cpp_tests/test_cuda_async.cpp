@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -133,6 +134,33 @@ TEST_F(CudaAsync, WalksRunBesideTheCallersStream) {
   EXPECT_TRUE(stream.is_busy()) << "the walk waited for work that came after it";
   stream.synchronize();
   expect_same_state(expected, decoder);
+}
+
+TEST_F(CudaAsync, NewTokensDoNotWaitForAWalk) {
+  warm_up();
+  // A walk of tens of milliseconds, beside an update of microseconds.
+  WalkConfig long_walk = Decoder::walk_config();
+  long_walk.num_walkers = Index{1} << 20U;
+  long_walk.walk_length = 4000;
+  Decoder expected(1, long_walk);
+  Decoder decoder(1, long_walk);
+  const OwnStream stream;
+  expected.manager.walk(kAllLayers, {}, stream.stream());
+  expected.manager.synchronize();
+  expected.add_token(stream);
+  expected.manager.synchronize();
+
+  const auto now = [] { return std::chrono::steady_clock::now(); };
+  const auto begin = now();
+  decoder.manager.walk(kAllLayers, {}, stream.stream());
+  decoder.add_token(stream);
+  stream.synchronize();
+  const auto updated = now();
+  decoder.manager.synchronize();
+  const auto walked = now();
+  EXPECT_LT(4 * (updated - begin), walked - begin) << "the new token waited for the walk";
+  expect_same_state(expected, decoder);
+  expect_same_counts(expected, decoder);
 }
 
 TEST_F(CudaAsync, NoStepTakesMemory) {
@@ -316,13 +344,14 @@ TEST_F(CudaAsync, OtherManagersLeaveACaptureAlone) {
   Decoder decoder;
   const OwnStream stream;
   const OwnStream aside;
+  Decoder other(7);
   const Graph graph(stream, [&] {
     decoder.step(stream);
-    Decoder other(7);
     other.step(aside);
     other.manager.synchronize();
     other.manager.reserve(0, 100);
     EXPECT_GT(other.manager.statistics().rows_written, 0);
+    const spectralkv::GraphManager passing(Decoder::graph_config(3), Decoder::walk_config());
   });
   graph.replay(stream);
   expected.step(stream);
