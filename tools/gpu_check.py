@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -354,6 +355,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
         python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
         str(ROOT / "tests"), "-o", "addopts=", "-m", "gpu", "-q", "-ra",
         "-p", "no:cacheprovider", f"--junitxml={junit}",
+        *(["-n", str(min(8, arguments.jobs))] if importlib.util.find_spec("xdist") else []),
     ]  # fmt: skip
     compare = [
         python, str(ROOT / "benchmarks/python/gpu.py"), "--output", str(compared),
@@ -361,7 +363,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     ]  # fmt: skip
     ctest = [
         "ctest", "--test-dir", str(build), "-L", "gpu", "--output-on-failure", "--no-tests=error",
-        "--timeout", "120", "--parallel", str(min(8, arguments.jobs)),
+        "--timeout", "120", "--parallel", jobs,
     ]  # fmt: skip
 
     def sanitizer(tool: str) -> list[str]:
