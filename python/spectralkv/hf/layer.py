@@ -16,6 +16,7 @@ from spectralkv.policies.base import (
     Policy,
     Tracker,
     check_keep,
+    host_numbers,
     live_slots,
     move_slots,
 )
@@ -350,10 +351,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         else:
             valid = self._valid_slab[:, base : self._size]
             rank, empty = valid.cumsum(-1) - 1, ~valid
-        if len(set(self._base_seen)) == 1:  # a tensor made from numbers waits for the device
-            later = rank + self._base_seen[0]
-        else:
-            later = rank + torch.tensor(self._base_seen, device=self.device)[:, None]
+        later = rank + host_numbers(self._base_seen, rank.device)[:, None]
         if empty is not None:
             later = later.masked_fill(empty, -1)
         later = later.to(torch.int32)[:, None].expand(-1, heads, -1)

@@ -180,6 +180,8 @@ class ScoreTracker(Tracker, Generic[PolicyT]):
     def __init__(self, policy: PolicyT) -> None:
         self._policy = policy
         self._last: Observation | None = None
+        # What `keep` returned last, and how many of it each sequence keeps.
+        self._chosen: tuple[torch.Tensor, tuple[int, ...]] | None = None
 
     def observe(self, observation: Observation) -> None:
         """Take in the new tokens."""
@@ -193,14 +195,18 @@ class ScoreTracker(Tracker, Generic[PolicyT]):
         cut = [length >= policy.budget + policy.interval for length in self._last.lengths]
         if not any(cut):
             return None
-        return select_slots(
+        lengths, budget = self._last.lengths, policy.budget
+        keep = select_slots(
             self.scores(),
-            self._last.lengths,
+            lengths,
             cut,
-            budget=policy.budget,
+            budget=budget,
             window=policy.protected_window,
             sinks=policy.sinks,
         )
+        kept = tuple(budget if due else count for due, count in zip(cut, lengths, strict=True))
+        self._chosen = (keep, kept)
+        return keep
 
     def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Move the kept slots to the front, in place."""
@@ -209,7 +215,11 @@ class ScoreTracker(Tracker, Generic[PolicyT]):
         if self._last is not None:
             size = keep.shape[-1]
             kept = keep[:, 0] >= 0
-            lengths = tuple(kept.sum(-1).tolist())
+            if self._chosen is not None and keep is self._chosen[0]:
+                lengths = self._chosen[1]
+            else:  # what is not known is counted, for which the device must be waited for
+                lengths = tuple(kept.sum(-1).tolist())
+            self._chosen = None
             self._last = self._last._replace(
                 keys=keys[:, :, :size],
                 values=values[:, :, :size],
@@ -281,7 +291,7 @@ def select_slots(
     kept = [budget if is_cut else length for is_cut, length in zip(cut, lengths, strict=True)]
     most = max(kept, default=0)
     slot = torch.arange(size, device=scores.device)
-    first = torch.tensor([size - length for length in lengths], device=scores.device)[:, None]
+    first = host_numbers([size - length for length in lengths], scores.device)[:, None]
     stays = (slot < first + sinks) | (slot >= size - window)
     extreme = torch.finfo(scores.dtype).max
     ranked = torch.nan_to_num(scores, nan=-extreme, posinf=extreme, neginf=-extreme)
@@ -343,8 +353,8 @@ def check_keep(
         raise fail(f"{max(expected, default=0)} a head", keep.shape[-1])
     if not look:
         return expected
-    first_kept = torch.tensor([keep.shape[-1] - count for count in expected], device=keep.device)
-    first_live = torch.tensor([size - length for length in lengths], device=keep.device)
+    first_kept = host_numbers([keep.shape[-1] - count for count in expected], keep.device)
+    first_live = host_numbers([size - length for length in lengths], keep.device)
     is_kept = torch.arange(keep.shape[-1], device=keep.device) >= first_kept[:, None]
     is_kept = is_kept[:, None].expand_as(keep)
     in_range = torch.where(
@@ -354,6 +364,13 @@ def check_keep(
     if not bool(in_range & ascending):
         raise fail(f"ascending, unique and live, {expected} of each sequence", keep.tolist())
     return expected
+
+
+def host_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return int64 numbers on a device, without waiting for it where all are the same."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def move_slots(tensor: torch.Tensor, keep: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from spectralkv.policies.attention import attention_logits
-from spectralkv.policies.base import Observation, Policy, Tracker
+from spectralkv.policies.base import Observation, Policy, Tracker, host_numbers
 from spectralkv.policies.keydiff import key_directions
 from spectralkv.policies.queries import QueryTracker
 
@@ -109,7 +109,7 @@ class _RKVTracker(QueryTracker[RKV]):
             repeats = torch.where(cosine > self._policy.threshold, slot, -1)
             newest = repeats.amax(-1, keepdim=True)
             total += cosine.masked_fill(slot == newest, 0.0).sum(2)
-        lengths = torch.tensor(seen.lengths, device=total.device).clamp_min(1)
+        lengths = host_numbers(seen.lengths, total.device).clamp_min(1)
         mean = total / lengths[:, None, None]
         if seen.valid is not None:
             mean = mean.masked_fill(~seen.valid[:, None], float("-inf"))
