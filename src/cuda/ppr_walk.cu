@@ -1,5 +1,6 @@
 // Personalized PageRank by random walks: the draws of src/cpu/ppr_walk.cpp, number for number.
 #include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 #include <curand_kernel.h>
 
 #include <algorithm>
@@ -35,26 +36,33 @@ __device__ bool is_novelty(const WalkRules& rules, int population) {
 
 /// Whether slots [0, length) ascend with positions and none is empty.
 __device__ bool has_dense_slots(const LayerView& layer, std::int64_t b) {
-  return layer.counters->ordered != 0 && layer.sequences[b].held == layer.counters->length;
+  const std::int32_t ordered = layer.counters->ordered;
+  const std::int64_t held = layer.sequences[b].held;
+  return ordered != 0 && held == layer.counters->length;
 }
 
-/// First slot of ascending positions, without empty slots, that is `first` or above. One warp.
+/// First slot of ascending positions, without empty slots, that is `first` or above. One warp;
+/// `while_waiting` is done once, while memory is waited for.
+template <class Work>
 __device__ std::int32_t first_slot_from(const std::int32_t* positions, std::int64_t length,
-                                        std::int64_t seen, std::int32_t first) {
+                                        std::int64_t seen, std::int32_t first,
+                                        Work&& while_waiting) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto high = static_cast<std::int32_t>(length);
   // At most seen - first tokens can be as new.
   auto low =
       static_cast<std::int32_t>(max(std::int64_t{0}, length - max(std::int64_t{0}, seen - first)));
-  std::int32_t step = 1;  // most often the answer is the lowest that it can be
+  // Most often the answer is the lowest that it can be.
+  std::int32_t step = 1;
+  std::int32_t position = low + lane < high ? __ldg(positions + low + lane) : first;
+  while_waiting();
   while (low < high) {
-    const std::int32_t probe = low + lane * step;
-    const unsigned older =
-        __ballot_sync(0xffffffffU, probe < high && __ldg(positions + probe) < first);
-    const int count = __popc(older);
+    const int count = __popc(__ballot_sync(0xffffffffU, position < first));
     high = min(high, low + count * step);
     if (count > 0) low += (count - 1) * step + 1;
     step = max(1, (high - low + 31) / 32);
+    const std::int32_t probe = low + lane * step;
+    position = probe < high ? __ldg(positions + probe) : first;
   }
   return low;
 }
@@ -76,7 +84,7 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
   if (weights.novelty == nullptr && has_dense_slots(layer, b)) {
     if (rank != 0 || warp != 0) return;
     const std::int32_t first =
-        first_slot_from(weights.positions, length, layer.sequences[b].seen, weights.first);
+        first_slot_from(weights.positions, length, layer.sequences[b].seen, weights.first, [] {});
     if (lane == 0) {
       *table.header = {
           .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
@@ -143,8 +151,7 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
     }
   }
   if (rank == 0 && threadIdx.x == 0) {
-    *table.header = {
-        .total = carry, .first = weights.first, .coarse = static_cast<std::int32_t>(coarse)};
+    *table.header = {.total = carry, .first = 0, .coarse = static_cast<std::int32_t>(coarse)};
   }
   cluster.sync();  // others may still read this block's totals
 }
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(kTableThreads)
   const LayerView& layer = layer_of<kOne>(launch, shape, task);
   const std::int64_t b = task.sequence;
   const std::int64_t length = layer.counters->length;
+  const bool dense = has_dense_slots(layer, b);
   if (has_fault(layer)) return;
   if (walks) {
     const bool aligned = layer.capacity % 4 == 0;
@@ -184,6 +192,7 @@ __global__ void __launch_bounds__(kTableThreads)
       clear(cluster, scores_of(layer, b, task.graph, task.population), length, aligned);
     }
   }
+  if (walks && dense) return;  // walkers find their way alone
   const RestartTables kind =
       is_novelty(rules, task.population) ? RestartTables::novelty : RestartTables::recent;
   if (kind == which) fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
@@ -222,16 +231,17 @@ struct Edges {
           thresholds[i] = __ldg(from + i);
           neighbors[i] = __ldg(reinterpret_cast<const int4*>(edges) + i);
         }
-        next = neighbors[0].x;
+        // Choices of two, then of four: the shortest chain.
+        std::int32_t of_four[kFours];
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
-          next = random >= thresholds[i].x ? neighbors[i].y : next;
-          next = random >= thresholds[i].y ? neighbors[i].z : next;
-          next = random >= thresholds[i].z ? neighbors[i].w : next;
-          next = random >= thresholds[i].w
-                     ? (i + 1 < kFours ? neighbors[(i + 1) % kFours].x : kNone)
-                     : next;
+          const std::int32_t low = random >= thresholds[i].x ? neighbors[i].y : neighbors[i].x;
+          const std::int32_t high = random >= thresholds[i].z ? neighbors[i].w : neighbors[i].z;
+          of_four[i] = random >= thresholds[i].y ? high : low;
         }
+        next = of_four[0];
+        if constexpr (kFours == 2) next = random >= thresholds[0].w ? of_four[1] : next;
+        if (random >= thresholds[kFours - 1].w) next = kNone;
       } else {
 #pragma unroll
         for (int i = 0; i < kFours; ++i) thresholds[i] = __ldg(from + i);
@@ -250,24 +260,25 @@ struct Edges {
   /// A draw among the live edges only; kNone: there are none.
   __device__ std::int32_t draw_live(std::int32_t slot, std::int32_t from_position,
                                     std::uint32_t random) const {
-    constexpr int kBatch = kTopK < 16 ? kTopK : 16;
     const std::int32_t* edges = row(slot);
+    std::int32_t to[kTopK];
+#pragma unroll
+    for (int k = 0; k < kTopK; k += 4) {
+      const int4 four = __ldg(reinterpret_cast<const int4*>(edges + k));
+      to[k] = four.x;
+      to[k + 1] = four.y;
+      to[k + 2] = four.z;
+      to[k + 3] = four.w;
+    }
+#pragma unroll
+    for (int k = 0; k < kTopK; ++k) to[k] = to[k] >= 0 ? position(to[k]) : -1;
     std::uint32_t live = 0;
     std::uint64_t total = 0;
-#pragma unroll 1
-    for (int begin = 0; begin < kTopK; begin += kBatch) {
-      std::int32_t reached[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const std::int32_t to = __ldg(edges + begin + i);
-        reached[i] = to >= 0 ? position(to) : -1;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (reached[i] < 0 || reached[i] >= from_position) continue;
-        live |= 1U << (begin + i);
-        total += width(edges, begin + i);
-      }
+    for (int k = 0; k < kTopK; ++k) {
+      if (to[k] < 0 || to[k] >= from_position) continue;
+      live |= 1U << k;
+      total += width(edges, k);
     }
     const std::uint64_t target = (total * random) >> 32U;
     std::uint64_t sum = 0;
@@ -324,9 +335,12 @@ struct Walk {
   /// uniform again.
   __device__ std::int32_t leave(std::int32_t node, std::int32_t position, std::int32_t drawn,
                                 uint2 number, bool& counts) const {
-    const std::uint64_t range = (std::uint64_t{1} << 32U) - threshold;
-    const auto again = static_cast<std::uint32_t>(((number.x - threshold) << 32U) / range);
-    const std::int32_t next = drawn == kEmpty ? kNone : edges.draw_live(node, position, again);
+    std::int32_t next = kNone;
+    if (drawn != kEmpty) {
+      const std::uint64_t range = (std::uint64_t{1} << 32U) - threshold;
+      const auto again = static_cast<std::uint32_t>(((number.x - threshold) << 32U) / range);
+      next = edges.draw_live(node, position, again);
+    }
     counts = next >= 0 || counts_restarts;
     return next >= 0 ? next : restarts.draw(number.y);
   }
@@ -358,11 +372,12 @@ class Ticket {
 };
 
 /// Collects what a thread block needs, and copies the coarse restart sums; false where it has
-/// nothing to do. It must not count visits before the launch in front is done, which empties the
-/// counts and fills tables by position; all else may come earlier.
-template <int kTopK, bool kWeighted>
+/// nothing to do. `while_waiting` is done once, when Walk::numbers can be asked for; the caller
+/// synchronizes the thread block. That must not count visits before the launch in front is done,
+/// which empties the counts and fills tables by position; all else may come earlier.
+template <int kTopK, bool kWeighted, class Work>
 __device__ bool set_up(const LayerView& layer, const GraphTask& task, const WalkRules& rules,
-                       std::uint64_t* coarse, Walk<kTopK, kWeighted>& walk) {
+                       std::uint64_t* coarse, Walk<kTopK, kWeighted>& walk, Work&& while_waiting) {
   const std::int64_t b = task.sequence;
   const std::int64_t g = task.graph;
   const int p = task.population;
@@ -390,36 +405,42 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
   walk.counts_restarts = rules.population[p].count_restarts != 0;
   Restarts& restarts = walk.restarts;
   restarts.coarse = coarse;
+  restarts.coarse_step = 0;
   restarts.fine = table.fine;
   restarts.group = layer.restart_group;
   restarts.aligned = layer.capacity % 4 == 0;
   restarts.capacity = static_cast<std::int32_t>(layer.capacity);
-  restarts.positions = walk.edges.positions;
-  restarts.novelty = nullptr;
+  restarts.weights = {walk.edges.positions, nullptr, 0, static_cast<std::int32_t>(seen)};
   const auto read_table = [&] {
     const uint4 header = __ldcg(reinterpret_cast<const uint4*>(table.header));
     const auto sums = static_cast<std::int32_t>(table.fine - table.coarse);
-    for (auto i = static_cast<std::int32_t>(threadIdx.x); i < sums;
-         i += static_cast<std::int32_t>(blockDim.x)) {
-      coarse[i] = __ldcg(table.coarse + i);
+    for (auto i = 2 * static_cast<std::int32_t>(threadIdx.x); i < sums;
+         i += 2 * static_cast<std::int32_t>(blockDim.x)) {
+      __pipeline_memcpy_async(coarse + i, table.coarse + i, 2 * sizeof(std::uint64_t));
     }
     restarts.header = {.total = std::uint64_t{header.y} << 32U | header.x,
                        .first = static_cast<std::int32_t>(header.z),
                        .coarse = static_cast<std::int32_t>(header.w)};
   };
   if (is_novelty(rules, p)) {
-    restarts.novelty = novelty_of(layer, b, g);
+    restarts.weights.novelty = novelty_of(layer, b, g);
     read_table();
-  } else if (ordered != 0 && held == length) {
-    const std::int32_t first =
-        first_slot_from(restarts.positions, length, seen, first_recent(layer, rules, seen, p));
-    restarts.header = {
-        .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
   } else {
+    restarts.weights.first = first_recent(layer, rules, seen, p);
+    if (ordered != 0 && held == length) {
+      const std::int32_t first = first_slot_from(walk.edges.positions, length, seen,
+                                                 restarts.weights.first, while_waiting);
+      restarts.header = {
+          .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
+      return fault == 0;
+    }
     cudaGridDependencySynchronize();
     read_table();
   }
-  restarts.coarse_step = restarts.header.coarse > 0 ? 1 << (31 - __clz(restarts.header.coarse)) : 0;
+  while_waiting();
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  if (restarts.header.coarse > 0) restarts.coarse_step = 1 << (31 - __clz(restarts.header.coarse));
   return fault == 0;
 }
 
@@ -427,7 +448,7 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
 template <int kTopK, bool kWeighted>
 __global__ void __launch_bounds__(kWalkThreads, 4)
     walk_kernel(Launch launch, LayerView shape, WalkRules rules, Parts parts) {
-  __shared__ std::uint64_t coarse[kMostCoarseSums];
+  __shared__ __align__(16) std::uint64_t coarse[kMostCoarseSums];
   GraphTask task;
   if (!find<false>(launch, shape, blockIdx.x / parts.blocks_a_graph, task)) return;
   const LayerView& layer = layer_of<false>(launch, shape, task);
@@ -435,19 +456,19 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
   const std::int64_t first = std::int64_t{blockIdx.x % parts.blocks_a_graph} * kWalkThreads;
   if (first >= walkers) return;
   Walk<kTopK, kWeighted> walk;
-  if (!set_up(layer, task, rules, coarse, walk)) return;
+  const auto walker = static_cast<std::uint64_t>(first) + threadIdx.x;
+  uint4 four;
+  if (!set_up(layer, task, rules, coarse, walk, [&] { four = walk.numbers(walker, 0); })) return;
   __syncthreads();
   Ticket ticket;
   if (threadIdx.x == kWalkThreads - 1) {
     ticket.take(layer, task.sequence, parts.blocks_a_sequence);
     ticket.finish(layer, task.sequence, rules);
   }
-  const auto walker = static_cast<std::uint64_t>(first) + threadIdx.x;
   if (walker >= static_cast<std::uint64_t>(walkers) || walk.restarts.header.total == 0) return;
 
   // A step's edge is drawn when its node is reached, before it is known that the edge to the node
   // is live: a step waits for memory once.
-  uint4 four = walk.numbers(walker, 0);
   uint2 number{four.z, four.w};
   bool follows = walk.follows(number);
   std::int32_t node = walk.restarts.draw(four.y);
@@ -490,7 +511,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
 template <int kTopK, bool kWeighted>
 __global__ void __launch_bounds__(kMostRunThreads)
     walk_runs_kernel(Launch launch, LayerView layer, WalkRules rules, Parts parts) {
-  extern __shared__ std::uint64_t coarse[];
+  extern __shared__ __align__(16) std::uint64_t coarse[];
   auto* const numbers = reinterpret_cast<uint2*>(coarse + kMostCoarseSums);
   auto* const carried = reinterpret_cast<std::int32_t*>(numbers + blockDim.x);
 
@@ -500,71 +521,84 @@ __global__ void __launch_bounds__(kMostRunThreads)
   const std::int64_t first = std::int64_t{blockIdx.x} * parts.walkers_a_block;
   if (first >= walkers) return;
   Walk<kTopK, kWeighted> walk;
-  if (!set_up(layer, task, rules, coarse, walk)) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int in_block = thread / parts.steps_a_round;
   const int turn = thread - in_block * parts.steps_a_round;
+  // Two numbers for the start and for every step.
+  uint4 four;
+  uint2 number;
+  const auto draw_numbers = [&](std::int64_t step) {
+    four = walk.numbers(static_cast<std::uint64_t>(first + in_block),
+                        static_cast<std::uint64_t>((step + 1) / 2));
+    number = step % 2 == 0 ? uint2{four.z, four.w} : uint2{four.x, four.y};
+    numbers[thread] = number;
+  };
+  if (!set_up(layer, task, rules, coarse, walk, [&] { draw_numbers(turn); })) return;
+  __syncthreads();
+  Ticket ticket;
+  if (threadIdx.x + 1 == blockDim.x) ticket.take(layer, task.sequence, parts.blocks_a_sequence);
   const bool walks = in_block < parts.walkers_a_block && first + in_block < walkers &&
                      walk.restarts.header.total != 0;
-  Ticket ticket;
+  const uint2* const mine = numbers + in_block * parts.steps_a_round;
   for (std::int64_t begin = 0; begin < rules.walk_length; begin += parts.steps_a_round) {
+    if (begin > 0) {
+      __syncthreads();
+      draw_numbers(begin + turn);
+      __syncthreads();
+    }
     const int steps =
         static_cast<int>(min(std::int64_t{parts.steps_a_round}, rules.walk_length - begin));
-    // Two numbers for the start and for every step.
-    const std::int64_t step = begin + turn;
-    const uint4 four = walk.numbers(static_cast<std::uint64_t>(first + in_block),
-                                    static_cast<std::uint64_t>((step + 1) / 2));
-    uint2 number = step % 2 == 0 ? uint2{four.z, four.w} : uint2{four.x, four.y};
-    numbers[thread] = number;
-    __syncthreads();
-    if (begin == 0 && threadIdx.x + 1 == blockDim.x) {
-      ticket.take(layer, task.sequence, parts.blocks_a_sequence);
-    }
     const bool restarts_here = !walk.follows(number);
     const bool runs = walks && turn < steps && (restarts_here || turn == 0);
-    const uint2* const mine = numbers + in_block * parts.steps_a_round;
-    int at = restarts_here ? turn + 1 : turn;
-    bool goes_on = false;
     std::int32_t node = 0;
     std::int32_t position = 0;
     std::int32_t drawn = kNone;
+    const auto follows_at = [&](int step_at, uint2& out) {
+      if (step_at < steps) out = mine[step_at];
+      return step_at < steps && walk.follows(out);
+    };
+    int at = restarts_here ? turn + 1 : turn;  // steps done
+    uint2 next_number = number;
+    bool goes_on = false;
+    bool goes_on_next = false;
     if (runs) {
       if (restarts_here || begin == 0) {
         node = walk.restarts.draw(restarts_here ? number.y : four.y);
       } else {
         node = carried[in_block];
       }
-      goes_on = at < steps && walk.follows(number = mine[at]);
+      goes_on = follows_at(at, number);
       if (goes_on) {
         position = walk.edges.position(node);
         drawn = walk.edges.draw(node, number.y);
+        goes_on_next = follows_at(at + 1, next_number);
       }
     }
     if (begin == 0) cudaGridDependencySynchronize();
-    if (runs) {
-      if (restarts_here && walk.counts_restarts) walk.visit(node);
-      while (goes_on) {
-        // The edge behind the next node is drawn before it is known that the edge to it is live.
-        const uint2 used = number;
-        std::int32_t next = drawn;
-        const std::int32_t assumed = max(next, 0);
-        std::int32_t next_position = walk.edges.position(assumed);
-        ++at;
-        goes_on = at < steps && walk.follows(number = mine[at]);
-        if (goes_on) drawn = walk.edges.draw(assumed, number.y);
-        bool counts = true;
-        if (next < 0 || next_position < 0 || next_position >= position) {
-          next = walk.leave(node, position, next, used, counts);
-          next_position = walk.edges.position(next);
-          if (goes_on) drawn = walk.edges.draw(next, number.y);
-        }
-        if (counts) walk.visit(next);
-        node = next;
-        position = next_position;
+    if (!runs) continue;
+    if (restarts_here && walk.counts_restarts) walk.visit(node);
+    while (goes_on) {
+      // The edge behind the next node is drawn before it is known that the edge to it is live.
+      std::int32_t next = drawn;
+      const std::int32_t assumed = max(next, 0);
+      std::int32_t next_position = walk.edges.position(assumed);
+      if (goes_on_next) drawn = walk.edges.draw(assumed, next_number.y);
+      const uint2 used = number;
+      number = next_number;
+      goes_on = goes_on_next;
+      ++at;
+      goes_on_next = goes_on && follows_at(at + 1, next_number);
+      bool counts = true;
+      if (next < 0 || next_position < 0 || next_position >= position) {
+        next = walk.leave(node, position, next, used, counts);
+        next_position = walk.edges.position(next);
+        if (goes_on) drawn = walk.edges.draw(next, number.y);
       }
-      if (at == steps) carried[in_block] = node;
+      if (counts) walk.visit(next);
+      node = next;
+      position = next_position;
     }
-    if (begin + steps < rules.walk_length) __syncthreads();
+    if (at == steps) carried[in_block] = node;
   }
   ticket.finish(layer, task.sequence, rules);
 }

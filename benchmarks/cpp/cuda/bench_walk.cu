@@ -1,5 +1,6 @@
 // Random walks and the exact solver on a GPU: checks against the CPU backend, then times beside
-// what limits them. Arguments: any of "check", "walk", "many", "solve"; none: all.
+// what limits them. Arguments: any of "check", "walk", "many", "solve"; none: all. Returns 1 where
+// a check fails.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -465,10 +466,14 @@ struct Law {
   const char* name;
   int top_k;
   EdgeLaw law;
+
+  std::int64_t row_bytes() const { return 4 * top_k * (law == EdgeLaw::weighted ? 2 : 1); }
 };
-constexpr Law kLaws[] = {{"k8 weighted", 8, EdgeLaw::weighted},
-                         {"k4 weighted", 4, EdgeLaw::weighted},
-                         {"k32 uniform", 32, EdgeLaw::uniform}};
+constexpr Law kLaws[] = {{"K=8 weighted", 8, EdgeLaw::weighted},
+                         {"K=4 weighted", 4, EdgeLaw::weighted},
+                         {"K=32 uniform", 32, EdgeLaw::uniform}};
+constexpr int kWalkers = 1024;
+constexpr int kSteps = 20;
 
 GraphManager manager_of(const Law& law, std::int64_t layers, std::int64_t heads, std::int64_t slots,
                         const std::vector<Population>& populations) {
@@ -487,8 +492,6 @@ const std::vector<Population> kUsual = WalkConfig{}.populations;
 const std::vector<Population> kRecent{{.restart = Restart::recent, .count = VisitCount::edges}};
 
 void time_one_graph() {
-  constexpr int kWalkers = 1024;
-  constexpr int kSteps = 20;
   constexpr int kCalls = 16;
   const Timing nothing = measure({.calls = kCalls}, [](int, cudaStream_t stream) {
     empty_kernel<<<1, 32, 0, stream>>>();
@@ -500,7 +503,8 @@ void time_one_graph() {
       const bool weighted = law.law == EdgeLaw::weighted;
       const Graphs graphs =
           make_graphs({.slots = slots, .top_k = law.top_k, .weighted = weighted}, 5);
-      const std::string name = std::string(law.name) + ", " + std::to_string(slots) + " slots";
+      const std::string name =
+          "graphs=1 W=1024 S=20 N=" + std::to_string(slots) + " " + std::string(law.name);
       const Rows rows = rows_of(graphs, weighted);
       const Buffer out(kWalkers * 4);
       const auto words = static_cast<std::uint32_t>(weighted ? 2 * law.top_k : law.top_k);
@@ -515,8 +519,8 @@ void time_one_graph() {
       };
       const Timing chase64 = chase(64);
       const Timing chase32 = chase(32);
-      print("chase", name + ", blocks of 32", chase32);
-      print("chase", name + ", blocks of 64", chase64);
+      print("chase", name + " blocks of 32", chase32);
+      print("chase", name + " blocks of 64", chase64);
       const double floor = std::min(chase32.median, chase64.median);
 
       const Buffer states(kWalkers * static_cast<std::int64_t>(sizeof(curandStatePhilox4_32_10_t)));
@@ -551,8 +555,11 @@ void time_one_graph() {
           manager.walk(0, {}, Stream{stream});
         });
         manager.refresh();
-        print("walk", name + ", " + kind, walk,
-              {{"over_chase", walk.median / floor}, {"literal_over", plain.median / walk.median}});
+        print("walk", name + " " + kind, walk,
+              {{"chase_us", floor},
+               {"literal_us", plain.median},
+               {"over_chase", walk.median / floor},
+               {"over_literal", plain.median / walk.median}});
       }
     }
   }
@@ -560,25 +567,49 @@ void time_one_graph() {
   GraphManager manager = manager_of(kLaws[0], 1, 1, 4096, kUsual);
   load(manager, 0, hub);
   manager.synchronize();
-  print("walk", "k8 weighted, 4096 slots, half of the edges to one token",
+  print("walk", "graphs=1 W=1024 S=20 N=4096 K=8 weighted, half of the edges to one token",
         measure({.calls = kCalls},
                 [&](int, cudaStream_t stream) { manager.walk(0, {}, Stream{stream}); }));
+}
+
+/// Sectors of 32 bytes that a step touches: with restart_prob 0.5, half of the steps are followed
+/// by one over an edge and read a row for it; the next node's position is read unless a restart
+/// follows a restart; a visit is one. A restart by novelty reads the weights of eight slots, and of
+/// their sums where a thread block does not hold them all.
+double sectors_a_step(const Law& law, const Population& population, std::int64_t slots) {
+  const double row = law.law == EdgeLaw::weighted ? static_cast<double>(law.row_bytes()) / 32 : 1.0;
+  double sectors = 0.5 * row + 0.75 + (population.count == VisitCount::all ? 1.0 : 0.5);
+  if (population.restart == Restart::novelty) sectors += 0.5 * (slots > 8192 ? 2.0 : 1.0);
+  return sectors;
 }
 
 void time_many_graphs() {
   constexpr std::int64_t kLayers = 32;
   constexpr std::int64_t kHeads = 8;
-  constexpr double kSteps = 1024.0 * 20.0 * kLayers * kHeads;
-  for (const Law& law : kLaws) {
-    const bool weighted = law.law == EdgeLaw::weighted;
-    const std::int64_t row = 4 * (weighted ? 2 * law.top_k : law.top_k);
-    // The first fits the L2 cache, the second does not.
-    for (const std::int64_t bytes : {std::int64_t{20} << 20U, std::int64_t{200} << 20U}) {
-      const std::int64_t slots = bytes / (kLayers * kHeads) / row / 256 * 256;
+  constexpr double kAllSteps = double{kWalkers} * kSteps * kLayers * kHeads;
+  // The first fits the L2 cache, the second does not.
+  for (const std::int64_t bytes : {std::int64_t{20} << 20U, std::int64_t{200} << 20U}) {
+    const Buffer data(bytes);
+    const Buffer out(4);
+    check(cudaMemset(data.as<void>(), 0, static_cast<std::size_t>(bytes)), "cudaMemset");
+    constexpr int kEach = 64;
+    const auto threads = static_cast<std::int64_t>(kAllSteps) * 3 / kEach;
+    const Timing gather =
+        measure({.calls = 1, .warm_up = 3, .replays = 20}, [&](int, cudaStream_t stream) {
+          gather_kernel<<<static_cast<unsigned>(threads / 256), 256, 0, stream>>>(
+              data.as<std::uint32_t>(), static_cast<std::uint64_t>(bytes / 32), kEach,
+              out.as<std::uint32_t>());
+          check(cudaGetLastError(), "gather_kernel");
+        });
+    const double sectors_a_us = static_cast<double>(threads) * kEach / gather.median;
+    print("gather", "sectors anywhere in " + std::to_string(bytes >> 20U) + " MiB", gather,
+          {{"gsectors", sectors_a_us * 1e-3}});
+    for (const Law& law : kLaws) {
+      const std::int64_t slots = bytes / (kLayers * kHeads) / law.row_bytes() / 256 * 256;
       const Graphs graphs = make_graphs({.graphs = kHeads,
                                          .slots = slots,
                                          .top_k = law.top_k,
-                                         .weighted = weighted,
+                                         .weighted = law.law == EdgeLaw::weighted,
                                          .alike = true},
                                         6);
       for (const auto& [kind, populations] :
@@ -589,29 +620,19 @@ void time_many_graphs() {
         const Timing walk = measure(
             {.calls = 1, .warm_up = 3, .replays = 20},
             [&](int, cudaStream_t stream) { manager.walk(kAllLayers, {}, Stream{stream}); });
-        print("walk 256 graphs",
-              std::string(law.name) + ", " + std::to_string(slots) + " slots, " + kind, walk,
-              {{"G_steps_per_s", kSteps / walk.median * 1e-3},
-               {"rows_MiB", static_cast<double>(bytes >> 20U)}});
+        double sectors = 0.0;
+        for (const Population& population : *populations) {
+          sectors += population.share * sectors_a_step(law, population, slots);
+        }
+        print("walk",
+              "graphs=256 W=1024 S=20 N=" + std::to_string(slots) + " " + law.name + " " + kind +
+                  (bytes >> 20U > 50 ? " DRAM" : " L2"),
+              walk,
+              {{"gsteps", kAllSteps / walk.median * 1e-3},
+               {"gather_gsteps", sectors_a_us * 1e-3 / sectors},
+               {"sectors_a_step", sectors}});
       }
     }
-  }
-  for (const std::int64_t bytes : {std::int64_t{20} << 20U, std::int64_t{200} << 20U}) {
-    const Buffer data(bytes);
-    const Buffer out(4);
-    check(cudaMemset(data.as<void>(), 0, static_cast<std::size_t>(bytes)), "cudaMemset");
-    constexpr int kEach = 64;
-    const auto threads = static_cast<std::int64_t>(kSteps) * 4 / kEach;
-    const Timing gather =
-        measure({.calls = 1, .warm_up = 3, .replays = 20}, [&](int, cudaStream_t stream) {
-          gather_kernel<<<static_cast<unsigned>(threads / 256), 256, 0, stream>>>(
-              data.as<std::uint32_t>(), static_cast<std::uint64_t>(bytes / 32), kEach,
-              out.as<std::uint32_t>());
-          check(cudaGetLastError(), "gather_kernel");
-        });
-    print("gather", "4 sectors a step from " + std::to_string(bytes >> 20U) + " MiB", gather,
-          {{"G_sectors_per_s", static_cast<double>(threads) * kEach / gather.median * 1e-3},
-           {"G_steps_per_s", kSteps / gather.median * 1e-3}});
   }
 }
 
@@ -630,8 +651,7 @@ void time_solver() {
       const Timing solve =
           measure({.calls = 1, .warm_up = 1, .replays = 7},
                   [&](int, cudaStream_t stream) { manager.solve(kAllLayers, {}, Stream{stream}); });
-      print("solve", std::to_string(heads) + " graphs of " + std::to_string(slots) + " slots",
-            solve, {{"ms", solve.median * 1e-3}});
+      print("solve", "N=" + std::to_string(slots) + " K=8 graphs=" + std::to_string(heads), solve);
     }
   }
 }

@@ -22,12 +22,13 @@ __device__ inline std::uint64_t scaled(std::uint64_t total, std::uint32_t random
 /// Restart weights of one population of one graph.
 struct RestartWeights {
   const std::int32_t* positions;
-  const std::uint32_t* novelty;  ///< null: all positions from `first` on weigh the same
+  const std::uint32_t* novelty;  ///< null: all positions in [first, end) weigh the same
   std::int32_t first;
+  std::int32_t end;  ///< tokens seen: newer ones may come while a walk runs
 
   __device__ std::uint32_t of(std::int32_t position, std::uint32_t novelty_weight) const {
     if (novelty != nullptr) return position >= 0 ? novelty_weight : 0U;
-    return position >= first ? 1U : 0U;
+    return position >= first && position < end ? 1U : 0U;
   }
   __device__ std::uint32_t operator()(std::int64_t slot) const {
     return of(positions[slot], novelty != nullptr ? novelty[slot] : 0U);
@@ -51,19 +52,19 @@ __device__ inline std::int32_t first_recent(const LayerView& layer, const WalkRu
 
 __device__ inline RestartWeights restart_weights(const LayerView& layer, const WalkRules& rules,
                                                  std::int64_t b, std::int64_t g, int p) {
-  RestartWeights weights{positions_of(layer, b, g), nullptr, 0};
+  const std::int64_t seen = layer.sequences[b].seen;
+  RestartWeights weights{positions_of(layer, b, g), nullptr, 0, static_cast<std::int32_t>(seen)};
   if (rules.population[p].restart == static_cast<std::int32_t>(Restart::novelty)) {
     weights.novelty = novelty_of(layer, b, g);
   } else {
-    weights.first = first_recent(layer, rules, layer.sequences[b].seen, p);
+    weights.first = first_recent(layer, rules, seen, p);
   }
   return weights;
 }
 
 struct alignas(16) RestartHeader {
   std::uint64_t total;
-  /// Where there are sums: RestartWeights::first. Else the slots [first, first + total) weigh 1.
-  std::int32_t first;
+  std::int32_t first;   ///< where there are no sums: the slots [first, first + total) weigh 1
   std::int32_t coarse;  ///< number of coarse sums; 0: there are no sums
 };
 
@@ -116,8 +117,7 @@ struct Restarts {
   std::int32_t coarse_step;  ///< highest power of two up to the number of coarse sums
   bool aligned;
   std::int32_t capacity;
-  const std::int32_t* positions;
-  const std::uint32_t* novelty;  ///< null: as in RestartWeights
+  RestartWeights weights;
 
   __device__ std::int32_t draw(std::uint32_t random) const {
     const std::uint64_t target = scaled(header.total, random);
@@ -155,13 +155,13 @@ struct Restarts {
     const std::int64_t first = block * kRestartBlock;
     auto slot = static_cast<std::int32_t>(first);
     std::uint32_t weight[kRestartBlock];
-    if (novelty != nullptr) {  // 0 where there is no token, see fill_restart_table
-      load_block(novelty, first, capacity, aligned, weight);
+    if (weights.novelty != nullptr) {  // 0 where there is no token, see fill_restart_table
+      load_block(weights.novelty, first, capacity, aligned, weight);
     } else {
-      std::int32_t position[kRestartBlock];
-      load_block(positions, first, capacity, aligned, position);
+      std::int32_t positions[kRestartBlock];
+      load_block(weights.positions, first, capacity, aligned, positions);
 #pragma unroll
-      for (int i = 0; i < kRestartBlock; ++i) weight[i] = position[i] >= header.first ? 1U : 0U;
+      for (int i = 0; i < kRestartBlock; ++i) weight[i] = weights.of(positions[i], 0);
     }
 #pragma unroll
     for (int i = 0; i + 1 < kRestartBlock; ++i) {
