@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kMeanThreads = 1024;
 /// The weight of the most novel token.
 constexpr double kUnit = 0x1p20;
 /// Slots that a warp's team looks at together.
@@ -78,8 +79,8 @@ Scratch scratch_of(const LayerView& layer, float* memory) {
 }
 
 /// Combines over a block; thread 0 gets the result, in one order.
-template <class T, class Combine>
-__device__ T block_reduce(T value, T (&shared)[kWarps], Combine combine) {
+template <class T, int kCount, class Combine>
+__device__ T block_reduce(T value, T (&shared)[kCount], Combine combine) {
   const auto exchange = [&](int offset) {
     T other;
     const auto* from = reinterpret_cast<const double*>(&value);
@@ -92,7 +93,7 @@ __device__ T block_reduce(T value, T (&shared)[kWarps], Combine combine) {
   for (int offset = 16; offset > 0; offset /= 2) value = combine(value, exchange(offset));
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
-  for (int w = 1; w < kWarps; ++w) value = combine(value, shared[w]);
+  for (int w = 1; w < kCount; ++w) value = combine(value, shared[w]);
   return value;
 }
 
@@ -108,6 +109,8 @@ struct Reader {
   static constexpr int kHeld = kVector * kChunks;           ///< columns of a lane
   static constexpr int kTeams = 32 / kTeam;
   static constexpr int kBatch = kRows * kTeams;  ///< slots that a warp reads together
+  /// Whether registers suffice to read the next batch ahead.
+  static constexpr bool kAhead = kVector > 1 && kChunks == 1;
 
   struct alignas(sizeof(T) * kVector) Vector {
     T values[kVector];
@@ -117,25 +120,26 @@ struct Reader {
     return (i / kVector * kTeam + member) * kVector + i % kVector;
   }
 
+  /// What a lane holds of kRows slots.
+  struct Slice {
+    Vector words[kRows][kChunks];
+
+    __device__ float operator()(int row, int i) const {
+      return as_float(words[row][i / kVector].values[i % kVector]);
+    }
+  };
+
   /// Columns [base, base + kWidth) of the slots of a batch, 0 where there is none.
   __device__ static void load(const TokensView& keys, const T* key_of_head, int first, int end,
-                              int base, int dim, float (&values)[kRows][kHeld]) {
+                              int base, int dim, Slice& slice) {
     const int member = static_cast<int>(threadIdx.x) % kTeam;
-    Vector raw[kRows][kChunks];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const T* const key = key_of_head + min(first + r, end - 1) * keys.token_stride;
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         const int at = base + (c * kTeam + member) * kVector;
-        raw[r][c] = at < dim ? *reinterpret_cast<const Vector*>(key + at) : Vector{};
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        values[r][i] = as_float(raw[r][i / kVector].values[i % kVector]);
+        slice.words[r][c] = at < dim ? *reinterpret_cast<const Vector*>(key + at) : Vector{};
       }
     }
   }
@@ -187,7 +191,7 @@ struct Part {
 
 /// Inverse norms, and the sum of a part's directions.
 template <class Reader>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     directions_kernel(LayerView layer, TokensView keys, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ float team_sums[kWarps * Reader::kTeams][Reader::kWidth];
@@ -202,15 +206,22 @@ __global__ void __launch_bounds__(kThreads)
       positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  constexpr int kStep = kWarps * Reader::kBatch;
+  const int first_of_team = part.begin + warp * Reader::kBatch + team * kRows;
   for (int base = 0; base < dim; base += Reader::kWidth) {
     float sums[Reader::kHeld] = {};
-    for (int batch = part.begin + warp * Reader::kBatch; batch < part.end;
-         batch += kWarps * Reader::kBatch) {
-      const int first = batch + team * kRows;
+    typename Reader::Slice next;
+    if (Reader::kAhead && part.begin < part.end) {
+      Reader::load(keys, key_of_head, first_of_team, part.end, base, dim, next);
+    }
+    for (int first = first_of_team; first - team * kRows < part.end; first += kStep) {
+      if (!Reader::kAhead) Reader::load(keys, key_of_head, first, part.end, base, dim, next);
+      const typename Reader::Slice values = next;
+      if (Reader::kAhead && first - team * kRows + kStep < part.end) {
+        Reader::load(keys, key_of_head, first + kStep, part.end, base, dim, next);
+      }
       const int slot = first + Reader::row_of_member(member);
       float inverse = -1.0F;
-      float values[kRows][Reader::kHeld];
-      Reader::load(keys, key_of_head, first, part.end, base, dim, values);
       if (base == 0) {
         float squares[kRows];
 #pragma unroll
@@ -218,17 +229,17 @@ __global__ void __launch_bounds__(kThreads)
           squares[r] = 0.0F;
 #pragma unroll
           for (int i = 0; i < Reader::kHeld; ++i) {
-            squares[r] = fmaf(values[r][i], values[r][i], squares[r]);
+            squares[r] = fmaf(values(r, i), values(r, i), squares[r]);
           }
         }
-        for (int next = Reader::kWidth; next < dim; next += Reader::kWidth) {
-          float more[kRows][Reader::kHeld];
-          Reader::load(keys, key_of_head, first, part.end, next, dim, more);
+        for (int behind = Reader::kWidth; behind < dim; behind += Reader::kWidth) {
+          typename Reader::Slice more;
+          Reader::load(keys, key_of_head, first, part.end, behind, dim, more);
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
 #pragma unroll
             for (int i = 0; i < Reader::kHeld; ++i) {
-              squares[r] = fmaf(more[r][i], more[r][i], squares[r]);
+              squares[r] = fmaf(more(r, i), more(r, i), squares[r]);
             }
           }
         }
@@ -247,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
             __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
         if (scale < 0.0F) continue;
 #pragma unroll
-        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values[r][i], scale, sums[i]);
+        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values(r, i), scale, sums[i]);
       }
     }
 #pragma unroll
@@ -266,29 +277,49 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 /// One block a head: its mean direction, of length 1 or 0.
-__global__ void __launch_bounds__(kThreads) mean_kernel(LayerView layer, Scratch scratch) {
-  __shared__ double shared[kWarps];
+__global__ void __launch_bounds__(kMeanThreads) mean_kernel(LayerView layer, Scratch scratch) {
+  __shared__ float partial[kMeanThreads];
+  __shared__ double shared[kMeanThreads / 32];
   __shared__ float inverse;
   if (has_fault(layer)) return;
+  const int thread = static_cast<int>(threadIdx.x);
   const int dim = layer.head_dim;
   const float* const sums = scratch.sums + std::int64_t{blockIdx.x} * scratch.splits * dim;
   float* const direction = scratch.directions + std::int64_t{blockIdx.x} * dim;
+  // Groups of threads, one thread a column, share the parts.
+  const int width = min(dim, kMeanThreads);
+  const int groups = kMeanThreads / width;
+  const int group = thread / width;
+  const int each = (scratch.splits + groups - 1) / groups;
   double norm2 = 0.0;
-  for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) {
+  for (int base = 0; base < dim; base += width) {
+    const int d = base + thread % width;
     float sum = 0.0F;
-#pragma unroll 8
-    for (int split = 0; split < scratch.splits; ++split) sum += sums[std::int64_t{split} * dim + d];
-    direction[d] = sum;
-    norm2 += static_cast<double>(sum) * sum;
+    if (group < groups && d < dim) {
+      const int end = min((group + 1) * each, scratch.splits);
+#pragma unroll 4
+      for (int split = group * each; split < end; ++split) {
+        sum += sums[std::int64_t{split} * dim + d];
+      }
+    }
+    partial[thread] = sum;
+    __syncthreads();
+    if (group == 0 && d < dim) {
+      for (int i = 1; i < groups; ++i) sum += partial[i * width + thread];
+      direction[d] = sum;
+      norm2 += static_cast<double>(sum) * sum;
+    }
+    __syncthreads();
   }
   norm2 = block_reduce(norm2, shared, [](double x, double y) { return x + y; });
-  if (threadIdx.x == 0) inverse = norm2 > 0.0 ? static_cast<float>(1.0 / sqrt(norm2)) : 0.0F;
+  if (thread == 0) inverse = norm2 > 0.0 ? static_cast<float>(1.0 / sqrt(norm2)) : 0.0F;
   __syncthreads();
-  for (int d = static_cast<int>(threadIdx.x); d < dim; d += kThreads) direction[d] *= inverse;
+  if (group != 0) return;
+  for (int d = thread; d < dim; d += width) direction[d] *= inverse;
 }
 
 template <class Reader>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ Moments shared[kWarps];
@@ -313,21 +344,37 @@ __global__ void __launch_bounds__(kThreads)
   };
   load_direction(0);
   Moments moments;
-  for (int batch = part.begin + warp * Reader::kBatch; batch < part.end;
-       batch += kWarps * Reader::kBatch) {
-    const int first = batch + team * kRows;
+  constexpr int kStep = kWarps * Reader::kBatch;
+  const int first_of_team = part.begin + warp * Reader::kBatch + team * kRows;
+  typename Reader::Slice next;
+  if (Reader::kAhead && part.begin < part.end) {
+    Reader::load(keys, key_of_head, first_of_team, part.end, 0, dim, next);
+  }
+  for (int first = first_of_team; first - team * kRows < part.end; first += kStep) {
     float dots[kRows] = {};
-    for (int base = 0; base < dim; base += Reader::kWidth) {
-      if (dim > Reader::kWidth) load_direction(base);
-      float values[kRows][Reader::kHeld];
-      Reader::load(keys, key_of_head, first, part.end, base, dim, values);
+    const auto add_slice = [&](const typename Reader::Slice& values) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int i = 0; i < Reader::kHeld; ++i) {
-          dots[r] = fmaf(values[r][i], direction[i], dots[r]);
+          dots[r] = fmaf(values(r, i), direction[i], dots[r]);
         }
       }
+    };
+    if (!Reader::kAhead) Reader::load(keys, key_of_head, first, part.end, 0, dim, next);
+    const typename Reader::Slice values = next;
+    if (Reader::kAhead && first - team * kRows + kStep < part.end) {
+      Reader::load(keys, key_of_head, first + kStep, part.end, 0, dim, next);
+    }
+    add_slice(values);
+    if (dim > Reader::kWidth) {
+      for (int base = Reader::kWidth; base < dim; base += Reader::kWidth) {
+        typename Reader::Slice more;
+        Reader::load(keys, key_of_head, first, part.end, base, dim, more);
+        load_direction(base);
+        add_slice(more);
+      }
+      load_direction(0);
     }
     const float dot = Reader::sum_rows(dots);
     const int slot = first + Reader::row_of_member(member);
@@ -353,10 +400,18 @@ struct Standard {
   double scale;
 };
 
+/// By one warp.
 __device__ Standard standard_of(const Scratch& scratch, std::int64_t head) {
+  const Moments* const moments = scratch.moments + head * scratch.splits;
   Moments sum;
-  for (int split = 0; split < scratch.splits; ++split) {
-    sum.add(scratch.moments[head * scratch.splits + split]);
+#pragma unroll 4
+  for (int split = static_cast<int>(threadIdx.x) % 32; split < scratch.splits; split += 32) {
+    sum.add(moments[split]);
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    sum.add({.count = __shfl_xor_sync(0xffffffffU, sum.count, offset),
+             .sum = __shfl_xor_sync(0xffffffffU, sum.sum, offset),
+             .squares = __shfl_xor_sync(0xffffffffU, sum.squares, offset)});
   }
   const double average = sum.count > 0.0 ? sum.sum / sum.count : 0.0;
   const double squares = fmax(sum.squares - sum.sum * average, 0.0);
@@ -380,8 +435,9 @@ __device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch,
   for (int head = 0; head < layer.heads_per_graph; head += 32) {
     const int heads = min(layer.heads_per_graph - head, 32);
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < heads) {
-      standards[threadIdx.x] = standard_of(scratch, first_head + head + threadIdx.x);
+    for (int h = static_cast<int>(threadIdx.x) / 32; h < heads; h += kWarps) {
+      const Standard standard = standard_of(scratch, first_head + head + h);
+      if (threadIdx.x % 32 == 0) standards[h] = standard;
     }
     __syncthreads();
     for (int h = 0; h < heads; ++h) {
@@ -449,7 +505,7 @@ void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch
   const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
   directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
   check(cudaGetLastError(), "directions_kernel");
-  mean_kernel<<<heads, kThreads, 0, stream>>>(layer, scratch);
+  mean_kernel<<<heads, kMeanThreads, 0, stream>>>(layer, scratch);
   check(cudaGetLastError(), "mean_kernel");
   distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
   check(cudaGetLastError(), "distances_kernel");
@@ -458,19 +514,19 @@ void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch
 template <class T>
 void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
                cudaStream_t stream) {
-  constexpr std::int64_t kAlignment = 4 * sizeof(T);
-  const auto is_aligned = [&](std::int64_t stride) { return stride % 4 == 0; };
-  const bool wide = layer.head_dim % 4 == 0 && is_aligned(keys.sequence_stride) &&
+  constexpr int kVector = 16 / sizeof(T);
+  const auto is_aligned = [&](std::int64_t stride) { return stride % kVector == 0; };
+  const bool wide = is_aligned(layer.head_dim) && is_aligned(keys.sequence_stride) &&
                     is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
-                    reinterpret_cast<std::uintptr_t>(keys.data) % kAlignment == 0;
+                    reinterpret_cast<std::uintptr_t>(keys.data) % 16 == 0;
   if (!wide) {
     launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
   } else if (layer.head_dim <= 64) {
-    launch_reader<Reader<T, 4, 16, 1>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, scratch, stream);
   } else if (layer.head_dim <= 128) {
-    launch_reader<Reader<T, 4, 32, 1>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, scratch, stream);
   } else {
-    launch_reader<Reader<T, 4, 32, 2>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, scratch, stream);
   }
 }
 
