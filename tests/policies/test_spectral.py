@@ -125,3 +125,33 @@ def test_there_is_nothing_to_rank_at_first() -> None:
     (tracker,) = policies.Spectral(**OPTIONS).trackers(1)
     with pytest.raises(RuntimeError, match="no token was observed"):
         tracker.scores()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_nothing_waits_for_a_busy_stream() -> None:
+    query, keys = tokens(2, 40, device="cuda")
+
+    def decode(tracker: policies.Tracker, slab: torch.Tensor) -> torch.Tensor:
+        for t in range(24, 32):
+            observe(tracker, query, slab, t, t + 1)
+        keep = tracker.keep()
+        assert keep is not None
+        tracker.compact(keep, slab[:, :, :32], slab[:, :, :32].clone())
+        return keep
+
+    trackers = [policies.Spectral(**OPTIONS).trackers(1)[0] for _ in range(2)]
+    slabs = [keys.clone() for _ in trackers]
+    for tracker, slab in zip(trackers, slabs, strict=True):
+        observe(tracker, query, slab, 0, 24)
+        tracker.reserve(40)
+    expected = decode(trackers[0], slabs[0])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(400_000_000)
+        keep = decode(trackers[1], slabs[1])
+        assert not stream.query()
+    stream.synchronize()
+    assert torch.equal(keep, expected)
+    assert torch.equal(slabs[1], slabs[0])
