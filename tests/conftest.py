@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,26 @@ from arrays import Arrays, missing_cuda
 
 # jax would take most of the GPU's memory for itself.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+# Which part of the tests this process runs, told as GoogleTest is told.
+SHARDS = int(os.environ.get("GTEST_TOTAL_SHARDS", "1"))
+SHARD = int(os.environ.get("GTEST_SHARD_INDEX", "0"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the report of each part a name of its own: pytest.xml becomes pytest.0.xml."""
+    path = config.getoption("xmlpath", None)
+    if SHARDS > 1 and path:
+        config.option.xmlpath = str(Path(path).with_suffix(f".{SHARD}.xml"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep every SHARDS-th test."""
+    if SHARDS > 1:
+        config.hook.pytest_deselected(items=[t for i, t in enumerate(items) if i % SHARDS != SHARD])
+        items[:] = items[SHARD::SHARDS]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import platform
@@ -59,7 +58,7 @@ class Stage:
     cwd: Path = ROOT
     env: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    #: Processes side by side, between which googletest parts its tests.
+    #: Processes side by side, between which googletest, or tests/conftest.py, parts the tests.
     shards: int = 1
     #: Reads figures out of the output; raises CheckError.
     parse: Callable[[str], Figures] = lambda _: {}
@@ -113,9 +112,10 @@ def parse_ctest(output: str) -> Figures:
 
 
 def parse_junit(text: str) -> Figures:
-    """Read counts out of pytest's junit XML."""
+    """Read counts out of pytest's junit XML, one report or several in a row."""
+    reports = re.split(r"<\?xml[^>]*\?>", text)[1:] or [text]
     try:
-        suites = list(ET.fromstring(text).iter("testsuite"))
+        suites = [suite for one in reports for suite in ET.fromstring(one).iter("testsuite")]
     except ET.ParseError as error:
         raise CheckError(f"pytest left no readable report: {error}") from None
 
@@ -333,8 +333,17 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     cuda = {"SPECTRALKV_CUDA": "ON"}
     installed = {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
 
+    shards = arguments.pytest_shards
+    parts = [junit.with_suffix(f".{shard}.xml") for shard in range(shards)]
+    reports = [junit] if shards == 1 else parts
+    for report in reports:
+        report.unlink(missing_ok=True)  # an earlier check's
+
     def read_junit(_: str) -> Figures:
-        return parse_junit(junit.read_text() if junit.exists() else "")
+        missing = [report.name for report in reports if not report.exists()]
+        if missing:
+            raise CheckError(f"pytest left no report: {', '.join(missing)}")
+        return parse_junit("".join(report.read_text() for report in reports))
 
     def read_compared(_: str) -> Figures:
         if not compared.exists():
@@ -357,7 +366,6 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
         python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
         str(ROOT / "tests"), "-o", "addopts=", "-m", "gpu", "-q", "-ra",
         "-p", "no:cacheprovider", f"--junitxml={junit}",
-        *(["-n", str(min(8, arguments.jobs))] if importlib.util.find_spec("xdist") else []),
     ]  # fmt: skip
     compare = [
         python, str(ROOT / "benchmarks/python/gpu.py"), "--output", str(compared),
@@ -399,6 +407,10 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             # It builds in a folder of its own, beside the C++ tests.
             Stage("package", package, limit=300, env={**cuda, "CMAKE_BUILD_PARALLEL_LEVEL": jobs}),
             Stage("ctest", ctest, limit=180, needs=("build",), parse=parse_ctest),
+            *sanitize,
+        ],
+        # Models launch thousands of small kernels: beside the others' they would wait for turns.
+        [
             Stage(
                 "pytest",
                 gpu_tests,
@@ -406,9 +418,9 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
                 cwd=folder,
                 env=installed,
                 needs=("package",),
+                shards=shards,
                 parse=read_junit,
-            ),
-            *sanitize,
+            )
         ],
         # What is timed runs alone.
         *[
@@ -528,6 +540,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sanitizer-filter",
         default=SANITIZER_FILTER,
         help="of googletest: tests under compute-sanitizer; by default %(default)s",
+    )
+    parser.add_argument(
+        "--pytest-shards",
+        type=int,
+        default=8,
+        help="processes that share pytest's tests",
     )
     parser.add_argument(
         "--sanitizer-shards", type=int, default=3, help="processes of each of its tools"

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 HEADS, QUERY_HEADS, DIM, CAPACITY = 2, 4, 64, 4096
 # Long enough on any GPU that what comes behind it on its stream has not begun when a call returns.
-CYCLES = 200_000_000
+CYCLES = 1_000_000_000
 
 
 class _Stream:

@@ -149,7 +149,7 @@ def test_nothing_waits_for_a_busy_stream() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(400_000_000)
+        torch.cuda._sleep(1_000_000_000)
         keep = decode(trackers[1], slabs[1])
         assert not stream.query()
     stream.synchronize()
