@@ -287,8 +287,7 @@ __host__ __device__ inline int part_of(int slots, int parts) {
 /// a time as Dots takes.
 template <class Dots, class Use>
 __device__ inline void for_each_task(const LayerView& layer, const UpdateArgs& args, std::int64_t b,
-                                     std::int64_t g, int begin, int end, int own_slot,
-                                     Use&& use) {
+                                     std::int64_t g, Use&& use) {
   using T = typename Dots::T;
   for (int head = 0; head < layer.heads_per_graph; ++head) {
     const std::int64_t h = g * layer.heads_per_graph + head;
@@ -300,9 +299,9 @@ __device__ inline void for_each_task(const LayerView& layer, const UpdateArgs& a
                       .positions = positions_of(layer, b, g),
                       .query_heads = min(layer.group - first, Dots::kColumns),
                       .head_dim = layer.head_dim,
-                      .begin = begin,
-                      .end = end,
-                      .own_slot = own_slot},
+                      .begin = 0,
+                      .end = 0,
+                      .own_slot = 0},
           head * layer.group + first);
     }
   }
@@ -353,6 +352,7 @@ struct Shared {
   Mailbox sums;                         ///< of all blocks, to all blocks
   Mailbox lists;                        ///< of all blocks, to the first
   int suspect;                          ///< the block met a new key without a score
+  int merged;                           ///< candidates of the graph
 };
 
 /// A cluster of thread blocks a graph, clusters along x, sequences along y.
@@ -385,9 +385,10 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
     open_mailbox(shared.sums, cluster * query_heads * kEntry);
     open_mailbox(shared.lists, cluster * (32 + 1) * kEntry);
     shared.suspect = 0;
-    shared.top_k.found = 0;
+    shared.merged = 0;
   }
   cluster_arrive();
+  if (warp == 1) clear(shared.top_k, lane);
 
   const Layout layout(query_heads, cluster, threads, most_slots);
   auto* const bytes = reinterpret_cast<unsigned char*>(memory);
@@ -402,25 +403,32 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   for (int i = thread; i < (most_slots + 31) / 32; i += threads) barred[i] = 0;
   __syncthreads();
 
-  const std::int64_t slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
-  const int visible = visible_slots(layer, slot, length, extent);
-  const int part = part_of(visible, cluster);
-  const int begin = min(rank * part, visible);
-  const int end = min(begin + part, visible);
-  const auto own_slot = static_cast<int>(slot);
+  // The length of the layer is still on its way: what needs it comes after the queries.
+  std::int64_t slot = 0;
+  int begin = 0;
+  int end = 0;
+  const auto find_slots = [&](auto& task) {
+    slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
+    const int visible = visible_slots(layer, slot, length, extent);
+    const int part = part_of(visible, cluster);
+    begin = min(rank * part, visible);
+    end = min(begin + part, visible);
+    task.begin = begin;
+    task.end = end;
+    task.own_slot = static_cast<int>(slot);
+  };
   const float scale = args.scale * kLog2E;
   for_each_task<Dots>(
-      layer, args, b, g, begin, end, own_slot, [&](const auto& task, int first_query) {
+      layer, args, b, g, [&](const auto& described, int first_query) {
         ExpSum mine[Dots::kValues];
-        float* const task_scores = scores + first_query * pitch - begin;
-        Dots::run(task, warp, warps,
+        Dots::run(described, warp, warps, find_slots,
                   [&](int i, int column, int j, std::int32_t place, float dot, bool valid) {
                     const float x = dot * scale;
                     const bool seen = valid & (place != kNoPlace);
                     const bool finite = fabsf(x) <= FLT_MAX;
                     const float score = seen & finite ? x : -INFINITY;
                     mine[i].add(score);
-                    if (valid) task_scores[column * pitch + j] = score;
+                    if (valid) scores[(first_query + column) * pitch + j - begin] = score;
                     // Both are rare: sinks and the new token itself.
                     if (i == 0 && seen && place < layer.num_sinks) {
                       atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
@@ -431,7 +439,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
 #pragma unroll
         for (int i = 0; i < Dots::kValues; ++i) {
           const int column = Dots::column(lane, i);
-          if (lane < Dots::kFirstRowBit && column < task.query_heads) {
+          if (lane < Dots::kFirstRowBit && column < described.query_heads) {
             warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
           }
         }
@@ -513,16 +521,16 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   const std::uint32_t bound = warp_max(static_cast<std::uint32_t>(report));
   bool drawn = __any_sync(0xffffffffU, report >> 32U != 0) == 0;
   if (!drawn && good) drawn = all_finite<T>(layer, args, b, g, slot);
-  if (thread == 0) shared.top_k.found = 0;
+  if (warp == 0) shared.top_k.best[lane] = 0;
   __syncthreads();
 #pragma unroll 1
   for (int i = thread; drawn && i < cluster * 32; i += threads) {
     const std::uint64_t own = lists[i];
     if (own == 0 || own >> 32U < bound) continue;
-    shared.top_k.list[atomicAdd(&shared.top_k.found, 1)] = own;
+    shared.top_k.list[atomicAdd(&shared.merged, 1)] = own;
   }
   __syncthreads();
-  rank_list(shared.top_k, shared.top_k.found, layer.top_k);
+  rank_list(shared.top_k, shared.merged, layer.top_k);
   __syncthreads();
   if (!good) return;
   if (warp == 0) {
@@ -568,6 +576,14 @@ struct SplitPart {
     begin = min(split * part, visible);
     end = min(begin + part, visible);
   }
+
+  /// Slots [first, last) for a task.
+  template <class Task>
+  __device__ void set(Task& task, int first, int last) const {
+    task.begin = first;
+    task.end = last;
+    task.own_slot = static_cast<int>(slot);
+  }
 };
 
 template <class Dots>
@@ -582,10 +598,10 @@ __global__ void __launch_bounds__(kSplitThreads)
   const SplitPart part(layer, args, scratch.extent, graph, block % scratch.splits, scratch.splits);
   const int query_heads = layer.heads_per_graph * layer.group;
   for_each_task<Dots>(
-      layer, args, part.b, part.g, part.begin, part.end, static_cast<int>(part.slot),
-      [&](const auto& task, int first_query) {
+      layer, args, part.b, part.g, [&](const auto& task, int first_query) {
         ExpSum mine[Dots::kValues];
-        Dots::run(task, warp, kSplitWarps,
+        const auto find_slots = [&](auto& found) { part.set(found, part.begin, part.end); };
+        Dots::run(task, warp, kSplitWarps, find_slots,
                   [&](int i, int /*column*/, int /*j*/, std::int32_t place, float dot, bool valid) {
                     mine[i].add(valid && place != kNoPlace ? scaled(args, dot) : -INFINITY);
                   });
@@ -642,9 +658,9 @@ __global__ void __launch_bounds__(kSplitThreads)
     const int count = min(kChunk, part.end - begin);
     for (int j = thread; j < count; j += kSplitThreads) probabilities[j] = 0.0F;
     for_each_task<Dots>(
-        layer, args, part.b, part.g, begin, begin + count, static_cast<int>(part.slot),
-        [&](const auto& task, int first_query) {
-          Dots::run(task, warp, kSplitWarps,
+        layer, args, part.b, part.g, [&](const auto& task, int first_query) {
+          const auto find_slots = [&](auto& found) { part.set(found, begin, begin + count); };
+          Dots::run(task, warp, kSplitWarps, find_slots,
                     [&](int /*i*/, int column, int j, std::int32_t place, float dot, bool valid) {
                       if (!valid) return;
                       columns[column * kChunkPitch + j - begin] =
@@ -667,7 +683,8 @@ __global__ void __launch_bounds__(kSplitThreads)
       probabilities[j] = probability;
       highest = fmaxf(highest, probability);
     }
-    if (thread == 0) top_k.found = 0;
+    if (thread < 32) clear(top_k, thread);
+    __syncthreads();
     const Found found = block_top_k(probabilities, count, begin, highest, layer.top_k, top_k);
     if (warp == 0) insert(kept, lane < found.count ? found.candidates[lane] : 0, layer.top_k);
     __syncthreads();
@@ -925,10 +942,11 @@ UpdatePlan plan_update(const LayerView& layer, std::int64_t extent) {
   const int most_bytes = most_shared_bytes();
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  // Half of the processors read as much as all do; clusters that fill the device leave a tail.
   UpdatePlan plan{.cluster = 1, .threads = 512};
   const auto bytes = [&] { return shared_bytes(layer, extent, plan.cluster, plan.threads); };
   while (plan.cluster < kPortableCluster &&
-         (bytes() > most_bytes || graphs * plan.cluster < processors)) {
+         (bytes() > most_bytes || 2 * graphs * plan.cluster < processors - processors / 16)) {
     plan.cluster *= 2;
   }
   if (bytes() > most_bytes && runs_wide_clusters()) plan.cluster = kMostCluster;

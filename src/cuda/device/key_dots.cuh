@@ -101,14 +101,12 @@ struct TensorDots {
     return kPaired ? lane % 2 * 2 + i : i / 2 * 8 + lane % 4 * 2 + i % 2;
   }
 
-  template <class Emit>
-  __device__ static void run(const DotsTask<T>& task, int warp, int warps, Emit&& emit) {
+  template <class Find, class Emit>
+  __device__ static void run(DotsTask<T> task, int warp, int warps, Find&& find, Emit&& emit) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4;
     const bool upper = lane % 4 >= 2;
     const int first_column = lane % 4 * 8;
-    const int tiles = (task.end - task.begin + kTile - 1) / kTile;
-    if (warp >= tiles) return;
     // Else what is loaded first is addressed ahead of the loop over query heads, for all rounds.
     asm volatile("" : "+r"(warp));
 
@@ -136,6 +134,9 @@ struct TensorDots {
       }
     }
 
+    find(task);
+    const int tiles = (task.end - task.begin + kTile - 1) / kTile;
+    if (warp >= tiles) return;
     const auto* const keys =
         reinterpret_cast<const unsigned char*>(task.keys) + first_column * sizeof(T);
     const auto key_bytes = static_cast<std::uint32_t>(task.key_stride * sizeof(T));
@@ -254,11 +255,12 @@ struct CoreDots {
 
   __device__ static int column(int lane, int i) { return lane % 2 * kValues + i; }
 
-  template <class Emit>
-  __device__ static void run(const DotsTask<T>& task, int warp, int warps, Emit&& emit) {
+  template <class Find, class Emit>
+  __device__ static void run(DotsTask<T> task, int warp, int warps, Find&& find, Emit&& emit) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int team = lane / kLanes;
     const int member = lane % kLanes;
+    find(task);
     const int tiles = (task.end - task.begin + kTile - 1) / kTile;
     for (int tile = warp; tile < tiles; tile += warps) {
       const int first = task.begin + tile * kTile + team * kSlots;

@@ -30,6 +30,8 @@ __device__ inline std::uint32_t warp_max(std::uint32_t value) {
 #endif
 }
 
+__device__ inline std::uint32_t warp_min(std::uint32_t value) { return ~warp_max(~value); }
+
 inline constexpr int kMostTopKThreads = 512;
 
 struct TopKScratch {
@@ -38,6 +40,13 @@ struct TopKScratch {
   std::uint32_t highest[32];
   int found;  ///< 0 before a search
 };
+
+/// Before a first search, by 32 threads; the block waits afterwards.
+__device__ inline void clear(TopKScratch& scratch, int lane) {
+  scratch.highest[lane] = 0;
+  scratch.best[lane] = 0;
+  if (lane == 0) scratch.found = 0;
+}
 
 /// Keeps the K highest that a warp is shown, one a lane, in the first K lanes in descending order.
 __device__ inline void insert(std::uint64_t& mine, std::uint64_t shown, int top_k) {
@@ -57,13 +66,11 @@ __device__ inline void insert(std::uint64_t& mine, std::uint64_t shown, int top_
   }
 }
 
-/// Writes the K highest of list[0, count) to best[0, K), descending, and 0 where there are fewer.
-/// All threads, after what they wrote; who reads `best` waits for the block.
+/// Writes the K highest of list[0, count) to best[0, K), descending; `best` is 0 before. Who reads
+/// it waits for the block.
 __device__ inline void rank_list(TopKScratch& scratch, int count, int top_k) {
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < 32) scratch.best[thread] = 0;
-  __syncthreads();
-  for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     const std::uint64_t own = scratch.list[i];
     int better = 0;
 #pragma unroll 4
@@ -82,16 +89,18 @@ struct Found {
 /// Finds candidates among values[0, count), which belong to the slots from first_slot on: the K
 /// highest above 0 are among them. Thread t must have written the values at t, t + blockDim.x, ...
 /// and says the highest of them; this may be called right behind. All threads get the answer.
-/// Warps: a power of two.
+/// Warps: a power of two, at most 16. `scratch` was cleared.
 __device__ inline Found block_top_k(const float* values, int count, int first_slot, float highest,
                                     int top_k, TopKScratch& scratch) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
-  const int rounds = max(32 * 32 / threads, 1);
+  const int warps = threads / 32;
 
-  // The K-th highest of 32 values that are there is a bound for the K-th highest of all.
+  // The K-th highest of some values that are there is a bound for the K-th highest of all. Twice as
+  // many as K are looked at, as far as 32 lanes go.
+  const int rounds = max(min(2 * top_k, 32) / warps, 1);
   std::uint32_t rest = __float_as_uint(highest);
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
@@ -104,14 +113,10 @@ __device__ inline Found block_top_k(const float* values, int count, int first_sl
   }
   __syncthreads();
   const std::uint32_t mine = scratch.highest[lane];
-  int rank = 0;
+  int better = 0;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const std::uint32_t other = scratch.highest[i];
-    rank += other > mine || (other == mine && i < lane) ? 1 : 0;
-  }
-  const std::uint32_t owners = __ballot_sync(0xffffffffU, rank == top_k - 1);
-  const std::uint32_t bits = __shfl_sync(0xffffffffU, mine, __ffs(static_cast<int>(owners)) - 1);
+  for (int i = 0; i < 32; ++i) better += scratch.highest[i] > mine ? 1 : 0;
+  const std::uint32_t bits = warp_min(better < top_k ? mine : 0xffffffffU);
   const float bound = __uint_as_float(bits);
 
   if (highest >= bound && highest > 0.0F) {
@@ -134,6 +139,7 @@ __device__ inline Found block_top_k(const float* values, int count, int first_sl
       insert(best, value > 0.0F ? candidate(value, first_slot + j) : 0, top_k);
     }
     scratch.list[thread] = best;
+    __syncthreads();
   }
   rank_list(scratch, min(found, threads), top_k);
   __syncthreads();
