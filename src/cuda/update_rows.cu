@@ -6,6 +6,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/attention_row.cuh"
+#include "cuda/device/row_scan.cuh"
 #include "cuda/device/row_tiles.cuh"
 #include "cuda/kernels.h"
 
@@ -169,7 +170,7 @@ bool is_aligned(const TokensView& view) {
          view.sequence_stride % 8 == 0 && view.head_stride % 8 == 0 && view.token_stride % 8 == 0;
 }
 
-/// Query heads of a token, padded.
+/// Query heads of a token, padded to a power of two.
 int padded_group(int group) {
   int padded = 2;
   while (padded < group) padded *= 2;
@@ -259,7 +260,10 @@ bool launch_tiles(const LayerView& layer, const UpdateRowsArgs& args, cudaStream
   tiles.again_counts = counts + layer.batch;
   tiles.references = reinterpret_cast<float*>(words + plan.references);
   tiles.unsettled = reinterpret_cast<int2*>(words + plan.unsettled);
-  tiles.unsettled_count = counts + layer.batch + RowsScratch::graphs(layer);
+  tiles.again_count = counts + layer.batch + RowsScratch::graphs(layer);
+  tiles.unsettled_count = tiles.again_count + 1;
+  tiles.scans = reinterpret_cast<RowScan*>(words + plan.scans);
+  tiles.found = reinterpret_cast<unsigned long long*>(words + plan.found);
 
   check(cudaMemsetAsync(counts, 0, static_cast<std::size_t>(RowsScratch::counters(layer) * kWord),
                         stream),
@@ -285,9 +289,11 @@ bool launch_tiles(const LayerView& layer, const UpdateRowsArgs& args, cudaStream
     default:
       launch_tiles_as<T, 16>(layer, tiles, stream);
   }
+  constexpr unsigned kBlocks = 1024;
+  scan_rows_kernel<T><<<kBlocks, kRowThreads, 0, stream>>>(layer, tiles);
+  check(cudaGetLastError(), "scan_rows_kernel");
   const std::int64_t bytes = row_scratch_bytes(layer);
   allow_shared_memory(unsettled_rows_kernel<T>, bytes);
-  constexpr unsigned kBlocks = 1024;
   unsettled_rows_kernel<T><<<kBlocks, kRowThreads, static_cast<std::size_t>(bytes), stream>>>(
       layer, args, tiles.unsettled, tiles.unsettled_count);
   check(cudaGetLastError(), "unsettled_rows_kernel");

@@ -34,6 +34,17 @@ struct alignas(16) KeyMasks {
   unsigned long long candidates;
 };
 
+/// A token that the first pass left over, when there are few: all keys are scanned for those above
+/// a limit that its K-th neighbour reaches.
+struct RowScan {
+  std::int32_t graph;
+  std::int32_t at;  ///< in the graph's list of tokens left over
+  float limit;      ///< of the sum of probabilities
+  std::int32_t found;
+  std::int32_t done;  ///< parts of the scan
+};
+inline constexpr int kMostScans = 1536;
+
 /// Tokens that get a row, by sequence or by graph.
 struct TokenList {
   const std::int32_t* tokens;  ///< (lists, stride)
@@ -54,6 +65,9 @@ struct RowTilesArgs {
   std::int32_t* again;
   std::int32_t* again_counts;
   float* references;
+  std::int32_t* again_count;  ///< of all graphs
+  RowScan* scans;             ///< (kMostScans)
+  unsigned long long* found;  ///< (kMostScans, kMostRanked)
   /// (graph in the layer, token) left over by the second.
   int2* unsettled;
   std::int32_t* unsettled_count;
@@ -76,11 +90,13 @@ struct RowsScratch {
   std::int64_t most;    ///< tokens of a sequence that get a row
   std::int64_t blocks;  ///< of keys
   std::int64_t masks;
-  std::int64_t counts;  ///< drawn tokens by sequence, tokens left over by graph, unsettled ones
+  std::int64_t counts;  ///< drawn by sequence, left over by graph and in all, unsettled
   std::int64_t drawn;
   std::int64_t again;
   std::int64_t references;
   std::int64_t unsettled;
+  std::int64_t scans;
+  std::int64_t found;
   std::int64_t words;
 
   RowsScratch(const LayerView& layer, std::int64_t slots, std::int64_t count,
@@ -93,13 +109,15 @@ struct RowsScratch {
         again(aligned(drawn + layer.batch * most)),
         references(aligned(again + graphs(layer) * most)),
         unsettled(aligned(references + graphs(layer) * most * layer.group)),
-        words(aligned(unsettled + graphs(layer) * most * 2)) {}
+        scans(aligned(unsettled + graphs(layer) * most * 2)),
+        found(aligned(scans + kMostScans * static_cast<std::int64_t>(sizeof(RowScan)) / 4)),
+        words(aligned(found + std::int64_t{kMostScans} * kMostRanked * 2)) {}
 
   static std::int64_t aligned(std::int64_t word) { return (word + 63) / 64 * 64; }
   static std::int64_t graphs(const LayerView& layer) {
     return std::int64_t{layer.batch} * layer.graphs;
   }
-  static std::int64_t counters(const LayerView& layer) { return layer.batch + graphs(layer) + 1; }
+  static std::int64_t counters(const LayerView& layer) { return layer.batch + graphs(layer) + 2; }
 };
 
 /// Shared memory of a thread block, in this order.
@@ -239,12 +257,47 @@ struct ScoreRule {
   }
 };
 
-/// Like write_row, by a warp whose lane k has neighbour k; `count` have a probability above zero.
+/// A number that orders entries: higher probability first, then lower slot.
+__device__ inline unsigned long long ranked_entry(float probability, std::uint32_t slot) {
+  return static_cast<unsigned long long>(__float_as_uint(probability)) << 32U |
+         static_cast<std::uint32_t>(~slot);
+}
+
+struct Neighbor {
+  std::int32_t slot;
+  float probability;
+};
+
+/// The best of up to kMostRanked entries, by one warp: lane k gets number k, probability 0 where
+/// there is none. The entries' order is lost.
+__device__ inline Neighbor rank_entries(unsigned long long* entries, int count, int top_k,
+                                        int lane) {
+  const unsigned long long first = lane < count ? entries[lane] : 0ULL;
+  const unsigned long long second = lane + 32 < count ? entries[lane + 32] : 0ULL;
+  int first_rank = 0;
+  int second_rank = 0;
+  for (int i = 0; i < count; ++i) {
+    const unsigned long long other = entries[i];
+    first_rank += other > first ? 1 : 0;
+    second_rank += other > second ? 1 : 0;
+  }
+  __syncwarp();
+  if (lane < count && first_rank < top_k) entries[first_rank] = first;
+  if (lane + 32 < count && second_rank < top_k) entries[second_rank] = second;
+  __syncwarp();
+  const unsigned long long best = lane < min(count, top_k) ? entries[lane] : 0ULL;
+  return {static_cast<std::int32_t>(~static_cast<std::uint32_t>(best)),
+          __uint_as_float(static_cast<std::uint32_t>(best >> 32U))};
+}
+
+/// Like write_row, by a warp whose lane k has neighbour k.
 __device__ inline void write_row_by_warp(std::int32_t* row, int top_k, bool weighted, int lane,
-                                         std::int32_t neighbor, float probability, int count) {
-  if (lane < top_k) row[lane] = lane < count ? neighbor : -1;
+                                         const Neighbor& neighbor) {
+  const bool is_neighbor = neighbor.probability > 0.0F;
+  const int count = __popc(__ballot_sync(kAllOnes, is_neighbor));
+  if (lane < top_k) row[lane] = is_neighbor ? neighbor.slot : -1;
   if (!weighted || count == 0) return;
-  double sum = lane < count ? static_cast<double>(probability) : 0.0;
+  double sum = is_neighbor ? static_cast<double>(neighbor.probability) : 0.0;
   for (int offset = 1; offset < 32; offset *= 2) {
     const double before = __shfl_up_sync(kAllOnes, sum, offset);
     if (lane >= offset) sum += before;
@@ -252,9 +305,10 @@ __device__ inline void write_row_by_warp(std::int32_t* row, int top_k, bool weig
   const double total = __shfl_sync(kAllOnes, sum, 31);
   const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
   const bool last = lane + 1 >= count || !(scaled < 0x1p32);
-  if (lane < top_k)
+  if (lane < top_k) {
     row[top_k + lane] =
         static_cast<std::int32_t>(last ? kAllOnes : static_cast<std::uint32_t>(scaled));
+  }
 }
 
 /// kGroup: query heads of a token's columns, `group` of them real.
@@ -300,24 +354,40 @@ struct RowTiles {
   // ---- input
 
   __device__ void load_queries() {
+    constexpr int kColumnsApart = kWarpgroup / 8;
+    constexpr int kAtOnce = kTileColumns / kColumnsApart;
     const int chunks = layer.head_dim / 8;
     unsigned char* const tile = const_cast<unsigned char*>(query_tile);
-    for (int column = thread / 8; column < kTileColumns; column += kWarpgroup / 8) {
-      const int x = column / 8 * 2 + column % 2;
-      const int token = x / kGroup * 4 + column % 8 / 2;
-      const int head = x % kGroup;
-      const bool there = own.slot[token] >= 0 && head < layer.group;
-      const T* const from = static_cast<const T*>(args.queries.data) +
-                            b * args.queries.sequence_stride +
-                            (g * layer.group + (there ? head : 0)) * args.queries.head_stride +
-                            (there ? own.token[token] : 0) * args.queries.token_stride;
-      for (int chunk = thread % 8; chunk < 8 * args.panels; chunk += 8) {
-        uint4 value{0, 0, 0, 0};
-        if (there && chunk < chunks) value = reinterpret_cast<const uint4*>(from)[chunk];
-        if (!all_finite<T>(value)) own.state[token] = kTokenNonfinite;
-        *reinterpret_cast<uint4*>(tile + chunk_offset(kTileColumns, column, chunk)) = value;
+    const T* const head_queries = static_cast<const T*>(args.queries.data) +
+                                  b * args.queries.sequence_stride +
+                                  g * layer.group * args.queries.head_stride;
+    for (int chunk = thread % 8; chunk < 8 * args.panels; chunk += 8) {
+      uint4 values[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int column = thread / 8 + kColumnsApart * i;
+        const int token = token_of_column(column);
+        const int head = head_of_column(column);
+        values[i] = make_uint4(0, 0, 0, 0);
+        if (own.slot[token] >= 0 && head < layer.group && chunk < chunks) {
+          values[i] =
+              reinterpret_cast<const uint4*>(head_queries + head * args.queries.head_stride +
+                                             own.token[token] * args.queries.token_stride)[chunk];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int column = thread / 8 + kColumnsApart * i;
+        if (!all_finite<T>(values[i])) own.state[token_of_column(column)] = kTokenNonfinite;
+        *reinterpret_cast<uint4*>(tile + chunk_offset(kTileColumns, column, chunk)) = values[i];
       }
     }
+  }
+  __device__ static int token_of_column(int column) {
+    return (column / 8 * 2 + column % 2) / kGroup * 4 + column % 8 / 2;
+  }
+  __device__ static int head_of_column(int column) {
+    return (column / 8 * 2 + column % 2) % kGroup;
   }
 
   __device__ void start_tokens() {
@@ -703,46 +773,27 @@ struct RowTiles {
       totals[r] += __shfl_xor_sync(kAllOnes, totals[r], 2);
       const int at = base + row + 8 * r;
       if (c == r && at < count) {
-        ranked[at] = static_cast<unsigned long long>(__float_as_uint(totals[r])) << 32U |
-                     static_cast<std::uint32_t>(~slots[r]);
+        ranked[at] = ranked_entry(totals[r], slots[r]);
       }
     }
   }
 
-  /// Draws the row of a token, by one warp; false where its list may lack a neighbour.
-  __device__ bool draw(int token) {
+  /// Draws the row of a token, by one warp; false where its list may lack a neighbour. `last` is
+  /// the least probability sum of the row.
+  __device__ bool draw(int token, float& last) {
     const int count = own.count[token];
     auto* const ranked = reinterpret_cast<unsigned long long*>(lists + token * args.entries);
     for (int base = 0; base < count; base += 32) score_entries(token, base, count);
     __syncwarp();
-    unsigned long long mine[2];
-    int rank[2] = {0, 0};
-    mine[0] = lane < count ? ranked[lane] : 0ULL;
-    mine[1] = lane + 32 < count ? ranked[lane + 32] : 0ULL;
-    for (int i = 0; i < count; ++i) {
-      const unsigned long long other = ranked[i];
-      rank[0] += other > mine[0] ? 1 : 0;
-      rank[1] += other > mine[1] ? 1 : 0;
-    }
-    __syncwarp();
-    const int top_k = layer.top_k;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (lane + 32 * i < count && rank[i] < top_k) ranked[rank[i]] = mine[i];
-    }
-    __syncwarp();
-    const unsigned long long best = lane < min(count, top_k) ? ranked[lane] : 0ULL;
-    const float probability = __uint_as_float(static_cast<std::uint32_t>(best >> 32U));
-    const auto slot = static_cast<std::int32_t>(~static_cast<std::uint32_t>(best));
+    const Neighbor best = rank_entries(ranked, count, layer.top_k, lane);
     // Scores of the pass and of the list may differ by how they were rounded.
     constexpr float kSlack = 1.002F;
     constexpr float kLeast = 1e-36F;
-    const float last = __shfl_sync(kAllOnes, probability, top_k - 1);
+    last = __shfl_sync(kAllOnes, best.probability, layer.top_k - 1);
     const float limit = own.bound[token];
     if (limit >= 0.0F && !(last > fmaf(limit, kSlack, kLeast))) return false;
-    const int neighbors = __popc(__ballot_sync(kAllOnes, probability > 0.0F));
-    write_row_by_warp(row_of(layer, b, g, own.slot[token]), top_k, layer.weighted, lane, slot,
-                      probability, neighbors);
+    write_row_by_warp(row_of(layer, b, g, own.slot[token]), layer.top_k, layer.weighted, lane,
+                      best);
     return true;
   }
 
@@ -758,11 +809,14 @@ struct RowTiles {
         continue;
       }
       const bool unsure = (own.state[token] & kTokenUnsure) != 0;
-      if (!unsure && draw(token)) {
+      float last = 0.0F;
+      if (!unsure && draw(token, last)) {
         ++drawn;
         continue;
       }
-      if (unsure || args.second) {
+      // A scan needs a limit that is no rounding error.
+      constexpr float kLeast = 1e-30F;
+      if (args.second || !(last > kLeast)) {
         if (lane == 0) {
           args.unsettled[atomicAdd(args.unsettled_count, 1)] =
               make_int2(static_cast<int>(graph), own.token[token]);
@@ -771,7 +825,18 @@ struct RowTiles {
       }
       int at = lane == 0 ? atomicAdd(args.again_counts + graph, 1) : 0;
       at = __shfl_sync(kAllOnes, at, 0);
-      if (lane == 0) args.again[graph * args.most + at] = own.token[token];
+      if (lane == 0) {
+        args.again[graph * args.most + at] = own.token[token];
+        const int all = atomicAdd(args.again_count, 1);
+        constexpr float kBelow = 0.99F;
+        if (all < kMostScans) {
+          args.scans[all] = {.graph = static_cast<std::int32_t>(graph),
+                             .at = at,
+                             .limit = kBelow * last,
+                             .found = 0,
+                             .done = 0};
+        }
+      }
       for (int head = lane; head < layer.group; head += 32) {
         args.references[(graph * args.most + at) * layer.group + head] =
             own.reference[token % 4 * kColumnStride + token / 4 * kGroup + head];
@@ -832,16 +897,25 @@ struct RowTiles {
       add_values(acc, values);
       // The next product runs while lists are filled.
       start_scores(acc, i + 1 < order.blocks);
-      const bool in_head = i < order.head;
-      const int done = in_head ? 0 : i + 1 - order.head;
       int full = list_values(values, masks, block_index);
       finish_product(acc);
-      while (warpgroup_any(name, full != 0)) {
-        const bool renew = sampled && done >= order.samples && done > 0;
-        refresh(in_head, done, renew, trigger, args.keep_low, args.keep_high);
+      const bool in_head = i < order.head;
+      const int done = in_head ? 0 : i + 1 - order.head;
+      for (;;) {
+        const bool any_full = warpgroup_any(name, full != 0);
+        const bool head_ends = sampled && i + 1 == order.head;
+        const bool all_seen = i + 1 == order.blocks;
+        if (!any_full && !head_ends && !all_seen) break;
+        const bool renew = sampled && (any_full ? done > 0 && done >= order.samples : all_seen);
+        const bool to_rank = !any_full && all_seen;
+        refresh(in_head, done, renew,
+                any_full  ? trigger
+                : to_rank ? args.rank_high
+                          : kMostEntries,
+                to_rank ? args.rank_low : args.keep_low, to_rank ? args.rank_high : args.keep_high);
+        if (!any_full) break;
 #pragma unroll
         for (int t = 0; t < kThreadTokens; ++t) {
-          if (!renew) break;
           float ratio = 0.0F;
           for (int head = 0; head < layer.group; ++head) {
             ratio = fmaxf(ratio, own.ratio[c * kColumnStride + t * kGroup + head]);
@@ -851,12 +925,7 @@ struct RowTiles {
         }
         full = list_values(values, masks, block_index);
       }
-      if (i + 1 == order.head && sampled) {
-        refresh(true, 0, false, kMostEntries, args.keep_low, args.keep_high);
-      }
     }
-    refresh(order.middle == 0, order.middle, sampled, args.rank_high, args.rank_low,
-            args.rank_high);
     finish();
   }
 };
@@ -931,6 +1000,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   using Tiles = RowTiles<T, kGroup>;
   extern __shared__ unsigned char memory[];
   if (has_fault(layer)) return;
+  if (args.second && *args.again_count <= kMostScans) return;  // they are scanned
   const std::int64_t graph = blockIdx.x / tiles;
   const std::int64_t tile = tiles - 1 - blockIdx.x % tiles;
   const std::int64_t b = graph / layer.graphs;
