@@ -777,14 +777,28 @@ std::int64_t shared_bytes(const LayerView& layer, std::int64_t extent, int clust
                       slots_a_block(extent, cluster));
 }
 
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+int most_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+         static_cast<int>(sizeof(Shared));
+}
+
 template <class Dots>
 void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                      const UpdatePlan& plan, cudaStream_t stream) {
   const int threads = std::min(plan.threads, Dots::kMostThreads);
   const std::int64_t bytes = shared_bytes(layer, extent, plan.cluster, threads);
   const auto kernel = update_kernel<Dots>;
+  // Not `bytes`: another thread may launch the same kernel for another shape.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+                             most_shared_bytes()),
         "cudaFuncSetAttribute");
   if (plan.cluster > kPortableCluster) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -814,19 +828,6 @@ bool rows_start_at(const TokensView& tokens, std::int64_t bytes, std::int64_t el
 }
 bool is_near(std::int64_t stride, std::int64_t element) {
   return stride >= 0 && stride * element <= std::int64_t{0xffffffff};
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-int most_shared_bytes() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-         static_cast<int>(sizeof(Shared));
 }
 
 /// Whether the current device runs clusters of kMostCluster blocks that use all shared memory.
