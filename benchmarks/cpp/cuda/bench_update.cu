@@ -517,9 +517,9 @@ void print_rate(const char* bench, const std::string& name, const Timing& timing
          {"fraction_of_copy", rate / bandwidth}});
 }
 
-/// Without plans: as the library does it.
+/// Without plans: as the library does it, under the name of `bench`.
 void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double bandwidth,
-                bool warm = false) {
+                bool warm = false, const char* bench = "update_shape") {
   const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, warm);
   const auto bytes = static_cast<double>(shape.key_bytes());
   const std::int64_t extent = shape.length + Layer::kRoom;
@@ -538,7 +538,7 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
   const std::string name = shape.name() + (warm ? " warm" : "");
   if (plans.empty()) {
     const UpdatePlan plan = plan_update(layers[0]->view(), extent);
-    print_rate("update", name + plan_name(plan), time(plan), bytes, bandwidth);
+    print_rate(bench, name + plan_name(plan), time(plan), bytes, bandwidth);
     return;
   }
   for (const UpdatePlan& plan : plans) {
@@ -589,10 +589,10 @@ void time_plans(double bandwidth) {
 void time_all(double bandwidth) {
   for (const int batch : {1, 16}) {
     for (const std::int64_t length : {4096, 16384, 65536}) {
-      time_shape({.batch = batch, .length = length}, {}, bandwidth);
+      time_shape({.batch = batch, .length = length}, {}, bandwidth, false, "update");
     }
   }
-  time_shape({.batch = 1, .length = 4096}, {}, bandwidth, true);
+  time_shape({.batch = 1, .length = 4096}, {}, bandwidth, true, "update_warm");
   for (const int batch : {1, 16}) {
     const std::int64_t length = batch == 1 ? 65536 : 16384;
     for (const int group : {1, 8, 16}) {
