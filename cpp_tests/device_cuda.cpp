@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -31,6 +33,12 @@ const ::testing::Environment* const needs_device =
 /// Neither waits for the default stream: a launch that went there by mistake shows.
 cudaStream_t next_stream() {
   static const std::array<cudaStream_t, 2> streams = [] {
+    // Copies come and go with every call: their memory stays.
+    cudaMemPool_t pool = nullptr;
+    check(cudaDeviceGetDefaultMemPool(&pool, 0), "cudaDeviceGetDefaultMemPool");
+    std::uint64_t all = std::numeric_limits<std::uint64_t>::max();
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all),
+          "cudaMemPoolSetAttribute");
     std::array<cudaStream_t, 2> created{};
     for (cudaStream_t& stream : created) {
       check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");

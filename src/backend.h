@@ -112,7 +112,7 @@ class Backend {
   virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
 
   /// Checks a list of kept slots; returns how many a head of each sequence keeps, which must be
-  /// `kept` where that is not empty.
+  /// `kept` where that is not empty. Precedes `compact` and `release`.
   virtual std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                                const ConstTensorView& keep,
                                                std::span<const std::int64_t> kept,

@@ -138,7 +138,7 @@ class CudaBackend final : public Backend {
                            states[l].capacity, own);
       upload_counters(static_cast<std::int64_t>(l), own);
     }
-    scratch_ = missing_scratch(all_views());
+    scratch_ = missing_scratch(all_views(), own);
     upload_views(own);
   }
 
@@ -377,17 +377,14 @@ class CudaBackend final : public Backend {
     const cudaStream_t queue = begin(operation, stream);
     const TableView<const std::int32_t> table = table_of<const std::int32_t>(keep);
     const auto batch = static_cast<std::size_t>(view(layer).batch);
-    if (is_recording(stream) || (!graph_.eager_checks && !kept.empty())) {
-      auto* counts = scratch_.device_results.as<std::int64_t>(kResultTable);
+    const bool recording = is_recording(stream);
+    const auto admit = [&](const std::int64_t* expected) {
+      cuda::launch_admit_keep(view(layer), table, keep.size(2), expected,
+                              scratch_.marks.as<std::int32_t>(), kept_counts(), queue);
+    };
+    if (recording || (!graph_.eager_checks && !kept.empty())) {
       // A replay may hold other numbers than now.
-      std::int64_t* expected = kept.empty() || is_recording(stream) ? nullptr : counts + batch;
-      look(queue, [&] {
-        if (expected != nullptr)
-          cuda::launch_store(kept.data(), view(layer).batch, expected, queue);
-        cuda::launch_check_keep(view(layer), table, keep.size(2), expected, counts,
-                                scratch_.device_results.as<FaultRecord>(), queue);
-        cuda::launch_raise(view(layer), scratch_.device_results.as<FaultRecord>(), queue);
-      });
+      look(queue, [&] { admit(kept.empty() || recording ? nullptr : kept.data()); });
       return kept.empty() ? state(layer).held : std::vector<std::int64_t>(kept.begin(), kept.end());
     }
     auto* counts = scratch_.results.as<std::int64_t>(kResultTable);
@@ -401,6 +398,7 @@ class CudaBackend final : public Backend {
     });
     order_.synchronize();
     if (checked()->fault != 0U) cuda::throw_fault(operation, *checked());
+    look(queue, [&] { admit(nullptr); });
     return {counts, counts + batch};
   }
 
@@ -411,8 +409,6 @@ class CudaBackend final : public Backend {
     const LayerView& memory = view(layer);
     const std::int64_t extent = extent_of(layer, stream);
     if (extent == 0) return;
-    const auto table = table_of<const std::int32_t>(keep);
-    const std::int64_t kept_length = keep.size(2);
     std::vector<cuda::MoveJob> jobs;
     for (const TensorView* moved : {&keys, &values}) {
       if (moved->empty()) continue;
@@ -422,35 +418,12 @@ class CudaBackend final : public Backend {
                       .row_stride = moved->stride(1) * element,
                       .slot_stride = moved->stride(2) * element,
                       .width = moved->size(3) * element,
-                      .rows = memory.heads,
-                      .rows_a_list = 1,
-                      .heads_a_list = 1});
+                      .rows = memory.heads});
     }
-    const auto add = [&](void* data, std::int64_t words, std::int32_t values_a_graph) {
-      if (data == nullptr) return;
-      const std::int64_t width = words * 4;
-      jobs.push_back({.data = data,
-                      .sequence_stride = memory.graphs * values_a_graph * memory.capacity * width,
-                      .row_stride = memory.capacity * width,
-                      .slot_stride = width,
-                      .width = width,
-                      .rows = memory.graphs * values_a_graph,
-                      .rows_a_list = values_a_graph,
-                      .heads_a_list = memory.heads_per_graph});
-    };
-    add(memory.rows, memory.row_words, 1);
-    add(memory.positions, 1, 1);
-    add(memory.scores, 1, memory.populations);
-    add(memory.visits, 1, memory.populations);
-    add(memory.novelty, 1, 1);
     change(queue, [&] {
-      cuda::launch_remap_rows(memory, table, kept_length, scratch_.marks.as<std::int32_t>(), extent,
-                              queue);
-      if (kept_length > 0) {
-        cuda::launch_move(jobs.data(), static_cast<int>(jobs.size()), memory.batch, table,
-                          kept_length, memory.fault, queue);
-      }
-      cuda::launch_finish_compact(memory, table, kept_length, extent, queue);
+      cuda::launch_compact(memory, jobs.data(), static_cast<int>(jobs.size()),
+                           table_of<const std::int32_t>(keep), keep.size(2),
+                           scratch_.marks.as<std::int32_t>(), kept_counts(), queue);
       refresh_restart_tables(layer, extent, queue);
     });
   }
@@ -460,7 +433,8 @@ class CudaBackend final : public Backend {
     const cudaStream_t queue = begin("release", stream);
     change(queue, [&] {
       cuda::launch_release(view(layer), table_of<const std::int32_t>(keep), keep.size(2),
-                           scratch_.marks.as<std::int32_t>(), extent_of(layer, stream), queue);
+                           scratch_.marks.as<std::int32_t>(), kept_counts(),
+                           extent_of(layer, stream), queue);
       refresh_restart_tables(layer, extent_of(layer, stream), queue);
     });
   }
@@ -639,6 +613,10 @@ class CudaBackend final : public Backend {
   }
   FaultRecord* fault() const { return shared_.as<FaultRecord>(); }
   FaultRecord* reported() const { return reported_.as<FaultRecord>(); }
+  /// Of the list that was checked last.
+  std::int64_t* kept_counts() const {
+    return scratch_.device_results.as<std::int64_t>(kResultTable);
+  }
   FaultRecord* checked() const { return scratch_.results.as<FaultRecord>(); }
   cuda::SharedMemory shared() const {
     return {.fault = fault(),
@@ -757,7 +735,7 @@ class CudaBackend final : public Backend {
     const auto index = static_cast<std::size_t>(layer);
     std::vector<LayerView> views = all_views();
     views[index] = next.view();
-    Scratch more = missing_scratch(views);
+    Scratch more = missing_scratch(views, own);
     // What is queued may still use what is about to be freed.
     order_.synchronize();
     take_scratch(more);
@@ -772,7 +750,7 @@ class CudaBackend final : public Backend {
   }
 
   /// Only what is larger than before.
-  Scratch missing_scratch(const std::vector<LayerView>& views) const {
+  Scratch missing_scratch(const std::vector<LayerView>& views, cudaStream_t own) const {
     std::int64_t slots = 0;
     std::int64_t table = 0;
     std::int64_t novelty = 0;
@@ -785,14 +763,21 @@ class CudaBackend final : public Backend {
     const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {
       return bytes > memory.bytes() ? Memory(bytes, kind) : Memory();
     };
-    return {.marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
-            .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
-            .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
-            .device_results =
-                more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
-            .views = more(scratch_.views,
-                          static_cast<std::int64_t>(2 * views.size() * sizeof(LayerView)),
-                          Memory::Kind::device)};
+    Scratch scratch{
+        .marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
+        .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
+        .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
+        .device_results =
+            more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
+        .views =
+            more(scratch_.views, static_cast<std::int64_t>(2 * views.size() * sizeof(LayerView)),
+                 Memory::Kind::device)};
+    if (scratch.marks.bytes() > 0) {
+      check(cudaMemsetAsync(scratch.marks.data(), 0,
+                            static_cast<std::size_t>(scratch.marks.bytes()), own),
+            "cudaMemsetAsync");
+    }
+    return scratch;
   }
 
   void take_scratch(Scratch& more) {

@@ -1,4 +1,5 @@
-// Moves kept slots to the front, in place.
+// Moves kept slots to the front, in place: of the caller's tensors and, at the same time, of the
+// graph.
 //
 // keep[i] - i never falls along a list, so all moves to the right come before all moves to the
 // left, and the two kinds never touch each other's slots. Moves to the left are done in ascending
@@ -17,8 +18,7 @@
 namespace spectralkv::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-/// Of launch_move: one thread block holds kStages chunks of its share, kVectors a thread each.
+/// One thread block holds kStages chunks of its share, kVectors a thread each.
 constexpr int kMoveThreads = 512;
 constexpr int kVectors = 4;
 constexpr int kStages = 3;
@@ -29,11 +29,13 @@ constexpr int kMostCluster = 8;
 /// Thread blocks that keep a GPU busy: about two a multiprocessor.
 constexpr std::int64_t kBusy = 240;
 
+/// A task is one graph, or one row of one sequence of a tensor; a cluster does one.
 struct MoveArgs {
   MoveJob jobs[kMostMoveJobs];
-  std::int64_t first_task[kMostMoveJobs];  ///< a task: one row of one sequence
+  std::int64_t first_task[kMostMoveJobs];
   std::int32_t vector_bytes[kMostMoveJobs];
   std::int32_t count;
+  std::int32_t graphs;  ///< of all sequences, they are the first tasks; 0: only tensors move
   std::int32_t cluster;
   std::int32_t kept_length;
   TableView<const std::int32_t> keep;
@@ -111,6 +113,18 @@ __device__ void chunk_barrier(int cluster) {
   if (cluster > 1) {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+/// The same threads; everyone sees what the others stored before.
+__device__ void full_barrier(int cluster) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (cluster > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     return;
   }
 #endif
@@ -217,91 +231,15 @@ __device__ void move_row(const RowMove& row, std::int32_t length, int cluster, i
   if (stays < length) move_slots(row, true, stays, length, cluster, rank, staged);
 }
 
-__global__ void __launch_bounds__(kMoveThreads, 2)
-    move_kernel(const __grid_constant__ MoveArgs args) {
-  if (*static_cast<const volatile std::uint32_t*>(&args.fault->fault) != 0) return;
-  extern __shared__ __align__(16) char shared[];
-  std::int64_t task = blockIdx.x / args.cluster;
-  const int rank = static_cast<int>(blockIdx.x % args.cluster);
-  int j = 0;
-  while (j + 1 < args.count && task >= args.first_task[j + 1]) ++j;
-  const MoveJob& job = args.jobs[j];
-  task -= args.first_task[j];
-  const std::int64_t b = task / job.rows;
-  const std::int64_t x = task % job.rows;
-  const std::int64_t head = x / job.rows_a_list * job.heads_a_list;
-  const int vector_bytes = args.vector_bytes[j];
-  const RowMove row{
-      .base = static_cast<char*>(job.data) + b * job.sequence_stride + x * job.row_stride,
-      .slot_stride = job.slot_stride,
-      .vectors = static_cast<std::int32_t>(job.width / vector_bytes),
-      .keep = args.keep.data + b * args.keep.sequence_stride + head * args.keep.head_stride,
-      .keep_stride = args.keep.slot_stride};
-  switch (vector_bytes) {
-    case 16:
-      move_row<uint4>(row, args.kept_length, args.cluster, rank, shared);
-      break;
-    case 8:
-      move_row<unsigned long long>(row, args.kept_length, args.cluster, rank, shared);
-      break;
-    case 4:
-      move_row<unsigned>(row, args.kept_length, args.cluster, rank, shared);
-      break;
-    case 2:
-      move_row<unsigned short>(row, args.kept_length, args.cluster, rank, shared);
-      break;
-    default:
-      move_row<unsigned char>(row, args.kept_length, args.cluster, rank, shared);
-      break;
-  }
-}
-
 // ---- the graph
 
-/// A thread's entry of the lists of all graphs; false: it has none.
-__device__ bool entry_of(const LayerView& layer, std::int64_t runs, std::int64_t count,
-                         std::int64_t& b, std::int64_t& g, std::int64_t& i) {
-  const std::int64_t graph = std::int64_t{blockIdx.x} / runs;
-  b = graph / layer.graphs;
-  g = graph % layer.graphs;
-  i = (std::int64_t{blockIdx.x} % runs) * kThreads + threadIdx.x;
-  return i < count;
-}
-
-__device__ std::int32_t kept_slot(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                                  std::int64_t b, std::int64_t g, std::int64_t i) {
-  return keep.data[b * keep.sequence_stride + g * layer.heads_per_graph * keep.head_stride +
-                   i * keep.slot_stride];
-}
-
-__global__ void __launch_bounds__(kThreads)
-    new_slots_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t kept_length,
-                     std::int64_t runs, std::int32_t* new_slots) {
-  std::int64_t b;
-  std::int64_t g;
-  std::int64_t i;
-  if (has_fault(layer) || !entry_of(layer, runs, kept_length, b, g, i)) return;
-  const std::int32_t slot = kept_slot(layer, keep, b, g, i);
-  if (slot < 0) return;
-  new_slots[graph_index(layer, b, g) * layer.capacity + slot] = static_cast<std::int32_t>(i);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    remap_rows_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t kept_length,
-                      std::int64_t runs, const std::int32_t* all_new_slots) {
-  std::int64_t b;
-  std::int64_t g;
-  std::int64_t i;
-  if (has_fault(layer) || !entry_of(layer, runs, kept_length, b, g, i)) return;
-  const std::int32_t slot = kept_slot(layer, keep, b, g, i);
-  if (slot < 0) return;
-  const std::int32_t* const positions = positions_of(layer, b, g);
-  const std::int32_t* const new_slots = all_new_slots + graph_index(layer, b, g) * layer.capacity;
-  const std::int32_t position = positions[slot];
-  std::int32_t* const row = row_of(layer, b, g, slot);
+/// A row of the graph for the slots to come, where it lies: edges to tokens that go are left out.
+__device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
+                          const std::int32_t* keep, std::int64_t keep_stride,
+                          std::int32_t kept_length, const std::int32_t* new_slots,
+                          std::int32_t position, std::int32_t* row) {
   const int top_k = layer.top_k;
   auto* const thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
-
   // Kept edges are pushed together first; writing never overtakes reading. A few edges are read
   // ahead, so that their loads do not wait for each other.
   constexpr int kAhead = 4;
@@ -319,7 +257,9 @@ __global__ void __launch_bounds__(kThreads)
       if (neighbor >= 0) {
         const std::int32_t its = positions[neighbor];
         const std::int32_t to = new_slots[neighbor];
-        if (its >= 0 && its < position) targets[e] = to;
+        // Only an entry of new_slots that its list confirms is one of this compaction.
+        const bool stays = to >= 0 && to < kept_length && keep[to * keep_stride] == neighbor;
+        if (stays && its >= 0 && its < position) targets[e] = to;
       }
     }
 #pragma unroll
@@ -350,49 +290,113 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = count; k < top_k; ++k) thresholds[k] = count > 0 ? kAllOnes : 0U;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    finish_compact_kernel(LayerView layer, TableView<const std::int32_t> keep,
-                          std::int64_t kept_length, std::int64_t runs) {
-  std::int64_t b;
-  std::int64_t g;
-  std::int64_t slot;
-  if (has_fault(layer) || !entry_of(layer, runs, layer.counters->length, b, g, slot)) return;
-  if (slot < kept_length) {
-    if (kept_slot(layer, keep, b, g, slot) >= 0) return;
-    clear_slot(layer, b, g, slot);
-  }
-  // The row behind is written when a token takes its place; the rest may be seen before.
-  positions_of(layer, b, g)[slot] = -1;
-  if (slot < kept_length) return;
-  for (int p = 0; p < layer.populations; ++p) {
-    scores_of(layer, b, g, p)[slot] = 0.0F;
-    if (layer.visits != nullptr) visits_of(layer, b, g, p)[slot] = 0U;
-  }
-  if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
-}
+/// All of one graph, by a cluster: rows are rewritten, then everything moves, then the slots in
+/// front of the kept ones and behind them become empty. The last graph books the lengths.
+__device__ void compact_graph(const LayerView& layer, const MoveArgs& args,
+                              const std::int32_t* new_slots, const std::int64_t* kept, int graph,
+                              int cluster, int rank, char* shared) {
+  const std::int64_t b = graph / layer.graphs;
+  const std::int64_t g = graph % layer.graphs;
+  const auto length = static_cast<std::int32_t>(layer.counters->length);
+  const auto empty = static_cast<std::int32_t>(args.kept_length - kept[b]);
+  std::int32_t* const positions = positions_of(layer, b, g);
+  std::int32_t* const rows = row_of(layer, b, g, 0);
+  RowMove move{.base = nullptr,
+               .slot_stride = 4,
+               .vectors = 1,
+               .keep = args.keep.data + b * args.keep.sequence_stride +
+                       g * layer.heads_per_graph * args.keep.head_stride,
+               .keep_stride = args.keep.slot_stride};
+  const int thread = rank * kMoveThreads + static_cast<int>(threadIdx.x);
+  const int threads = cluster * kMoveThreads;
 
-__global__ void __launch_bounds__(kThreads)
-    book_compact_kernel(LayerView layer, TableView<const std::int32_t> keep,
-                        std::int64_t kept_length) {
-  if (has_fault(layer)) return;
-  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
-    // Entries of -1 come first.
-    std::int64_t low = 0;
-    std::int64_t high = kept_length;
-    while (low < high) {
-      const std::int64_t middle = (low + high) / 2;
-      if (kept_slot(layer, keep, b, 0, middle) < 0) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
+  new_slots += graph_index(layer, b, g) * layer.capacity;
+  for (std::int32_t i = empty + thread; i < args.kept_length; i += threads) {
+    const std::int32_t slot = move.keep[i * move.keep_stride];
+    remap_row(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
+              positions[slot], rows + std::int64_t{slot} * layer.row_words);
+  }
+  full_barrier(cluster);
+
+  if (args.kept_length > empty) {
+    move.base = reinterpret_cast<char*>(rows);
+    move.slot_stride = std::int64_t{4} * layer.row_words;
+    move.vectors = layer.row_words / 4;
+    move_row<uint4>(move, args.kept_length, cluster, rank, shared);
+    __syncthreads();  // words are staged elsewhere than vectors
+  }
+  for (int w = thread; w < empty * layer.row_words; w += threads) {
+    rows[w] = w % layer.row_words < layer.top_k ? -1 : 0;
+  }
+  // Rows behind are written when a token takes their place, the rest may be seen before.
+  const auto rearrange = [&](void* data, std::int32_t nothing) {
+    if (args.kept_length > empty) {
+      move.base = static_cast<char*>(data);
+      move.slot_stride = 4;
+      move.vectors = 1;
+      move_row<unsigned>(move, args.kept_length, cluster, rank, shared);
     }
-    layer.sequences[b].held = kept_length - low;
+    auto* const words = static_cast<std::int32_t*>(data);
+    for (std::int32_t i = thread; i < empty; i += threads) words[i] = nothing;
+    for (std::int32_t i = args.kept_length + thread; i < length; i += threads) words[i] = nothing;
+  };
+  rearrange(positions, -1);
+  for (int p = 0; p < layer.populations; ++p) {
+    rearrange(scores_of(layer, b, g, p), 0);
+    if (layer.visits != nullptr) rearrange(visits_of(layer, b, g, p), 0);
   }
-  if (threadIdx.x == 0) layer.counters->length = kept_length;
+  if (layer.novelty != nullptr) rearrange(novelty_of(layer, b, g), 0);
+
+  full_barrier(cluster);
+  if (thread != 0) return;
+  const auto last = static_cast<std::uint32_t>(args.graphs - 1);
+  if (atomicInc(&layer.counters->ticket, last) != last) return;
+  for (std::int64_t i = 0; i < layer.batch; ++i) layer.sequences[i].held = kept[i];
+  layer.counters->length = args.kept_length;
 }
 
-std::int64_t runs_of(std::int64_t slots) { return (slots + kThreads - 1) / kThreads; }
+__global__ void __launch_bounds__(kMoveThreads, 2)
+    compact_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ MoveArgs args,
+                   const std::int32_t* new_slots, const std::int64_t* kept) {
+  if (*static_cast<const volatile std::uint32_t*>(&args.fault->fault) != 0) return;
+  extern __shared__ __align__(16) char shared[];
+  std::int64_t task = blockIdx.x / args.cluster;
+  const int rank = static_cast<int>(blockIdx.x % args.cluster);
+  if (task < args.graphs) {
+    compact_graph(layer, args, new_slots, kept, static_cast<int>(task), args.cluster, rank, shared);
+    return;
+  }
+  int j = 0;
+  while (j + 1 < args.count && task >= args.first_task[j + 1]) ++j;
+  const MoveJob& job = args.jobs[j];
+  task -= args.first_task[j];
+  const std::int64_t b = task / job.rows;
+  const std::int64_t head = task % job.rows;
+  const int vector_bytes = args.vector_bytes[j];
+  const RowMove row{
+      .base = static_cast<char*>(job.data) + b * job.sequence_stride + head * job.row_stride,
+      .slot_stride = job.slot_stride,
+      .vectors = static_cast<std::int32_t>(job.width / vector_bytes),
+      .keep = args.keep.data + b * args.keep.sequence_stride + head * args.keep.head_stride,
+      .keep_stride = args.keep.slot_stride};
+  switch (vector_bytes) {
+    case 16:
+      move_row<uint4>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 8:
+      move_row<unsigned long long>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 4:
+      move_row<unsigned>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    case 2:
+      move_row<unsigned short>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+    default:
+      move_row<unsigned char>(row, args.kept_length, args.cluster, rank, shared);
+      break;
+  }
+}
 
 /// The widest vector that divides all addresses of a job.
 std::int32_t vector_bytes_of(const MoveJob& job) {
@@ -413,21 +417,20 @@ bool has_clusters() {
   return major >= 9;
 }
 
-}  // namespace
-
-void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
-                 const TableView<const std::int32_t>& keep, std::int64_t kept_length,
-                 const FaultRecord* fault, cudaStream_t stream) {
-  if (kept_length == 0) return;
+void launch(const LayerView* layer, const MoveJob* jobs, int count, std::int64_t batch,
+            const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+            const std::int32_t* new_slots, const std::int64_t* kept, const FaultRecord* fault,
+            cudaStream_t stream) {
   MoveArgs args{};
   args.kept_length = static_cast<std::int32_t>(kept_length);
   args.keep = keep;
   args.fault = fault;
+  args.graphs = layer == nullptr ? 0 : layer->batch * layer->graphs;
   std::int64_t widest = 0;
   for (int j = 0; j < count; ++j) widest = std::max(widest, jobs[j].width);
-  std::int64_t tasks = 0;
+  std::int64_t tasks = args.graphs;
   std::int64_t long_tasks = 0;  // those that decide when the launch ends
-  for (int j = 0; j < count; ++j) {
+  for (int j = 0; j < count && kept_length > 0; ++j) {
     if (jobs[j].width == 0) continue;
     args.jobs[args.count] = jobs[j];
     args.first_task[args.count] = tasks;
@@ -436,11 +439,13 @@ void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
     if (2 * jobs[j].width >= widest) long_tasks += batch * jobs[j].rows;
   }
   if (tasks == 0) return;
+  if (long_tasks == 0) long_tasks = tasks;
   args.cluster = 1;
   if (has_clusters()) {
     while (args.cluster < kMostCluster && long_tasks * args.cluster < kBusy) args.cluster *= 2;
   }
-  check(cudaFuncSetAttribute(move_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMoveShared),
+  check(cudaFuncSetAttribute(compact_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kMoveShared),
         "cudaFuncSetAttribute");
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -454,37 +459,24 @@ void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = args.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, move_kernel, args), "move_kernel");
+  const LayerView none{};
+  check(cudaLaunchKernelEx(&config, compact_kernel, layer == nullptr ? none : *layer, args,
+                           new_slots, kept),
+        "compact_kernel");
 }
 
-void launch_remap_rows(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                       std::int64_t kept_length, std::int32_t* new_slots, std::int64_t extent,
-                       cudaStream_t stream) {
-  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
-  const std::int64_t runs = runs_of(kept_length);
-  const auto grid = static_cast<unsigned>(graphs * runs);
-  if (grid == 0) return;
-  constexpr std::size_t kWord = sizeof(std::int32_t);
-  check(cudaMemset2DAsync(new_slots, static_cast<std::size_t>(layer.capacity) * kWord, 0xff,
-                          static_cast<std::size_t>(extent) * kWord,
-                          static_cast<std::size_t>(graphs), stream),
-        "cudaMemset2DAsync");
-  new_slots_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs, new_slots);
-  check(cudaGetLastError(), "new_slots_kernel");
-  remap_rows_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs, new_slots);
-  check(cudaGetLastError(), "remap_rows_kernel");
+}  // namespace
+
+void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
+                 const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+                 const FaultRecord* fault, cudaStream_t stream) {
+  launch(nullptr, jobs, count, batch, keep, kept_length, nullptr, nullptr, fault, stream);
 }
 
-void launch_finish_compact(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                           std::int64_t kept_length, std::int64_t extent, cudaStream_t stream) {
-  const std::int64_t runs = runs_of(extent);
-  const auto grid = static_cast<unsigned>(runs * layer.batch * layer.graphs);
-  if (grid > 0) {
-    finish_compact_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, kept_length, runs);
-    check(cudaGetLastError(), "finish_compact_kernel");
-  }
-  book_compact_kernel<<<1, kThreads, 0, stream>>>(layer, keep, kept_length);
-  check(cudaGetLastError(), "book_compact_kernel");
+void launch_compact(const LayerView& layer, const MoveJob* jobs, int count,
+                    const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+                    const std::int32_t* new_slots, const std::int64_t* kept, cudaStream_t stream) {
+  launch(&layer, jobs, count, layer.batch, keep, kept_length, new_slots, kept, layer.fault, stream);
 }
 
 }  // namespace spectralkv::cuda

@@ -13,9 +13,7 @@ namespace spectralkv::cuda {
 /// Throws InvalidArgument as the CPU backend does.
 [[noreturn]] void throw_fault(std::string_view operation, const FaultRecord& record);
 
-/// fault.cu: makes what a check found (if anything) the fault of the manager.
-void launch_raise(const LayerView& layer, const FaultRecord* found, cudaStream_t stream);
-/// Forgets the fault.
+/// fault.cu: forgets the fault.
 void launch_clear_fault(FaultRecord* fault, FaultRecord* reported, cudaStream_t stream);
 
 }  // namespace spectralkv::cuda

@@ -86,14 +86,17 @@ void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& ou
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
                        std::int64_t count, const std::int64_t* expected, std::int64_t* kept,
                        FaultRecord* result, cudaStream_t stream);
-/// Writes `count` values of the host to device memory; they are read before this returns.
-void launch_store(const std::int64_t* values, std::int64_t count, std::int64_t* to,
-                  cudaStream_t stream);
-/// Clears every slot that is not kept; books what each sequence holds. `marks` is scratch of
-/// (B, G, capacity).
+/// Before a list of kept slots is used: checks it as launch_check_keep does and reports a fault to
+/// the manager. Writes how many each sequence keeps to `kept` (B) and, for the entry e of a graph's
+/// list, new_slots[keep[e]] = e; other entries of `new_slots` (B, G, capacity) mean nothing.
+/// `expected`: B numbers of the host, or null.
+void launch_admit_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t count, const std::int64_t* expected, std::int32_t* new_slots,
+                       std::int64_t* kept, cudaStream_t stream);
+/// Clears every slot that is not kept; books what each sequence holds. Behind launch_admit_keep.
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                    std::int64_t count, std::int32_t* marks, std::int64_t extent,
-                    cudaStream_t stream);
+                    std::int64_t count, const std::int32_t* new_slots, const std::int64_t* kept,
+                    std::int64_t extent, cudaStream_t stream);
 /// What forgetting the newest `count` would do, see Backend::plan_truncate: found and oldest (B,
 /// G), and the highest slot that stays, of all graphs of the layer (-1: none), in `last`.
 void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
@@ -207,31 +210,25 @@ void launch_safety_mask(const LayerView& layer, std::int64_t window, std::int64_
 
 // ---- compact.cu
 
-/// A tensor (B, X, S, row) that moves in place: row x of sequence b moves by the kept slots of head
-/// x / rows_per_head_list * heads_step.
+/// A tensor (B, X, S, row) that moves in place: row x of sequence b moves by the list of head x.
 struct MoveJob {
   void* data;
   std::int64_t sequence_stride;  ///< bytes, all strides
   std::int64_t row_stride;
   std::int64_t slot_stride;
-  std::int64_t width;         ///< bytes of a slot
-  std::int32_t rows;          ///< X
-  std::int32_t rows_a_list;   ///< rows that share one list of kept slots
-  std::int32_t heads_a_list;  ///< list i is the one of head i * heads_a_list
+  std::int64_t width;  ///< bytes of a slot
+  std::int32_t rows;   ///< X
 };
-inline constexpr int kMostMoveJobs = 8;
+inline constexpr int kMostMoveJobs = 2;
 
 /// Moves the kept slots keep[e ...] to e ..., in place; what lies behind keeps its bytes.
 void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
                  const TableView<const std::int32_t>& keep, std::int64_t kept_length,
                  const FaultRecord* fault, cudaStream_t stream);
-/// Before the move: rewrites the rows of kept slots, where they lie, for the slots to come.
-/// `new_slots` is scratch of (B, G, capacity).
-void launch_remap_rows(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                       std::int64_t kept_length, std::int32_t* new_slots, std::int64_t extent,
-                       cudaStream_t stream);
-/// After the move: empties the slots in front of the kept ones, and those behind; books lengths.
-void launch_finish_compact(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                           std::int64_t kept_length, std::int64_t extent, cudaStream_t stream);
+/// The same, and the layer's graphs with it; books lengths. Behind launch_admit_keep, whose results
+/// `new_slots` and `kept` are.
+void launch_compact(const LayerView& layer, const MoveJob* jobs, int count,
+                    const TableView<const std::int32_t>& keep, std::int64_t kept_length,
+                    const std::int32_t* new_slots, const std::int64_t* kept, cudaStream_t stream);
 
 }  // namespace spectralkv::cuda

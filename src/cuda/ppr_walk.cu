@@ -58,7 +58,7 @@ __device__ std::int32_t first_slot_from(const std::int32_t* positions, std::int6
   while_waiting();
   while (low < high) {
     const int count = __popc(__ballot_sync(0xffffffffU, position < first));
-    high = min(high, low + count * step);
+    if (count < 32) high = min(high, low + count * step);
     if (count > 0) low += (count - 1) * step + 1;
     step = max(1, (high - low + 31) / 32);
     const std::int32_t probe = low + lane * step;

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads)
   *result = check_slot(layer, slots, length, i / layer.heads, i % layer.heads);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kWideThreads)
     next_slots_kernel(LayerView layer, TableView<std::int32_t> out) {
   __shared__ unsigned long long lowest;
   const std::int64_t b = blockIdx.x / layer.graphs;
@@ -215,18 +215,24 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t length = layer.counters->length;
   if (threadIdx.x == 0) lowest = static_cast<unsigned long long>(length);
   __syncthreads();
-  constexpr int kEach = 8;
-  for (std::int64_t base = 0; base < length; base += kThreads * kEach) {
+  // All loads of a round are under way at once.
+  constexpr int kEach = 16;
+  for (std::int64_t base = 0; base < length; base += kWideThreads * kEach) {
+    std::int32_t there[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const std::int64_t slot = base + k * kWideThreads + threadIdx.x;
+      there[k] = slot < length ? positions[slot] : 0;
+    }
     std::int64_t mine = length;
 #pragma unroll
     for (int k = kEach - 1; k >= 0; --k) {
-      const std::int64_t slot = base + k * kThreads + threadIdx.x;
-      if (slot < length && positions[slot] < 0) mine = slot;
+      if (there[k] < 0) mine = base + k * kWideThreads + threadIdx.x;
     }
     if (mine < length) atomicMin(&lowest, static_cast<unsigned long long>(mine));
     if (__syncthreads_or(static_cast<int>(mine < length)) != 0) break;
   }
-  for (int k = static_cast<int>(threadIdx.x); k < layer.heads_per_graph; k += kThreads) {
+  for (int k = static_cast<int>(threadIdx.x); k < layer.heads_per_graph; k += kWideThreads) {
     at(out, b, g * layer.heads_per_graph + k) = static_cast<std::int32_t>(lowest);
   }
 }
@@ -337,59 +343,77 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 }
 
-/// What the host hands over with a launch.
-struct Words {
+/// Kept slots of a round of sequences, where the host knows them.
+struct KeptCounts {
   static constexpr int kMost = 128;
+  bool known;
   std::int64_t values[kMost];
 };
 
-__global__ void __launch_bounds__(Words::kMost)
-    store_kernel(const __grid_constant__ Words words, int count, std::int64_t* to) {
-  const auto i = static_cast<int>(threadIdx.x);
-  if (i < count) to[i] = words.values[i];
+/// A thread an entry. The entry with which a head's kept slots begin knows how many there are.
+__global__ void __launch_bounds__(kThreads)
+    admit_keep_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
+                      std::int64_t runs, std::int64_t first_sequence,
+                      const __grid_constant__ KeptCounts expected, std::int32_t* new_slots,
+                      std::int64_t* kept) {
+  if (has_fault(layer)) return;
+  const std::int64_t b = first_sequence + blockIdx.y;
+  const std::int64_t h = std::int64_t{blockIdx.x} / runs;
+  const std::int64_t i = (std::int64_t{blockIdx.x} % runs) * kThreads + threadIdx.x;
+  const std::int64_t g = h / layer.heads_per_graph;
+  if (i > 0 && i >= count) return;
+  std::int64_t own = 0;
+  bool begins = count == 0;
+  bool as_first = true;
+  if (count > 0) {
+    const FaultRecord record = check_entry(layer, keep, layer.counters->length, b, h, i);
+    if (record.fault != 0U) {
+      report(layer, static_cast<Fault>(record.fault), b, h, record.value, record.limit);
+      return;
+    }
+    const std::int32_t slot = record.value;
+    if (slot >= 0 && h == g * layer.heads_per_graph) {
+      new_slots[graph_index(layer, b, g) * layer.capacity + slot] = static_cast<std::int32_t>(i);
+    }
+    const bool at_first_slot = slot >= 0 && (i == 0 || at(keep, b, h, i - 1) < 0);
+    begins = at_first_slot || (slot < 0 && i == count - 1);
+    if (!begins) return;
+    own = at_first_slot ? count - i : 0;
+    as_first = at_first_slot ? at(keep, b, 0, i) >= 0 && (i == 0 || at(keep, b, 0, i - 1) < 0)
+                             : at(keep, b, 0, i) < 0;
+  }
+  if (h == 0) kept[b] = own;
+  if (expected.known && expected.values[blockIdx.y] != own) {
+    report(layer, Fault::keep_count, b, h, own, expected.values[blockIdx.y]);
+  } else if (!as_first) {
+    std::int64_t of_first = 0;
+    for (std::int64_t e = 0; e < count; ++e) of_first += at(keep, b, 0, e) >= 0 ? 1 : 0;
+    report(layer, Fault::keep_count, b, h, own, of_first);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
-    mark_kept_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
-                     std::int64_t runs, std::int32_t* marks) {
+    release_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
+                   const std::int32_t* new_slots, const std::int64_t* kept, std::int64_t runs) {
   if (has_fault(layer)) return;
-  const Run run = run_of(layer.graphs, runs);
-  const std::int64_t i = run.begin + threadIdx.x;
-  if (i >= count) return;
-  const std::int32_t slot = at(keep, run.b, run.g * layer.heads_per_graph, i);
-  if (slot >= 0) marks[graph_index(layer, run.b, run.g) * layer.capacity + slot] = 1;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    release_kernel(LayerView layer, const std::int32_t* marks, std::int64_t runs) {
-  if (has_fault(layer)) return;
+  if (blockIdx.x == 0) {
+    for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
+      layer.sequences[b].held = kept[b];
+    }
+    if (threadIdx.x == 0) layer.counters->ordered = 0;
+  }
+  if (runs == 0) return;
   const Run run = run_of(layer.graphs, runs);
   const std::int64_t length = layer.counters->length;
   const std::int64_t slot = run.begin + threadIdx.x;
-  const bool goes =
-      slot < length && marks[graph_index(layer, run.b, run.g) * layer.capacity + slot] == 0;
+  bool goes = false;
+  if (slot < length) {
+    // Only an entry of new_slots that its list confirms is one of this release.
+    const std::int32_t to = new_slots[graph_index(layer, run.b, run.g) * layer.capacity + slot];
+    goes = to < 0 || to >= count || at(keep, run.b, run.g * layer.heads_per_graph, to) != slot;
+  }
   clear_marked(layer, run.b, run.g, run.begin, length - run.begin, goes);
   if (goes) positions_of(layer, run.b, run.g)[slot] = -1;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    book_release_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count) {
-  if (has_fault(layer)) return;
-  for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
-    // Entries of -1 come first.
-    std::int64_t low = 0;
-    std::int64_t high = count;
-    while (low < high) {
-      const std::int64_t middle = (low + high) / 2;
-      if (at(keep, b, 0, middle) < 0) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    layer.sequences[b].held = count - low;
-  }
-  if (threadIdx.x == 0) layer.counters->ordered = 0;
 }
 
 // ---- truncation
@@ -543,7 +567,7 @@ void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& ou
                        std::int64_t /*extent*/, cudaStream_t stream) {
   const auto graphs = static_cast<unsigned>(layer.batch * layer.graphs);
   if (graphs == 0) return;
-  next_slots_kernel<<<graphs, kThreads, 0, stream>>>(layer, out);
+  next_slots_kernel<<<graphs, kWideThreads, 0, stream>>>(layer, out);
   check(cudaGetLastError(), "next_slots_kernel");
 }
 
@@ -559,39 +583,30 @@ void launch_check_keep(const LayerView& layer, const TableView<const std::int32_
   check(cudaGetLastError(), "find_bad_keep_kernel");
 }
 
-void launch_store(const std::int64_t* values, std::int64_t count, std::int64_t* to,
-                  cudaStream_t stream) {
-  for (std::int64_t first = 0; first < count; first += Words::kMost) {
-    Words words{};
-    const auto part = static_cast<int>(std::min<std::int64_t>(Words::kMost, count - first));
-    std::copy_n(values + first, part, words.values);
-    store_kernel<<<1, Words::kMost, 0, stream>>>(words, part, to + first);
-    check(cudaGetLastError(), "store_kernel");
+void launch_admit_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
+                       std::int64_t count, const std::int64_t* expected, std::int32_t* new_slots,
+                       std::int64_t* kept, cudaStream_t stream) {
+  const std::int64_t runs = std::max<std::int64_t>(1, runs_of(count));
+  for (std::int64_t first = 0; first < layer.batch; first += KeptCounts::kMost) {
+    const std::int64_t part = std::min<std::int64_t>(KeptCounts::kMost, layer.batch - first);
+    KeptCounts counts{};
+    counts.known = expected != nullptr;
+    if (counts.known) std::copy_n(expected + first, part, counts.values);
+    const dim3 grid(static_cast<unsigned>(runs * layer.heads), static_cast<unsigned>(part));
+    admit_keep_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, count, runs, first, counts,
+                                                     new_slots, kept);
+    check(cudaGetLastError(), "admit_keep_kernel");
   }
 }
 
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
-                    std::int64_t count, std::int32_t* marks, std::int64_t extent,
-                    cudaStream_t stream) {
-  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+                    std::int64_t count, const std::int32_t* new_slots, const std::int64_t* kept,
+                    std::int64_t extent, cudaStream_t stream) {
   const std::int64_t runs = runs_of(extent);
-  if (graphs > 0 && runs > 0) {
-    constexpr std::size_t kWord = sizeof(std::int32_t);
-    check(cudaMemset2DAsync(marks, static_cast<std::size_t>(layer.capacity) * kWord, 0,
-                            static_cast<std::size_t>(extent) * kWord,
-                            static_cast<std::size_t>(graphs), stream),
-          "cudaMemset2DAsync");
-    if (count > 0) {
-      mark_kept_kernel<<<static_cast<unsigned>(graphs * runs_of(count)), kThreads, 0, stream>>>(
-          layer, keep, count, runs_of(count), marks);
-      check(cudaGetLastError(), "mark_kept_kernel");
-    }
-    release_kernel<<<static_cast<unsigned>(graphs * runs), kThreads, 0, stream>>>(layer, marks,
-                                                                                  runs);
-    check(cudaGetLastError(), "release_kernel");
-  }
-  book_release_kernel<<<1, kThreads, 0, stream>>>(layer, keep, count);
-  check(cudaGetLastError(), "book_release_kernel");
+  const std::int64_t blocks = runs * layer.batch * layer.graphs;
+  release_kernel<<<static_cast<unsigned>(std::max<std::int64_t>(1, blocks)), kThreads, 0, stream>>>(
+      layer, keep, count, new_slots, kept, blocks > 0 ? runs : 0);
+  check(cudaGetLastError(), "release_kernel");
 }
 
 void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,

@@ -489,9 +489,7 @@ void time_compaction(std::int64_t batch, bool runs, double bandwidth, int repeat
                     .row_stride = kLength * kWidth,
                     .slot_stride = kWidth,
                     .width = kWidth,
-                    .rows = kHeads,
-                    .rows_a_list = 1,
-                    .heads_a_list = 1});
+                    .rows = kHeads});
   }
   const cuda::TableView<const std::int32_t> table{.data = keep.as<const std::int32_t>(),
                                                   .sequence_stride = kHeads * kKept,
