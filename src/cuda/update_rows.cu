@@ -136,17 +136,27 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+int attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+/// As much as there is, whatever one launch takes: another thread may launch the same kernel for
+/// another shape.
 template <class Kernel>
-void allow_shared_memory(Kernel* kernel, std::int64_t bytes) {
+void allow_shared_memory(Kernel* kernel) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+                             attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
         "cudaFuncSetAttribute");
 }
 
 template <class T>
 void launch_rows(const LayerView& layer, const UpdateRowsArgs& args, cudaStream_t stream) {
   const std::int64_t bytes = row_scratch_bytes(layer);
-  allow_shared_memory(rows_kernel<T>, bytes);
+  allow_shared_memory(rows_kernel<T>);
   const std::int64_t blocks = args.count * layer.batch * layer.graphs;
   rows_kernel<T>
       <<<static_cast<unsigned>(blocks), kRowThreads, static_cast<std::size_t>(bytes), stream>>>(
@@ -155,14 +165,6 @@ void launch_rows(const LayerView& layer, const UpdateRowsArgs& args, cudaStream_
 }
 
 // ---- tiles
-
-int attribute_of_device(cudaDeviceAttr attribute) {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
 
 /// Can 16-byte chunks be copied from it?
 bool is_aligned(const TokensView& view) {
@@ -218,7 +220,7 @@ void launch_tiles_as(const LayerView& layer, RowTilesArgs tiles, cudaStream_t st
   constexpr int kTokens = kTileColumns / kGroup;
   const std::int64_t bytes =
       TileMemory::bytes(tiles.warpgroups, tiles.stages, tiles.panels, kTokens, tiles.entries);
-  allow_shared_memory(row_tiles_kernel<T, kGroup>, bytes);
+  allow_shared_memory(row_tiles_kernel<T, kGroup>);
   const int tokens = tiles.warpgroups * kTokens;
   const std::int64_t tiles_a_graph = (tiles.most + tokens - 1) / tokens;
   const std::int64_t grid = tiles_a_graph * layer.batch * layer.graphs;
@@ -293,7 +295,7 @@ bool launch_tiles(const LayerView& layer, const UpdateRowsArgs& args, cudaStream
   scan_rows_kernel<T><<<kBlocks, kRowThreads, 0, stream>>>(layer, tiles);
   check(cudaGetLastError(), "scan_rows_kernel");
   const std::int64_t bytes = row_scratch_bytes(layer);
-  allow_shared_memory(unsettled_rows_kernel<T>, bytes);
+  allow_shared_memory(unsettled_rows_kernel<T>);
   unsettled_rows_kernel<T><<<kBlocks, kRowThreads, static_cast<std::size_t>(bytes), stream>>>(
       layer, args, tiles.unsettled, tiles.unsettled_count);
   check(cudaGetLastError(), "unsettled_rows_kernel");
