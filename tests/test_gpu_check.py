@@ -271,7 +271,7 @@ def test_goals_of_a_whole_report() -> None:
     assert met.endswith("| torch bf16: 200 us | 40.00 us [39.00, 41.00] | 5x | yes |")
     (missed,) = rows_with(lines, "keys and values, B 8")
     assert missed.endswith("| 250.0 us | 314 us [313, 315] | 0.796 | **no** |")
-    (unknown,) = rows_with(lines, "256 graphs, rows in L2")
+    (unknown,) = rows_with(lines, "rows in L2, recent |")
     assert unknown.endswith("not measured |")
 
 

@@ -388,7 +388,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
         Stage(
             tool,
             sanitizer(tool),
-            limit=240,
+            limit=150,
             needs=("build",),
             shards=arguments.sanitizer_shards,
             parse=parse_sanitizer,
@@ -439,7 +439,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             Stage(
                 "compare",
                 compare,
-                limit=240,
+                limit=180,
                 cwd=folder,
                 env=installed,
                 needs=("package",),
