@@ -10,8 +10,9 @@
 // `bound` is at least the value of every key that is not in it: it rises when the list is cut, and
 // is scaled with the values, by the head that changes most, when references change. At the end the
 // references are exact, the list's keys are scored anew, and if the K-th best lies above the bound
-// no key outside can belong to the row. Otherwise the token goes through once more, with
-// exact references from the start; what is still not told apart (ties) is left to draw_row.
+// no key outside can belong to the row. Tokens of which that cannot be said are scanned, see
+// row_scan.cuh, or, when they are many, go through once more, with exact references from the start;
+// what is still not told apart (ties) is left to draw_row.
 #pragma once
 
 #include <cstdint>
