@@ -486,7 +486,8 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
 #pragma unroll 1
   for (int first = thread; first < end - begin; first += kAtOnce * threads) {
     float probabilities[kAtOnce] = {};
-    const int second = min(first + threads, end - begin - 1);
+    // Where there is no second one: the first again, which no other thread writes meanwhile.
+    const int second = first + threads < end - begin ? first + threads : first;
 #pragma unroll 4
     for (int q = 0; q < query_heads; ++q) {
       const float shift = shifts[q];
