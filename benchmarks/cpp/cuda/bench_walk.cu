@@ -42,7 +42,8 @@ struct Shape {
   double empty = 0.0;  ///< part of the slots without a token
   double hub = 0.0;    ///< part of the edges that go to one token
   bool weighted = true;
-  bool alike = false;  ///< all graphs the same
+  bool alike = false;     ///< all graphs the same
+  std::uint32_t gap = 1;  ///< from one position to the next
 };
 
 Graphs make_graphs(const Shape& shape, std::uint32_t seed) {
@@ -73,10 +74,9 @@ Graphs make_graphs(const Shape& shape, std::uint32_t seed) {
     std::vector<std::int32_t> neighbors(slots * static_cast<std::size_t>(shape.top_k), -1);
     std::vector<float> probabilities(neighbors.size(), 0.0F);
     std::vector<std::uint32_t> weights(slots, 0U);
-    const std::uint32_t gap = shape.empty > 0.0 ? 2 : 1;
     for (std::uint32_t r = 0; r < held; ++r) {
       const std::uint32_t slot = slot_of[r];
-      positions[slot] = static_cast<std::int32_t>(r * gap);
+      positions[slot] = static_cast<std::int32_t>(r * shape.gap);
       weights[slot] = r < 4 ? 0U : 1U + (random() >> (8 + below(20)));
       const int edges = static_cast<int>(
           std::min<std::uint32_t>(static_cast<std::uint32_t>(shape.top_k), r > 4 ? r - 4 : 0));
@@ -356,13 +356,16 @@ void run_checks() {
              .law = EdgeLaw::uniform,
              .populations = usual});
   run_check({.name = "unordered, empty slots, stale edges",
-             .shape = {.batch = 2, .slots = 20001, .ordered = false, .empty = 0.2},
+             .shape = {.batch = 2, .slots = 20001, .ordered = false, .empty = 0.2, .gap = 2},
              .populations = others,
              .release_every = 3,
              .spare = 1});
   run_check({.name = "ordered, empty slots",
-             .shape = {.slots = 20000, .empty = 0.2},
+             .shape = {.slots = 20000, .empty = 0.2, .gap = 2},
              .populations = usual});
+  run_check({.name = "positions with gaps",
+             .shape = {.batch = 2, .slots = 30000, .gap = 7},
+             .populations = others});
   run_check({.name = "stale edges, decay",
              .shape = {.batch = 2, .graphs = 2, .slots = 4096},
              .populations = usual,
