@@ -369,6 +369,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     ]  # fmt: skip
     compare = [
         python, str(ROOT / "benchmarks/python/gpu.py"), "--output", str(compared),
+        "--repeats", "30", "--seconds", "4",
         *(["--commit", arguments.commit] if arguments.commit else []),
     ]  # fmt: skip
     ctest = [
@@ -398,7 +399,12 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
     return [
         [
             Stage("configure", configure, limit=60, env=cuda),
-            Stage("build", [*make, tests.name], limit=300, needs=("configure",)),
+            Stage(
+                "build",
+                [*make, tests.name, "spectralkv_gpu_memory_tests"],
+                limit=300,
+                needs=("configure",),
+            ),
             # One that cannot be built is reported by its own stage; the others still run.
             Stage(
                 "benchmarks",
@@ -408,21 +414,8 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             ),
             # It builds in a folder of its own, beside the C++ tests.
             Stage("package", package, limit=300, env={**cuda, "CMAKE_BUILD_PARALLEL_LEVEL": jobs}),
+            # Some of its tests watch the device's free memory: nothing else may use it.
             Stage("ctest", ctest, limit=180, needs=("build",), parse=parse_ctest),
-            *sanitize,
-        ],
-        # Models launch thousands of small kernels: beside the others' they would wait for turns.
-        [
-            Stage(
-                "pytest",
-                gpu_tests,
-                limit=240,
-                cwd=folder,
-                env=installed,
-                needs=("package",),
-                shards=shards,
-                parse=read_junit,
-            )
         ],
         # What is timed runs alone.
         *[
@@ -448,6 +441,20 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
                 parse=read_compared,
             )
         ],
+        # Models launch thousands of small kernels: beside the others' they would wait for turns.
+        [
+            Stage(
+                "pytest",
+                gpu_tests,
+                limit=240,
+                cwd=folder,
+                env=installed,
+                needs=("package",),
+                shards=shards,
+                parse=read_junit,
+            )
+        ],
+        sanitize,
     ]
 
 
