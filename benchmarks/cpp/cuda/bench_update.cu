@@ -1,6 +1,9 @@
 // The row of one new token a sequence: against a reference, then against the memory's bandwidth.
 //
 //   bench_update [check | time | plans]    (default: check, then time)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,9 +14,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "cuda/device/graph_rows.cuh"
 #include "cuda/kernels.h"
@@ -39,9 +39,9 @@ struct Shape {
   std::int64_t key_bytes() const { return batch * heads * length * dim * size_of(dtype); }
   std::string name() const {
     const char* type = dtype == DType::bf16 ? "bf16" : dtype == DType::f16 ? "f16" : "f32";
-    return "B=" + std::to_string(batch) + " S=" + std::to_string(length) + " Hkv=" +
-           std::to_string(heads) + " group=" + std::to_string(group) + " D=" +
-           std::to_string(dim) + " K=" + std::to_string(top_k) + " " + type +
+    return "B=" + std::to_string(batch) + " S=" + std::to_string(length) +
+           " Hkv=" + std::to_string(heads) + " group=" + std::to_string(group) +
+           " D=" + std::to_string(dim) + " K=" + std::to_string(top_k) + " " + type +
            (shared_graph ? " layer" : "");
   }
 };
@@ -185,10 +185,10 @@ class Layer {
     const std::int64_t words = view_.row_words;
     std::vector<std::int32_t> rows(static_cast<std::size_t>(graphs * words));
     for (std::int64_t i = 0; i < graphs; ++i) {
-      check(cudaMemcpy(rows.data() + i * words,
-                       view_.rows + (i * capacity_ + shape_.length) * words,
-                       static_cast<std::size_t>(words) * 4, cudaMemcpyDeviceToHost),
-            "cudaMemcpy");
+      check(
+          cudaMemcpy(rows.data() + i * words, view_.rows + (i * capacity_ + shape_.length) * words,
+                     static_cast<std::size_t>(words) * 4, cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
     }
     return rows;
   }
@@ -264,10 +264,9 @@ class Layer {
     for (int h = g * heads; h < (g + 1) * heads; ++h) {
       const std::vector<double> keys = host(
           keys_, (std::int64_t{b} * shape_.heads + h) * capacity_ * shape_.dim, n * shape_.dim);
-      const std::vector<double> queries =
-          host(queries_,
-               (std::int64_t{b} * shape_.heads + h) * shape_.group * std::int64_t{shape_.dim},
-               std::int64_t{shape_.group} * shape_.dim);
+      const std::vector<double> queries = host(
+          queries_, (std::int64_t{b} * shape_.heads + h) * shape_.group * std::int64_t{shape_.dim},
+          std::int64_t{shape_.group} * shape_.dim);
       for (int q = 0; q < shape_.group; ++q) {
         std::vector<double> scores(static_cast<std::size_t>(n));
         double highest = -INFINITY;
@@ -376,9 +375,9 @@ void check_shape(const Shape& shape, const UpdatePlan& plan, int holes) {
         "cudaMemcpy");
   expect(counters.length == shape.length + 1 && counters.ticket == 0, name + ": counters");
   cuda::Statistics statistics{};
-  check(cudaMemcpy(&statistics, layer.view().statistics, sizeof(statistics),
-                   cudaMemcpyDeviceToHost),
-        "cudaMemcpy");
+  check(
+      cudaMemcpy(&statistics, layer.view().statistics, sizeof(statistics), cudaMemcpyDeviceToHost),
+      "cudaMemcpy");
   const int graphs = shape.batch * shape.graphs();
   expect(statistics.rows_written == 2ULL * static_cast<unsigned long long>(graphs) &&
              statistics.rows_nonfinite == 0,
@@ -413,9 +412,9 @@ void check_shape(const Shape& shape, const UpdatePlan& plan, int holes) {
       const bool right = total == 0.0 || std::abs(threshold - sum / total) < 2e-5;
       if (good && right) continue;
       expect(false, name + ": graph " + std::to_string(i) + " edge " + std::to_string(k) +
-                        " slot " + std::to_string(row[k]) + " p " + std::to_string(p) +
-                        " wanted " + std::to_string(wanted) + " threshold " +
-                        std::to_string(threshold) + " wanted " + std::to_string(sum / total));
+                        " slot " + std::to_string(row[k]) + " p " + std::to_string(p) + " wanted " +
+                        std::to_string(wanted) + " threshold " + std::to_string(threshold) +
+                        " wanted " + std::to_string(sum / total));
       return;
     }
   }
@@ -455,7 +454,9 @@ void check_all() {
                        .heads = 2,
                        .group = group,
                        .dim = dim,
-                       .top_k = group == 3 ? 4 : group == 8 ? 16 : 32,
+                       .top_k = group == 3   ? 4
+                                : group == 8 ? 16
+                                             : 32,
                        .dtype = dtype,
                        .length = 1500},
                       plan, group == 3 ? 50 : 0);
@@ -497,8 +498,7 @@ void compare(Layer& layer, const Shape& shape, const UpdatePlan& plan, std::int6
 /// As many layers as make the keys cold, or one that stays in the cache.
 std::vector<std::unique_ptr<Layer>> layers_for(const Shape& shape, bool warm) {
   constexpr std::int64_t kCold = std::int64_t{256} << 20U;
-  const std::int64_t count =
-      warm ? 1 : std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32);
+  const std::int64_t count = warm ? 1 : std::clamp<std::int64_t>(kCold / shape.key_bytes(), 1, 32);
   std::vector<std::unique_ptr<Layer>> layers;
   for (std::int64_t i = 0; i < count; ++i) {
     layers.push_back(std::make_unique<Layer>(shape, static_cast<std::uint32_t>(17 + i)));
@@ -525,9 +525,7 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
   const std::int64_t extent = shape.length + Layer::kRoom;
   const auto time = [&](const UpdatePlan& plan) {
     const Timing timing =
-        measure({.calls = warm ? 8 : static_cast<int>(layers.size()),
-                 .warm_up = 3,
-                 .replays = 25},
+        measure({.calls = warm ? 8 : static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
                 [&](int call, auto stream) {
                   Layer& layer = *layers[static_cast<std::size_t>(call) % layers.size()];
                   update(layer, plan, extent, stream);
@@ -554,13 +552,12 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
 void time_novelty(const Shape& shape, double bandwidth) {
   const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, false);
   const Buffer scratch(novelty_scratch(layers[0]->view()) * 4);
-  const Timing timing =
-      measure({.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
-              [&](int call, auto stream) {
-                const Layer& layer = *layers[static_cast<std::size_t>(call)];
-                launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length,
-                               stream);
-              });
+  const Timing timing = measure(
+      {.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
+      [&](int call, auto stream) {
+        const Layer& layer = *layers[static_cast<std::size_t>(call)];
+        launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, stream);
+      });
   print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
              bandwidth);
 }

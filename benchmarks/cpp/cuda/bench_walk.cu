@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/harness.h"
-#include "cuda/literal_walk.cuh"
+#include "harness.h"
+#include "literal_walk.cuh"
 #include "spectralkv/spectralkv.h"
 
 namespace spectralkv::bench {
