@@ -418,32 +418,31 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
     task.own_slot = static_cast<int>(slot);
   };
   const float scale = args.scale * kLog2E;
-  for_each_task<Dots>(
-      layer, args, b, g, [&](const auto& described, int first_query) {
-        ExpSum mine[Dots::kValues];
-        Dots::run(described, warp, warps, find_slots,
-                  [&](int i, int column, int j, std::int32_t place, float dot, bool valid) {
-                    const float x = dot * scale;
-                    const bool seen = valid & (place != kNoPlace);
-                    const bool finite = fabsf(x) <= FLT_MAX;
-                    const float score = seen & finite ? x : -INFINITY;
-                    mine[i].add(score);
-                    if (valid) scores[(first_query + column) * pitch + j - begin] = score;
-                    // Both are rare: sinks and the new token itself.
-                    if (i == 0 && seen && place < layer.num_sinks) {
-                      atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
-                    }
-                    if (seen & !finite && place == kOwnPlace) shared.suspect = 1;
-                  });
-        sum_warp<Dots>(mine);
+  for_each_task<Dots>(layer, args, b, g, [&](const auto& described, int first_query) {
+    ExpSum mine[Dots::kValues];
+    Dots::run(described, warp, warps, find_slots,
+              [&](int i, int column, int j, std::int32_t place, float dot, bool valid) {
+                const float x = dot * scale;
+                const bool seen = valid & (place != kNoPlace);
+                const bool finite = fabsf(x) <= FLT_MAX;
+                const float score = seen & finite ? x : -INFINITY;
+                mine[i].add(score);
+                if (valid) scores[(first_query + column) * pitch + j - begin] = score;
+                // Both are rare: sinks and the new token itself.
+                if (i == 0 && seen && place < layer.num_sinks) {
+                  atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
+                }
+                if (seen & !finite && place == kOwnPlace) shared.suspect = 1;
+              });
+    sum_warp<Dots>(mine);
 #pragma unroll
-        for (int i = 0; i < Dots::kValues; ++i) {
-          const int column = Dots::column(lane, i);
-          if (lane < Dots::kFirstRowBit && column < described.query_heads) {
-            warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
-          }
-        }
-      });
+    for (int i = 0; i < Dots::kValues; ++i) {
+      const int column = Dots::column(lane, i);
+      if (lane < Dots::kFirstRowBit && column < described.query_heads) {
+        warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
+      }
+    }
+  });
   __syncthreads();
   if (args.softcap > 0.0F) {
 #pragma unroll 1
@@ -505,8 +504,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
       highest = fmaxf(highest, probability);
     }
   }
-  const Found found =
-      block_top_k(scores, end - begin, begin, highest, layer.top_k, shared.top_k);
+  const Found found = block_top_k(scores, end - begin, begin, highest, layer.top_k, shared.top_k);
   if (warp == 0) {
     post(&lists[rank * 32 + lane], 0, lane < found.count ? found.candidates[lane] : 0,
          shared.lists);
@@ -598,27 +596,24 @@ __global__ void __launch_bounds__(kSplitThreads)
   const int graph = block / scratch.splits;
   const SplitPart part(layer, args, scratch.extent, graph, block % scratch.splits, scratch.splits);
   const int query_heads = layer.heads_per_graph * layer.group;
-  for_each_task<Dots>(
-      layer, args, part.b, part.g, [&](const auto& task, int first_query) {
-        ExpSum mine[Dots::kValues];
-        const auto find_slots = [&](auto& found) { part.set(found, part.begin, part.end); };
-        Dots::run(task, warp, kSplitWarps, find_slots,
-                  [&](int i, int /*column*/, int /*j*/, std::int32_t place, float dot, bool valid) {
-                    mine[i].add(valid && place != kNoPlace ? scaled(args, dot) : -INFINITY);
-                  });
-        sum_warp<Dots>(mine);
-        for (int i = 0; i < Dots::kValues; ++i) {
-          if (lane < Dots::kFirstRowBit) warp_sums[warp][Dots::column(lane, i)] = mine[i].packed();
-        }
-        __syncthreads();
-        if (static_cast<int>(threadIdx.x) < task.query_heads) {
-          const ExpSum sum =
-              ExpSum::of(&warp_sums[0][threadIdx.x], kSplitWarps, Dots::kColumns);
-          scratch.sums[std::int64_t{block} * query_heads + first_query + threadIdx.x] =
-              sum.packed();
-        }
-        __syncthreads();
-      });
+  for_each_task<Dots>(layer, args, part.b, part.g, [&](const auto& task, int first_query) {
+    ExpSum mine[Dots::kValues];
+    const auto find_slots = [&](auto& found) { part.set(found, part.begin, part.end); };
+    Dots::run(task, warp, kSplitWarps, find_slots,
+              [&](int i, int /*column*/, int /*j*/, std::int32_t place, float dot, bool valid) {
+                mine[i].add(valid && place != kNoPlace ? scaled(args, dot) : -INFINITY);
+              });
+    sum_warp<Dots>(mine);
+    for (int i = 0; i < Dots::kValues; ++i) {
+      if (lane < Dots::kFirstRowBit) warp_sums[warp][Dots::column(lane, i)] = mine[i].packed();
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < task.query_heads) {
+      const ExpSum sum = ExpSum::of(&warp_sums[0][threadIdx.x], kSplitWarps, Dots::kColumns);
+      scratch.sums[std::int64_t{block} * query_heads + first_query + threadIdx.x] = sum.packed();
+    }
+    __syncthreads();
+  });
 }
 
 /// One warp a query head.
@@ -658,25 +653,24 @@ __global__ void __launch_bounds__(kSplitThreads)
   for (int begin = part.begin; begin < part.end; begin += kChunk) {
     const int count = min(kChunk, part.end - begin);
     for (int j = thread; j < count; j += kSplitThreads) probabilities[j] = 0.0F;
-    for_each_task<Dots>(
-        layer, args, part.b, part.g, [&](const auto& task, int first_query) {
-          const auto find_slots = [&](auto& found) { part.set(found, begin, begin + count); };
-          Dots::run(task, warp, kSplitWarps, find_slots,
-                    [&](int /*i*/, int column, int j, std::int32_t place, float dot, bool valid) {
-                      if (!valid) return;
-                      columns[column * kChunkPitch + j - begin] =
-                          place != kNoPlace ? scaled(args, dot) : -INFINITY;
-                    });
-          __syncthreads();
-          for (int j = thread; j < count; j += kSplitThreads) {
-            float sum = probabilities[j];
-            for (int q = 0; q < task.query_heads; ++q) {
-              sum += exp2_of(columns[q * kChunkPitch + j] - shifts[first_query + q]);
-            }
-            probabilities[j] = sum;
-          }
-          __syncthreads();
-        });
+    for_each_task<Dots>(layer, args, part.b, part.g, [&](const auto& task, int first_query) {
+      const auto find_slots = [&](auto& found) { part.set(found, begin, begin + count); };
+      Dots::run(task, warp, kSplitWarps, find_slots,
+                [&](int /*i*/, int column, int j, std::int32_t place, float dot, bool valid) {
+                  if (!valid) return;
+                  columns[column * kChunkPitch + j - begin] =
+                      place != kNoPlace ? scaled(args, dot) : -INFINITY;
+                });
+      __syncthreads();
+      for (int j = thread; j < count; j += kSplitThreads) {
+        float sum = probabilities[j];
+        for (int q = 0; q < task.query_heads; ++q) {
+          sum += exp2_of(columns[q * kChunkPitch + j] - shifts[first_query + q]);
+        }
+        probabilities[j] = sum;
+      }
+      __syncthreads();
+    });
     float highest = 0.0F;
     for (int j = thread; j < count; j += kSplitThreads) {
       const bool can_be_edge = begin + j != part.slot && positions[begin + j] >= layer.num_sinks;
@@ -809,8 +803,8 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(layer.graphs * plan.cluster),
-                        static_cast<unsigned>(layer.batch));
+  config.gridDim =
+      dim3(static_cast<unsigned>(layer.graphs * plan.cluster), static_cast<unsigned>(layer.batch));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
@@ -851,12 +845,11 @@ bool runs_wide_clusters() {
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    const bool asked =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             most_shared_bytes()) == cudaSuccess &&
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-            cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
+    const bool asked = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            most_shared_bytes()) == cudaSuccess &&
+                       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
+                                            1) == cudaSuccess &&
+                       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
     static_cast<void>(cudaGetLastError());
     answer = asked && clusters > 0 ? yes : no;
   }
