@@ -138,10 +138,9 @@ TEST_F(CudaAsync, WalksRunBesideTheCallersStream) {
 
 TEST_F(CudaAsync, NewTokensDoNotWaitForAWalk) {
   warm_up();
-  // A walk of tens of milliseconds, beside an update of microseconds.
+  // A walk of a tenth of a second on a corner of the device, beside an update of microseconds.
   WalkConfig long_walk = Decoder::walk_config();
-  long_walk.num_walkers = Index{1} << 18U;
-  long_walk.walk_length = 200;
+  long_walk.walk_length = 200'000;
   Decoder expected(1, long_walk);
   Decoder decoder(1, long_walk);
   const OwnStream stream;

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "cuda/cuda_check.h"
+#include "cuda/device_memory.h"
 #include "spectralkv/error.h"
 
 namespace spectralkv::cuda {
@@ -27,6 +28,7 @@ StreamOrder::StreamOrder() {
 }
 
 StreamOrder::~StreamOrder() {
+  const CaptureGuard captures;
   // The memory that queued work uses is freed next.
   if (!idle_) static_cast<void>(cudaEventSynchronize(last_));
   static_cast<void>(cudaStreamSynchronize(side_));
