@@ -36,7 +36,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHMARKS = ("bench_update", "bench_rows", "bench_walk", "bench_move")
 #: Status that compute-sanitizer ends with when it found something.
 SANITIZER_STATUS = 86
-#: Short tests that together launch every kernel: under compute-sanitizer each takes many times as long.
+#: Short tests that together launch every kernel: compute-sanitizer makes each many times as long.
 SANITIZER_FILTER = ":".join(
     (
         "ScoreTopK.AppliesScaleAndSoftcap",
