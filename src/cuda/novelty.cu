@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int member = lane % Reader::kTeam;
   const Part part(layer, scratch.splits);
   const int dim = layer.head_dim;
-  const std::int32_t* const positions =
-      positions_of(layer, part.b, part.h / layer.heads_per_graph);
+  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
   constexpr int kStep = kWarps * Reader::kBatch;
@@ -422,8 +421,8 @@ __device__ Standard standard_of(const Scratch& scratch, std::int64_t head) {
 /// Calls `use(slot, z)` for the slots of a block of (B, G, blocks), where z is the sum of the
 /// z-scores of a token that may be restarted at, -inf for others.
 template <class Use>
-__device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch,
-                                 std::int64_t graph, int block, Use&& use) {
+__device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch, std::int64_t graph,
+                                 int block, Use&& use) {
   __shared__ Standard standards[32];
   const std::int64_t b = graph / layer.graphs;
   const std::int64_t g = graph % layer.graphs;
@@ -487,15 +486,14 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scra
   if (threadIdx.x == 0) shared[0] = highest;
   __syncthreads();
   highest = shared[0];
-  std::uint32_t* const weights =
-      novelty_of(layer, graph / layer.graphs, graph % layer.graphs);
+  std::uint32_t* const weights = novelty_of(layer, graph / layer.graphs, graph % layer.graphs);
   const auto heads = static_cast<double>(layer.heads_per_graph);
-  for_each_z_score(layer, scratch, graph, static_cast<int>(blockIdx.x % blocks),
-                   [&](int j, double z) {
-                     weights[j] = isfinite(z) ? static_cast<std::uint32_t>(llrint(
-                                                    kUnit * exp((z - highest) / heads)))
-                                              : 0U;
-                   });
+  for_each_z_score(
+      layer, scratch, graph, static_cast<int>(blockIdx.x % blocks), [&](int j, double z) {
+        weights[j] = isfinite(z)
+                         ? static_cast<std::uint32_t>(llrint(kUnit * exp((z - highest) / heads)))
+                         : 0U;
+      });
 }
 
 template <class Reader>

@@ -125,8 +125,7 @@ struct TensorDots {
         uint4 words = *reinterpret_cast<const uint4*>(from + column_of(block));
         if (block >= kFullBlocks && block * 32 + first_column >= task.head_dim) words = {};
         if constexpr (kPaired) {
-          query[panel][0][block] =
-              row < 4 ? uint2{words.x, words.z} : uint2{words.y, words.w};
+          query[panel][0][block] = row < 4 ? uint2{words.x, words.z} : uint2{words.y, words.w};
         } else {
           query[panel][0][block] = {words.x, words.z};
           query[panel][1][block] = {words.y, words.w};
@@ -148,8 +147,7 @@ struct TensorDots {
         if (first + kBlock < kFullBlocks) {
           blocks[kBlock][half] = load_key<kBlock * 64>(key + first * 64);
         } else {
-          blocks[kBlock][half] =
-              load_key<0>(key + (column_of(first + kBlock) - first_column) * 2);
+          blocks[kBlock][half] = load_key<0>(key + (column_of(first + kBlock) - first_column) * 2);
         }
       };
       [&]<int... kBlock>(std::integer_sequence<int, kBlock...>) {
@@ -296,8 +294,8 @@ struct CoreDots {
           for (int v = 0; v < kVector; ++v) {
 #pragma unroll
             for (int s = 0; s < kSlots; ++s) {
-              sums[s * kHeads + h] = fmaf(as_float(query.values[v]), as_float(now[s].values[v]),
-                                          sums[s * kHeads + h]);
+              sums[s * kHeads + h] =
+                  fmaf(as_float(query.values[v]), as_float(now[s].values[v]), sums[s * kHeads + h]);
             }
           }
         }
@@ -318,8 +316,7 @@ struct CoreDots {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
         const int at_column = column(lane, i);
-        emit(i, at_column, slot, task.place(slot, position), sums[i],
-             at_column < task.query_heads);
+        emit(i, at_column, slot, task.place(slot, position), sums[i], at_column < task.query_heads);
       }
     }
   }
