@@ -49,6 +49,11 @@ def test_ctest_counts() -> None:
     }
 
 
+def test_ctest_of_cmake_4_counts_no_failures() -> None:
+    output = CTEST.format(percent=100, failed=0).replace(", 0 tests failed", "")
+    assert check.parse_ctest(output) == {"tests": 3, "failed": 0, "skipped": 1}
+
+
 def test_ctest_failures_keep_their_names() -> None:
     output = CTEST.format(percent=67, failed=1) + (
         "\nThe following tests FAILED:\n\t  2 - Slots.MayLeaveAGap/cuda (Failed)\n"

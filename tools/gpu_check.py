@@ -123,11 +123,12 @@ class Result:
 
 def parse_ctest(output: str) -> Figures:
     """Read counts out of ctest's summary; tests that were all skipped prove nothing."""
-    summary = re.search(r"(\d+)% tests passed, (\d+) tests failed out of (\d+)", output)
+    # CMake 4 leaves "0 tests failed" out.
+    summary = re.search(r"\d+% tests passed(?:, (\d+) tests? failed)? out of (\d+)", output)
     if summary is None:
         raise CheckError("ctest printed no summary")
-    total = int(summary.group(3))
-    failed = int(summary.group(2))
+    total = int(summary.group(2))
+    failed = int(summary.group(1) or 0)
     skipped = len(re.findall(r"\*\*\*Skipped", output))
     figures = {"tests": total, "failed": failed, "skipped": skipped}
     if failed:
