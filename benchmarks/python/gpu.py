@@ -961,7 +961,7 @@ def main() -> int:
             torch.cuda.empty_cache()
     if options.output:
         report = {
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python", "benchmarks/python/gpu.py", *sys.argv[1:]]),
             "commit": options.commit or commit(),
             "device": torch.cuda.get_device_name(DEVICE),
             "driver": driver(),
