@@ -13,6 +13,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_rows.cuh"
+#include "cuda/device/thread_cluster.cuh"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
@@ -113,18 +114,6 @@ __device__ void chunk_barrier(int cluster) {
   if (cluster > 1) {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    return;
-  }
-#endif
-  __syncthreads();
-}
-
-/// The same threads; everyone sees what the others stored before.
-__device__ void full_barrier(int cluster) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     return;
   }
 #endif
@@ -316,7 +305,7 @@ __device__ void compact_graph(const LayerView& layer, const MoveArgs& args,
     remap_row(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
               positions[slot], rows + std::int64_t{slot} * layer.row_words);
   }
-  full_barrier(cluster);
+  cluster_sync(cluster);
 
   if (args.kept_length > empty) {
     move.base = reinterpret_cast<char*>(rows);
@@ -347,7 +336,7 @@ __device__ void compact_graph(const LayerView& layer, const MoveArgs& args,
   }
   if (layer.novelty != nullptr) rearrange(novelty_of(layer, b, g), 0);
 
-  full_barrier(cluster);
+  cluster_sync(cluster);
   if (thread != 0) return;
   const auto last = static_cast<std::uint32_t>(args.graphs - 1);
   if (atomicInc(&layer.counters->ticket, last) != last) return;

@@ -48,18 +48,6 @@ struct Graph {
   std::uint64_t* keys;  ///< of these slots, 0 where a slot is not free; null: there is no room
 };
 
-/// Everyone's shared memory may be read afterwards.
-__device__ void cluster_sync(int cluster) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    return;
-  }
-#endif
-  __syncthreads();
-}
-
 /// Two words as block `rank` has them where this block has `local`.
 __device__ uint2 read_from(const void* local, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -1,4 +1,5 @@
-// Thread-block clusters: for kernels that are only launched where there are such (sm_90 and up).
+// Thread-block clusters: but for cluster_sync, for kernels that are only launched where there are
+// such (sm_90 and up).
 //
 // Blocks tell each other numbers by mail: a mailbox counts the bytes that come in, and those who
 // wait for it need no barrier and no fence. A block without others must not send mail: it writes
@@ -21,6 +22,19 @@ __device__ inline int cluster_rank() {
   std::uint32_t rank = 0;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
+}
+
+/// All threads of a cluster of so many blocks: everyone sees what the others stored before, in
+/// memory and in shared memory. A cluster of one needs no sm_90.
+__device__ inline void cluster_sync(int cluster) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (cluster > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
 }
 
 /// In shared memory.
