@@ -108,7 +108,7 @@ $(BUILD)/build.ninja: CMakePresets.json $(DEBS)/googletest.stamp $(STAMPS)/build
 
 test-cpp: $(BUILD)/build.ninja ## Build and run the C++ tests
 	$(step) 'build $(PRESET)'
-	@cmake --build $(BUILD) --parallel $(JOBS) -- --quiet
+	@cmake --build $(BUILD) --parallel $(JOBS) -- --quiet >$(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
 	$(step) 'ctest'
 	@ctest --preset $(PRESET) >$(BUILD)/ctest.log 2>&1 || { cat $(BUILD)/ctest.log; exit 1; }
 	@sed -n '/tests passed/,$$p' $(BUILD)/ctest.log
