@@ -68,6 +68,22 @@ class Queue:
         if self._framework == "jax" and self._on_cuda:
             self._synchronize()
 
+    def submit(
+        self,
+        call: Callable[..., None],
+        layer: int,
+        tensors: Sequence[Array | None],
+        options: Sequence[Any],
+        stream: StreamLike,
+        like: Array,
+    ) -> None:
+        """Call the core with tensors that it only reads, then options, then the stream."""
+        handle = self.enter(stream, like)
+        try:
+            call(layer, *[self.read(tensor, handle) for tensor in tensors], *options, handle)
+        finally:
+            self.leave()
+
     def read(self, tensor: Array | None, handle: int) -> Any:
         """Return what the core takes for a tensor that it only reads."""
         if tensor is None:

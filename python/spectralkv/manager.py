@@ -101,18 +101,14 @@ class GraphManager:
         stream
             See the class.
         """
-        queue = self._queue
-        handle = queue.enter(stream, keys)
-        self._core.update(
+        self._queue.submit(
+            self._core.update,
             layer,
-            queue.read(query, handle),
-            queue.read(keys, handle),
-            queue.read(slots, handle),
-            scale or 0.0,
-            softcap or 0.0,
-            handle,
+            (query, keys, slots),
+            (scale or 0.0, softcap or 0.0),
+            stream,
+            keys,
         )
-        queue.leave()
 
     def update_rows(
         self,
@@ -145,27 +141,20 @@ class GraphManager:
         stream
             See the class. With ``valid`` the call waits for the device, to count the tokens.
         """
-        queue = self._queue
-        handle = queue.enter(stream, keys)
-        self._core.update_rows(
+        self._queue.submit(
+            self._core.update_rows,
             layer,
-            queue.read(queries, handle),
-            queue.read(keys, handle),
-            queue.read(valid, handle),
-            scale or 0.0,
-            softcap or 0.0,
-            row_stride,
-            handle,
+            (queries, keys, valid),
+            (scale or 0.0, softcap or 0.0, row_stride),
+            stream,
+            keys,
         )
-        queue.leave()
 
     # -- importance
 
     def update_novelty(self, layer: int, keys: Array, *, stream: StreamLike = None) -> None:
         """Renew the restart weights of novelty populations from the keys (B, Hkv, S, D)."""
-        handle = self._queue.enter(stream, keys)
-        self._core.update_novelty(layer, self._queue.read(keys, handle), handle)
-        self._queue.leave()
+        self._queue.submit(self._core.update_novelty, layer, (keys,), (), stream, keys)
 
     def load_restart_weights(
         self, layer: int, weights: Array, *, stream: StreamLike = None
@@ -181,9 +170,7 @@ class GraphManager:
         stream
             See the class.
         """
-        handle = self._queue.enter(stream, weights)
-        self._core.load_restart_weights(layer, self._queue.read(weights, handle), handle)
-        self._queue.leave()
+        self._queue.submit(self._core.load_restart_weights, layer, (weights,), (), stream, weights)
 
     def walk(
         self,
@@ -222,18 +209,14 @@ class GraphManager:
         stream: StreamLike = None,
     ) -> None:
         """`update`, `update_novelty` where the walk needs it, and `walk`."""
-        queue = self._queue
-        handle = queue.enter(stream, keys)
-        self._core.update_and_step(
+        self._queue.submit(
+            self._core.update_and_step,
             layer,
-            queue.read(query, handle),
-            queue.read(keys, handle),
-            queue.read(slots, handle),
-            scale or 0.0,
-            softcap or 0.0,
-            handle,
+            (query, keys, slots),
+            (scale or 0.0, softcap or 0.0),
+            stream,
+            keys,
         )
-        queue.leave()
 
     def scores(
         self, layer: int, *, like: Array, population: int = -1, stream: StreamLike = None
@@ -361,15 +344,17 @@ class GraphManager:
         """
         queue = self._queue
         handle = queue.enter(stream, keep)
-        self._core.compact(
-            layer,
-            queue.read(keep, handle),
-            queue.write(keys, handle),
-            queue.write(values, handle),
-            list(kept),
-            handle,
-        )
-        queue.leave()
+        try:
+            self._core.compact(
+                layer,
+                queue.read(keep, handle),
+                queue.write(keys, handle),
+                queue.write(values, handle),
+                list(kept),
+                handle,
+            )
+        finally:
+            queue.leave()
 
     def release(
         self,
@@ -383,9 +368,7 @@ class GraphManager:
 
         ``kept`` is as in `compact`.
         """
-        handle = self._queue.enter(stream, keep)
-        self._core.release(layer, self._queue.read(keep, handle), list(kept), handle)
-        self._queue.leave()
+        self._queue.submit(self._core.release, layer, (keep,), (list(kept),), stream, keep)
 
     def next_slots(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Find the lowest free slot of each head: int32 (B, Hkv)."""
@@ -516,16 +499,14 @@ class GraphManager:
         stream
             See the class; the call waits.
         """
-        queue = self._queue
-        handle = queue.enter(stream, positions)
-        self._core.load_rows(
+        self._queue.submit(
+            self._core.load_rows,
             layer,
-            queue.read(positions, handle),
-            queue.read(neighbors, handle),
-            queue.read(probabilities, handle),
-            handle,
+            (positions, neighbors, probabilities),
+            (),
+            stream,
+            positions,
         )
-        queue.leave()
 
     def restart_distribution(
         self, layer: int, population: int, *, like: Array, stream: StreamLike = None

@@ -87,24 +87,18 @@ class Monitor:
         stream: StreamLike = None,
     ) -> None:
         """Take in a chunk of prompt; arguments as in :meth:`GraphManager.update_rows`."""
-        queue = self._queue
-        handle = queue.enter(stream, keys)
-        self._core.on_prefill(
+        self._queue.submit(
+            self._core.on_prefill,
             layer,
-            queue.read(queries, handle),
-            queue.read(keys, handle),
-            queue.read(valid, handle),
-            scale or 0.0,
-            softcap or 0.0,
-            handle,
+            (queries, keys, valid),
+            (scale or 0.0, softcap or 0.0),
+            stream,
+            keys,
         )
-        queue.leave()
 
     def on_prefill_end(self, layer: int, keys: Array, *, stream: StreamLike = None) -> None:
         """Renew the importance of all sequences of a layer now that their prompt is complete."""
-        handle = self._queue.enter(stream, keys)
-        self._core.on_prefill_end(layer, self._queue.read(keys, handle), handle)
-        self._queue.leave()
+        self._queue.submit(self._core.on_prefill_end, layer, (keys,), (), stream, keys)
 
     def on_step(
         self,
@@ -121,18 +115,14 @@ class Monitor:
 
         Renews the importance of the sequences whose ``walk_interval`` is over.
         """
-        queue = self._queue
-        handle = queue.enter(stream, keys)
-        self._core.on_step(
+        self._queue.submit(
+            self._core.on_step,
             layer,
-            queue.read(query, handle),
-            queue.read(keys, handle),
-            queue.read(slots, handle),
-            scale or 0.0,
-            softcap or 0.0,
-            handle,
+            (query, keys, slots),
+            (scale or 0.0, softcap or 0.0),
+            stream,
+            keys,
         )
-        queue.leave()
 
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""
