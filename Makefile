@@ -111,7 +111,8 @@ test-cpp: $(BUILD)/build.ninja ## Build and run the C++ tests
 	@cmake --build $(BUILD) --parallel $(JOBS) -- --quiet >$(BUILD)/build.log 2>&1 || { cat $(BUILD)/build.log; exit 1; }
 	$(step) 'ctest'
 	@ctest --preset $(PRESET) >$(BUILD)/ctest.log 2>&1 || { cat $(BUILD)/ctest.log; exit 1; }
-	@sed -n '/tests passed/,$$p' $(BUILD)/ctest.log
+	@sed -n '/tests passed/,/^Total Test time/p' $(BUILD)/ctest.log
+	@skipped=$$(grep -c '(Skipped)$$' $(BUILD)/ctest.log) && echo "$$skipped tests had no device and did not run: $(BUILD)/ctest.log" || true
 
 test-python: $(STAMPS)/dev $(STAMPS)/runtime $(STAMPS)/model ## Install the package and run the Python tests
 	$(step) 'pytest'
