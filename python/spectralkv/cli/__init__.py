@@ -41,13 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from spectralkv.cli.app import app
     except ModuleNotFoundError as error:
         return _missing(error)
-    from spectralkv.cli.console import usage_error_type
+    from spectralkv.cli.console import remember, usage_error_type
     from spectralkv.evaluation.errors import EvaluationError
 
     command = typer.main.get_command(app)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    remember(given)
     try:
         status = command.main(
-            list(arguments) if arguments is not None else None,
+            given,
             prog_name="spectralkv",
             standalone_mode=False,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from spectralkv.cli.demo import demo
-from spectralkv.cli.evaluate import perplexity
+from spectralkv.cli.evaluate.perplexity import perplexity
 from spectralkv.cli.generate import generate
 from spectralkv.cli.info import info
 from spectralkv.cli.inspect import inspect

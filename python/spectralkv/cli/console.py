@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import Console
 
@@ -63,7 +66,27 @@ SinksOption = Annotated[
 ChunkOption = Annotated[int, typer.Option("--chunk", help="Tokens fed in one forward pass.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens of the text to read.")]
 
+SequencesOption = Annotated[int, typer.Option("--sequences", help="Sequences to cut of each text.")]
+SkipOption = Annotated[
+    int,
+    typer.Option(
+        "--skip",
+        help="Sequences to leave out at the beginning of each text: what was tuned on.",
+    ),
+]
+BatchOption = Annotated[
+    int,
+    typer.Option("--batch", help="Sequences that run together; on a GPU many take hardly longer."),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option("--fresh", help="Begin anew, where the run file would be gone on with."),
+]
+
 DEMO_MODEL = "demo"
+
+# What the process was asked, for the run files: `main` sets it.
+_arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
 
 
 def console() -> Console:
@@ -108,6 +131,33 @@ def working(what: str) -> Iterator[None]:
     """Show that something without a measure is under way."""
     with console().status(what):
         yield
+
+
+def remember(arguments: Sequence[str]) -> None:
+    """Note the arguments of the command line that is about to run."""
+    _arguments.set(tuple(arguments))
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Describe where a run file comes from: `report.environment` and the ``command``.
+
+    Parameters
+    ----------
+    device, dtype : str
+        Where the model runs, and the type of its weights.
+    """
+    from spectralkv.evaluation import report
+
+    command = shlex.join(("spectralkv", *map(_without_folder, _arguments.get())))
+    return {**report.environment(device, dtype), "command": command}
+
+
+def _without_folder(argument: str) -> str:
+    """Return a file's name in place of its path, which is nobody else's business."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    is_elsewhere = path.is_absolute() or value.startswith(("~", ".."))
+    return option + equals + (path.name if is_elsewhere else value)
 
 
 def settings_of(interval: int, window: int | None, sinks: int | None) -> CacheSettings:

