@@ -1,0 +1,814 @@
+"""The oracle: whether PageRank on the attention keeps the right tokens if all of it is known.
+
+A text of N + M + 1 tokens goes through the full cache once, and all of its attention is captured;
+see `spectralkv.evaluation.capture`. Then the first N tokens, the context, are judged in retrospect:
+in every layer and KV head each method chooses the tokens that stay from what all N tokens paid to
+each other. Nothing has been evicted before, so all methods judge the same, complete evidence.
+
+The M tokens that follow are fed to a cache from which the keys and values of all others are gone,
+and the M tokens they predict are scored. No method sees what those tokens attend to but
+`CLAIRVOYANT`, which is a limit and no policy. Two questions are asked:
+
+*all layers*
+    every layer is cut. This is the price of a cache that holds `budget` tokens a head.
+*one layer*
+    one layer is cut and the others are whole: which layers PageRank serves better than H2O.
+
+The context was read with the whole cache, so what is measured is the choice alone. How an error of
+a policy feeds on itself when evictions follow one another is for the streaming evaluation.
+
+Graphs
+------
+A token's row holds the `top_k` tokens before it that it paid most, sinks and itself left out, as
+`spectralkv.GraphManager` draws them from queries and keys. Here the rows come from the capture:
+
+``pagerank``
+    the library's exact solver, with the restarts, counts and shares of the preset;
+``pagerank walk``
+    its random walks on the same graph;
+``pagerank dense``
+    the same on all edges instead of `top_k`, by a triangular solver of this module.
+
+networkx computes the personalized PageRank of the same graphs (`networkx.from_numpy_array`,
+`networkx.pagerank`) for some heads, and the ranks must agree.
+
+Cases of the run file
+---------------------
+``{sequence}|{policy}|all`` and ``{sequence}|{policy}|{layer}``
+    ``case`` "perplexity"; ``policy`` (a method, or ``full``), ``layer`` (None: all), ``sequence``,
+    ``budget``, ``budget_fraction``, ``nats`` (sums over blocks of `BLOCK` scored tokens, the last
+    one may be short), ``tokens`` and ``limit`` (True for `CLAIRVOYANT`).
+``{sequence}|agreement|{layer}|{head}``
+    ``case`` "agreement"; ``spearman``: the lowest rank correlation over the populations between
+    networkx and the exact solver on the graph of `top_k` edges; ``spearman_dense`` between
+    networkx and the triangular solver on all edges (None where it was not asked for);
+    ``seconds`` that networkx took.
+``{sequence}|overlap|{layer}``
+    ``case`` "overlap"; ``walk`` and ``dense``: of the tokens that the exact solver keeps by their
+    score, the share that the method keeps, too.
+``{sequence}|check``
+    ``case`` "check"; ``capture_bytes``; ``nats_apart``: the largest difference of a scored
+    token's nats between the pass that was captured and the pass through a cache of this module
+    that holds everything, which should be rounding alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from spectralkv.evaluation.capture import Capture, CapturePlan, Pass, capture_attention
+from spectralkv.evaluation.errors import EvaluationError, MissingDependencyError
+from spectralkv.evaluation.specs import FULL, Budget
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from spectralkv import GraphManager
+    from spectralkv.evaluation.progress import Progress
+    from spectralkv.evaluation.runs import RunFile
+
+PAGERANK, H2O, CLAIRVOYANT = "pagerank", "h2o", "clairvoyant"
+WALK, DENSE = "pagerank walk", "pagerank dense"
+#: H2O with the window and the sinks of PageRank instead of its own.
+H2O_SHARED = "h2o, shared window"
+RECENT = "streaming_llm"
+#: What is tried in all layers at once, and in one layer alone.
+METHODS = (PAGERANK, WALK, DENSE, H2O, H2O_SHARED, RECENT, CLAIRVOYANT)
+LAYER_METHODS = (PAGERANK, H2O, H2O_SHARED, CLAIRVOYANT)
+
+#: Scored tokens a block of ``nats``.
+BLOCK = 64
+#: Ranks of the same graph must agree better than this.
+LEAST_AGREEMENT = 0.999
+
+# Elements of attention that are ranked at a time.
+_BLOCK_ELEMENTS = 1 << 24
+# networkx stops when an entry changes by less than this on average; a millionth of a visit's share.
+_TOLERANCE = 1e-13
+# What is left of an entry that is 0 in the limit.
+_NOISE = 1e-11
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig:
+    """What the oracle does.
+
+    Attributes
+    ----------
+    context : int
+        N: tokens that are judged.
+    continuation : int
+        M: tokens that are scored.
+    budget : Budget
+        What each KV head keeps of the context.
+    layers : tuple of int or None
+        Layers that are also cut alone. None: each that can evict.
+    heads : int
+        (layer, head) pairs a sequence whose graph networkx ranks, evenly spread.
+    dense_heads : int
+        How many of them on all edges as well, which takes networkx some 20 seconds at 2,048 tokens.
+    preset : str
+        Edge law, `top_k` and populations by name; see `spectralkv.config.apply_preset`.
+    window, sinks : int
+        Newest and oldest tokens that all methods but H2O keep.
+    chunk : int
+        Tokens fed at a time.
+    seed : int
+        Of the walks.
+    """
+
+    context: int = 2048
+    continuation: int = 512
+    budget: Budget = field(default_factory=lambda: Budget(fraction=0.2))
+    layers: tuple[int, ...] | None = None
+    heads: int = 6
+    dense_heads: int = 1
+    preset: str = "default"
+    window: int = 50
+    sinks: int = 4
+    chunk: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("context", 1),
+            ("continuation", BLOCK),
+            ("heads", 0),
+            ("dense_heads", 0),
+            ("window", 0),
+            ("sinks", 0),
+            ("chunk", 1),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        least = self.sinks + self.window + 1
+        if not least <= self.kept < self.context:
+            raise EvaluationError(
+                f"budget must be at least sinks + window + 1 = {least} and below the context of "
+                f"{self.context} tokens, got {self.kept}"
+            )
+
+    @property
+    def kept(self) -> int:
+        """The budget in tokens."""
+        return self.budget.resolve(self.context)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that a sequence must have: context, continuation, and one more to predict."""
+        return self.context + self.continuation + 1
+
+
+def plan_oracle(model: Any, config: OracleConfig) -> CapturePlan:
+    """Return what capturing one sequence takes.
+
+    Raises
+    ------
+    EvaluationError
+        The model's attention cannot be watched, or it has not the layers that are asked for.
+    """
+    plan = CapturePlan.of(
+        model,
+        boundary=config.context,
+        tokens=config.context + config.continuation,
+        chunk=config.chunk,
+    )
+    missing = [layer for layer in config.layers or () if layer not in plan.layers]
+    if missing:
+        raise EvaluationError(
+            f"layers must be among those that can evict, {', '.join(map(str, plan.layers))}, "
+            f"got {', '.join(map(str, missing))}"
+        )
+    return plan
+
+
+def run_oracle(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    config: OracleConfig,
+    run: RunFile,
+    folder: Path,
+    *,
+    identity: Mapping[str, Any],
+    on_progress: Progress | None = None,
+) -> None:
+    """Capture each sequence, cut it in retrospect, and record what comes out.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    sequences : sequence of sequence of int
+        Each of ``config.sequence_length`` token ids.
+    config : OracleConfig
+        What to do.
+    run : RunFile
+        Where the cases go; those that it has are not done again.
+    folder : pathlib.Path
+        Where the captures go, a folder a sequence.
+    identity : mapping
+        What decides the attention beside the tokens and the chunks: plain values.
+    on_progress : Progress, optional
+        Called with (what runs, steps done, steps).
+
+    Raises
+    ------
+    EvaluationError
+        A sequence has another length, or the disk lacks the space.
+    MissingDependencyError
+        networkx, scipy or safetensors is not installed.
+    """
+    import hashlib
+
+    if config.heads or config.dense_heads:
+        _networkx()
+    for tokens in sequences:
+        if len(tokens) != config.sequence_length:
+            raise EvaluationError(
+                f"the oracle needs sequences of {config.sequence_length} tokens, got {len(tokens)}"
+            )
+    plan = plan_oracle(model, config)
+    work = [(index, tokens) for index, tokens in enumerate(sequences)]
+    work = [(index, tokens) for index, tokens in work if not _is_complete(run, index, plan, config)]
+    missing = 0
+    for index, tokens in work:
+        about = {**identity, "tokens": hashlib.sha256(repr(list(tokens)).encode()).hexdigest()}
+        found = Capture.find(folder / f"sequence-{index:03d}", about, plan)
+        missing += found is None
+    plan.check_space(folder, missing)
+    for index, tokens in work:
+        about = {**identity, "tokens": hashlib.sha256(repr(list(tokens)).encode()).hexdigest()}
+        steps = _Steps(on_progress, f"sequence {index + 1} of {len(sequences)}")
+        place = folder / f"sequence-{index:03d}"
+        whole = capture_attention(
+            model,
+            tokens,
+            place,
+            plan=plan,
+            boundary=config.context,
+            config=about,
+            on_progress=steps.of("reading and capturing"),
+        )
+        _judge(model, tokens, whole, Capture(place), config, plan, run, index, steps)
+
+
+class _Steps:
+    """Progress of the stages of one sequence."""
+
+    def __init__(self, on_progress: Progress | None, title: str) -> None:
+        self._on_progress, self._title = on_progress, title
+
+    def of(self, stage: str) -> Any:
+        def report(done: int, total: int) -> None:
+            if self._on_progress is not None:
+                self._on_progress(f"{self._title}: {stage}", done, total)
+
+        return report
+
+
+def _key(sequence: int, policy: str, layer: int | None) -> str:
+    return f"{sequence}|{policy}|{'all' if layer is None else layer}"
+
+
+def _verdict_layers(plan: CapturePlan, config: OracleConfig) -> tuple[int, ...]:
+    return plan.layers if config.layers is None else config.layers
+
+
+def _sampled(plan: CapturePlan, count: int) -> list[tuple[int, int]]:
+    """Return (layer, head) pairs, evenly spread over the layers, the heads in turn."""
+    pairs = [(layer, head) for layer in plan.layers for head in range(plan.heads)]
+    count = min(count, len(pairs))
+    return [pairs[(2 * i + 1) * len(pairs) // (2 * count)] for i in range(count)]
+
+
+def _is_complete(run: RunFile, index: int, plan: CapturePlan, config: OracleConfig) -> bool:
+    keys = [f"{index}|check", *(_key(index, policy, None) for policy in (FULL, *METHODS))]
+    keys += [
+        _key(index, policy, layer)
+        for layer in _verdict_layers(plan, config)
+        for policy in LAYER_METHODS
+    ]
+    keys += [f"{index}|overlap|{layer}" for layer in plan.layers]
+    keys += [f"{index}|agreement|{layer}|{head}" for layer, head in _sampled(plan, config.heads)]
+    return all(map(run.done, keys))
+
+
+def _judge(
+    model: Any,
+    tokens: Sequence[int],
+    whole: Pass,
+    capture: Capture,
+    config: OracleConfig,
+    plan: CapturePlan,
+    run: RunFile,
+    index: int,
+    steps: _Steps,
+) -> None:
+    """Choose in every layer, compare with networkx, then score what is left."""
+    import torch
+
+    sparse = _sampled(plan, config.heads)
+    dense = sparse[: config.dense_heads]
+    keep: dict[int, dict[str, Any]] = {}
+    choosing = steps.of("choosing the tokens")
+    for order, layer in enumerate(plan.layers):
+        keys = whole.cache.layers[layer].keys[:, :, : config.context]
+        graph = LayerGraph(capture.layer(layer, device=str(keys.device)), keys, config, layer=order)
+        keep[layer] = graph.choices()
+        overlap = f"{index}|overlap|{layer}"
+        if not run.done(overlap):
+            run.add(overlap, case="overlap", sequence=index, layer=layer, **graph.overlaps())
+        for head in range(plan.heads):
+            name = f"{index}|agreement|{layer}|{head}"
+            if (layer, head) in sparse and not run.done(name):
+                figures = graph.agreement(head, dense=(layer, head) in dense)
+                run.add(name, case="agreement", sequence=index, layer=layer, head=head, **figures)
+        choosing(order + 1, len(plan.layers))
+
+    first = config.context
+    ids = torch.tensor([list(tokens[first:])], dtype=torch.long, device=model.device)
+    cuts: list[tuple[int | None, tuple[str, ...]]] = [(None, (FULL,)), (None, METHODS)]
+    cuts += [(layer, LAYER_METHODS) for layer in _verdict_layers(plan, config)]
+    scoring = steps.of("scoring what is left")
+    for done, (only, policies) in enumerate(cuts):
+        if not all(run.done(_key(index, policy, only)) for policy in policies):
+            cut = plan.layers if only is None else (only,)
+            chosen = (
+                {}
+                if policies == (FULL,)
+                else {at: torch.stack([keep[at][policy] for policy in policies]) for at in cut}
+            )
+            nll = continuation_nats(
+                model,
+                whole,
+                ids,
+                context=first,
+                keep=chosen,
+                rows=len(policies),
+                chunk=config.chunk,
+            )
+            for policy, nats in zip(policies, nll, strict=True):
+                name = _key(index, policy, only)
+                if not run.done(name):
+                    is_full = policy == FULL
+                    run.add(
+                        name,
+                        case="perplexity",
+                        policy=policy,
+                        layer=only,
+                        sequence=index,
+                        budget=None if is_full else config.kept,
+                        budget_fraction=None if is_full else config.kept / config.context,
+                        nats=[round(float(block.sum()), 6) for block in nats.split(BLOCK)],
+                        tokens=int(nats.shape[0]),
+                        limit=policy == CLAIRVOYANT,
+                    )
+            if policies == (FULL,) and not run.done(f"{index}|check"):
+                apart = (nll[0] - whole.nll[first:].to(nll.device)).abs().max()
+                run.add(
+                    f"{index}|check",
+                    case="check",
+                    sequence=index,
+                    capture_bytes=capture.nbytes,
+                    nats_apart=float(apart),
+                )
+        scoring(done + 1, len(cuts))
+
+
+def continuation_nats(
+    model: Any,
+    whole: Pass,
+    ids: Any,
+    *,
+    context: int,
+    keep: Mapping[int, Any],
+    rows: int,
+    chunk: int,
+) -> Any:
+    """Score a continuation after a cut.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model.
+    whole : Pass
+        The pass through the full cache; not changed.
+    ids : torch.Tensor
+        int64 (1, M + 1): the tokens from position `context` on. M are fed, and M predicted.
+    context : int
+        N: tokens of which something may have been let go.
+    keep : mapping of int to torch.Tensor
+        int64 (rows, Hkv, kept) a layer: positions that stay. Layers that are not named stay whole.
+    rows : int
+        Cuts that are scored at once.
+    chunk : int
+        Tokens fed at a time.
+
+    Returns
+    -------
+    torch.Tensor
+        float32 (rows, M): nats of each predicted token, on the CPU.
+    """
+    import torch
+
+    from spectralkv.evaluation.oracle_caches import kept_cache
+
+    cache = kept_cache(whole.cache, whole.others, tokens=context, keep=keep, batch=rows)
+    fed = ids.shape[1] - 1
+    nll = []
+    with torch.no_grad():
+        for start in range(0, fed, chunk):
+            end = min(start + chunk, fed)
+            inputs = ids[:, start:end].expand(rows, -1)
+            position = torch.arange(context + start, context + end, device=ids.device)[None]
+            out = model(
+                input_ids=inputs,
+                position_ids=position.expand(rows, -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            targets = ids[:, start + 1 : end + 1].expand(rows, -1)
+            # A row at a time: all logits in float32 would be the largest tensor of the run.
+            nll.append(
+                torch.stack(
+                    [
+                        torch.nn.functional.cross_entropy(logits.float(), target, reduction="none")
+                        for logits, target in zip(out.logits, targets, strict=True)
+                    ]
+                )
+            )
+    return torch.cat(nll, 1).cpu()
+
+
+class LayerGraph:
+    """The attention graph of one layer over the context, and what each method keeps of it.
+
+    Parameters
+    ----------
+    attention : torch.Tensor
+        float16 (Hkv, T, T), T >= N, as `Capture.layer` returns it.
+    keys : torch.Tensor
+        (1, Hkv, N, D): the keys of the context.
+    config : OracleConfig
+        Preset, budget, window, sinks, seed.
+    layer : int
+        Place of the layer among those that can evict; layers walk with numbers of their own.
+    """
+
+    def __init__(self, attention: Any, keys: Any, config: OracleConfig, *, layer: int) -> None:
+        import torch
+
+        import spectralkv
+        from spectralkv.config import apply_preset
+
+        if keys.device.type == "cuda" and spectralkv.cuda_device_count() == 0:
+            keys, attention = keys.cpu(), attention.cpu()  # the package was built without CUDA
+        if keys.dtype == torch.float64:
+            keys = keys.float()
+        heads, size = keys.shape[1:3]
+        self._config = config
+        self._attention = attention[:, :size, :size]
+        self._later = attention[:, size:, :size]
+        graph, self._walk = apply_preset(
+            config.preset,
+            spectralkv.GraphConfig(
+                num_layers=layer + 1,  # the number of a layer is part of its random numbers
+                num_query_heads=heads,
+                num_kv_heads=heads,
+                head_dim=keys.shape[3],
+                num_sinks=config.sinks,
+                seed=config.seed,
+                device=str(keys.device),
+            ),
+        )
+        self._manager: GraphManager = spectralkv.GraphManager(graph, self._walk)
+        self._layer, self._like = layer, keys
+        neighbors, probabilities = draw_rows(self._attention, graph.top_k, config.sinks)
+        positions = torch.arange(size, dtype=torch.int32, device=keys.device)
+        self._manager.reserve(layer, size)
+        self._manager.load_rows(
+            layer,
+            positions.expand(1, heads, -1).contiguous(),
+            neighbors[None],
+            probabilities[None],
+        )
+        if self._walk.needs_novelty:
+            self._manager.update_novelty(layer, keys)
+        self._manager.solve(layer)
+        self._exact = torch.stack([self._scores(p) for p in range(len(self._walk.populations))])
+        self._kept: dict[str, Any] = {}
+
+    def choices(self) -> dict[str, Any]:
+        """Return what each of `METHODS` keeps: int64 (Hkv, budget), ascending positions.
+
+        Renews the library's scores by a walk.
+        """
+        import torch
+
+        from spectralkv import policies
+        from spectralkv.policies.base import select_slots
+
+        config, heads = self._config, self._attention.shape[0]
+        size = self._attention.shape[1]
+
+        def best(scores: Any, *, window: int, sinks: int) -> Any:
+            kept = select_slots(
+                scores[None], (size,), (True,), budget=config.kept, window=window, sinks=sinks
+            )
+            return kept[0].long()
+
+        kept = self._kept
+        kept[PAGERANK] = self._select()
+        kept[DENSE] = select_by_shares(
+            self._dense_scores(), self._shares, config.kept, config.window, config.sinks
+        )
+        self._manager.walk(self._layer)
+        kept[WALK] = self._select()
+        drawn = self._attention.sum(1, dtype=torch.float32)
+        published = policies.H2O(budget=config.kept)
+        kept[H2O] = best(drawn, window=published.protected_window, sinks=published.sinks)
+        kept[H2O_SHARED] = best(drawn, window=config.window, sinks=config.sinks)
+        age = torch.arange(size, dtype=torch.float32, device=drawn.device).expand(heads, -1)
+        kept[RECENT] = best(age, window=0, sinks=config.sinks)
+        kept[CLAIRVOYANT] = best(self._later.sum(1, dtype=torch.float32), window=0, sinks=0)
+        return dict(kept)
+
+    def overlaps(self) -> dict[str, float]:
+        """Return which share of the exact solver's choice the others make, too.
+
+        Sinks and window, which all of them keep, do not count.
+        """
+        import torch
+
+        free = self._config.kept - self._config.window - self._config.sinks
+        size = self._attention.shape[1]
+
+        def mask(name: str) -> Any:
+            chosen = self._kept[name]
+            held = torch.zeros(chosen.shape[0], size, dtype=torch.bool, device=chosen.device)
+            held.scatter_(1, chosen, True)
+            held[:, : self._config.sinks] = held[:, size - self._config.window :] = False
+            return held
+
+        exact = mask(PAGERANK)
+        counts = {name: float((exact & mask(name)).sum()) for name in (WALK, DENSE)}
+        whole = exact.shape[0] * free
+        return {"walk": counts[WALK] / whole, "dense": counts[DENSE] / whole}
+
+    def agreement(self, head: int, *, dense: bool) -> dict[str, float | None]:
+        """Rank a head's tokens by networkx, and compare.
+
+        Parameters
+        ----------
+        head : int
+            Which KV head.
+        dense : bool
+            Also on all edges.
+
+        Returns
+        -------
+        dict
+            ``spearman``, ``spearman_dense`` and ``seconds``, see the module.
+        """
+        import time
+
+        import numpy as np
+
+        start = time.perf_counter()
+        neighbors, probabilities = self._manager.rows(self._layer, like=self._like)
+        size = self._attention.shape[1]
+        rows = np.zeros((size, size))
+        to, weight = neighbors[0, head].cpu().numpy(), probabilities[0, head].cpu().numpy()
+        at, edge = np.nonzero(weight)
+        rows[at, to[at, edge]] = weight[at, edge]
+        graphs = [(rows, self._exact)]
+        if dense:
+            full = self._dense_rows(head).double().cpu().numpy()
+            graphs.append((full, self._dense_scores()))
+        found: list[float | None] = []
+        for matrix, scores in graphs:
+            worst = 1.0
+            for number, population in enumerate(self._walk.populations):
+                restart = self._restart(number)[head].double().cpu().numpy()
+                expected = networkx_scores(
+                    matrix,
+                    restart,
+                    restart_prob=self._walk.restart_prob,
+                    only_edges=population.count == "edges",
+                )
+                ours = scores[number, head].double().cpu().numpy()
+                worst = min(worst, rank_correlation(expected, ours))
+            found.append(worst)
+        return {
+            "spearman": found[0],
+            "spearman_dense": found[1] if dense else None,
+            "seconds": time.perf_counter() - start,
+        }
+
+    @property
+    def _shares(self) -> list[float]:
+        return [population.share for population in self._walk.populations]
+
+    def _select(self) -> Any:
+        import spectralkv
+
+        config = self._config
+        eviction = spectralkv.EvictionConfig(
+            budget=config.kept, interval=1, window=config.window, sinks=config.sinks
+        )
+        kept = self._manager.select(self._layer, eviction, like=self._like, force=True)
+        return kept[0].long()
+
+    def _scores(self, population: int) -> Any:
+        scores = self._manager.scores(self._layer, like=self._like, population=population)
+        return scores[0].clone()
+
+    def _restart(self, population: int) -> Any:
+        return self._manager.restart_distribution(self._layer, population, like=self._like)[0]
+
+    def _dense_rows(self, head: int) -> Any:
+        """Return float32 (N, N): where a token's walk goes on, over all edges."""
+        rows = self._attention[head].float().tril(-1)
+        rows[:, : self._config.sinks] = 0.0
+        total = rows.sum(1, keepdim=True)
+        return rows / total.masked_fill(total == 0, 1.0)
+
+    def _dense_scores(self) -> Any:
+        """Return float32 (P, Hkv, N): PageRank over all edges.
+
+        Edges lead to older tokens only, so y = r + (1 - p) A' y is one triangular system.
+        """
+        import torch
+
+        if not hasattr(self, "_dense"):
+            populations = self._walk.populations
+            restarts = torch.stack([self._restart(p) for p in range(len(populations))], 2)
+            results = []
+            for head in range(self._attention.shape[0]):
+                system = self._dense_rows(head).T.mul(self._walk.restart_prob - 1.0)
+                system.fill_diagonal_(1.0)
+                solution = torch.linalg.solve_triangular(system, restarts[head], upper=True)
+                visits = solution.clone()
+                for number, population in enumerate(populations):
+                    if population.count == "edges":
+                        visits[:, number] -= restarts[head][:, number]
+                results.append((visits / solution.sum(0)).T)
+            self._dense = torch.stack(results, 1)
+        return self._dense
+
+
+def draw_rows(attention: Any, top_k: int, sinks: int) -> tuple[Any, Any]:
+    """Draw every token's edges from captured attention, as the library draws them.
+
+    Parameters
+    ----------
+    attention : torch.Tensor
+        float16 (H, N, N): row t is what token t paid, 0 above the diagonal. N at most 65,536.
+    top_k : int
+        Most edges of a token.
+    sinks : int
+        Oldest tokens, to which no edge leads.
+
+    Returns
+    -------
+    neighbors : torch.Tensor
+        int32 (H, N, top_k): the tokens that were paid most, -1 where there are fewer. Of equal
+        attention the older token comes first.
+    probabilities : torch.Tensor
+        float32 (H, N, top_k): attention to each, as a share of the row's.
+    """
+    import torch
+
+    heads, size, _ = attention.shape
+    device = attention.device
+    neighbors = torch.full((heads, size, top_k), -1, dtype=torch.int32, device=device)
+    weights = torch.zeros((heads, size, top_k), dtype=torch.float32, device=device)
+    column = torch.arange(size, dtype=torch.int32, device=device)
+    count = min(top_k, size)
+    step = max(1, _BLOCK_ELEMENTS // (heads * size))
+    for start in range(0, size, step):
+        rows = attention[:, start : start + step]
+        rows = rows.nan_to_num(0.0, 0.0, 0.0).clamp_min(0.0)
+        is_open = (column >= sinks) & (column < column[start : start + step, None])
+        rows = rows.masked_fill(~is_open, 0.0)
+        # Positive float16 numbers are ordered as their bits are, which leaves 16 bits to rank equal
+        # ones by age: no two entries are alike, and every device picks the same.
+        ranked = (rows.view(torch.int16).int() << 16) | (0xFFFF - column)
+        best = ranked.topk(count, dim=-1).values
+        found = best >> 16 > 0
+        to = (0xFFFF - (best & 0xFFFF)).int()
+        neighbors[:, start : start + step, :count] = to.masked_fill(~found, -1)
+        picked = rows.gather(2, to.long()).float()
+        weights[:, start : start + step, :count] = picked.masked_fill(~found, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return neighbors, weights / total.masked_fill(total == 0, 1.0)
+
+
+def select_by_shares(
+    scores: Any, shares: Sequence[float], budget: int, window: int, sinks: int
+) -> Any:
+    """Choose tokens population by population, as `spectralkv.GraphManager.select` does.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float (P, H, N).
+    shares : sequence of float
+        Each population's part of the places, P of them.
+    budget, window, sinks : int
+        Tokens that stay; of them the newest and the oldest.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (H, budget), ascending. Of equal scores the newer token stays.
+    """
+    import torch
+
+    heads, size = scores.shape[1:]
+    taken = torch.zeros(heads, size, dtype=torch.bool, device=scores.device)
+    taken[:, :sinks] = taken[:, size - window :] = True
+    places = budget - window - sinks
+    quotas = [math.floor(share * places + 1e-9) for share in shares]
+    quotas[0] += places - sum(quotas)
+    for quota, ranked in zip(quotas, scores, strict=True):
+        order = ranked.masked_fill(taken, float("-inf")).sort(dim=-1, stable=True).indices
+        taken.scatter_(1, order[:, size - quota :], True)
+    return taken.nonzero()[:, 1].view(heads, budget)
+
+
+def networkx_scores(rows: Any, restart: Any, *, restart_prob: float, only_edges: bool) -> Any:
+    """Personalized PageRank of a graph by networkx.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        float64 (N, N): weight of the edge from a row's token to a column's.
+    restart : numpy.ndarray
+        float64 (N,): where the walk restarts, also from tokens without an edge.
+    restart_prob : float
+        1 - damping.
+    only_edges : bool
+        Count arrivals over edges alone: (1 - p) P' pi instead of pi.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 (N,).
+
+    Raises
+    ------
+    MissingDependencyError
+        networkx or scipy is not installed.
+    """
+    import numpy as np
+
+    nx = _networkx()
+    graph = nx.from_numpy_array(rows, create_using=nx.DiGraph)
+    places = dict(enumerate(restart))
+    ranks = nx.pagerank(
+        graph,
+        alpha=1.0 - restart_prob,
+        personalization=places,
+        dangling=places,
+        tol=_TOLERANCE,
+        max_iter=10_000,
+    )
+    visits = np.array([ranks[node] for node in range(len(rows))])
+    return (1.0 - restart_prob) * (visits @ rows) if only_edges else visits
+
+
+def rank_correlation(a: Any, b: Any) -> float:
+    """Return Spearman's rank correlation of two vectors of scores (N,), each summing to its share.
+
+    What an iteration leaves of a zero is no rank: entries below 1e-11 of the sum count as 0. Two
+    constant vectors agree.
+    """
+    import numpy as np
+
+    try:
+        from scipy.stats import spearmanr
+    except ModuleNotFoundError:
+        raise _missing("scipy") from None
+    ours = [np.where(x < _NOISE * max(x.sum(), _NOISE), 0.0, x) for x in (a, b)]
+    constant = [np.ptp(x) == 0 for x in ours]
+    if any(constant):
+        return 1.0 if all(constant) else 0.0
+    return float(spearmanr(*ours).statistic)
+
+
+def _networkx() -> Any:
+    try:
+        import networkx as nx
+        import scipy  # noqa: F401 - networkx.pagerank computes with it
+    except ModuleNotFoundError as error:
+        raise _missing(str(error.name)) from None
+    return nx
+
+
+def _missing(package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"{package} is not installed: pip install 'spectralkv[evaluate]'")
