@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -227,4 +228,22 @@ def rkv_scores(
         redundancy = cosine.mean(0).softmax(-1)
         for j in range(before):
             scores[head, j] = mix * pooled[j] - (1 - mix) * redundancy[j]
+    return scores
+
+
+def lazy_scores(
+    queries: torch.Tensor, keys: torch.Tensor, scaling: float, *, threshold: float
+) -> torch.Tensor:
+    weights = by_kv_head(attention(queries, keys, scaling), keys.shape[0])
+    heads, count, _ = weights.shape
+    scores = torch.zeros(heads, count, dtype=torch.float64)
+    for head in range(heads):
+        for j in range(count):
+            # Token j's own query is step j + 1.
+            activations = [j, *(i + 1 for i in range(count) if weights[head, i, j] >= threshold)]
+            intervals = [b - a for a, b in itertools.pairwise(activations)]
+            if intervals:
+                longest, silence = max(intervals), count - activations[-1]
+                scores[head, j] = 2 / (1 + math.exp(silence / longest))
+                scores[head, j] += 2 / (1 + math.exp(longest - 1))
     return scores

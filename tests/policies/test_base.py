@@ -30,6 +30,8 @@ def test_names() -> None:
         "streaming_llm",
         "keydiff",
         "rkv",
+        "lazy_eviction",
+        "mix",
         "random",
         "full",
     )
@@ -61,6 +63,9 @@ def test_defaults_are_those_of_the_papers() -> None:
         0.5,
         128,
     )
+    assert (snapkv.num_queries, rkv.num_queries) == (64, 8)
+    lazy = policies.LazyEviction(budget=100)
+    assert (lazy.window, lazy.interval, lazy.sinks, lazy.threshold) == (52, 52, 0, 0.0005)
     spectral = policies.Spectral(budget=100)
     assert (spectral.sinks, spectral.window, spectral.interval) == (4, 50, 32)
 
@@ -96,6 +101,11 @@ def test_defaults_are_those_of_the_papers() -> None:
         ("snapkv", {"budget": 99, "window": 0}, "window must be an integer of at least 1, got 0"),
         ("rkv", {"budget": 99, "mix": 1.1}, "mix must be a number from 0 to 1, got 1.1"),
         ("rkv", {"budget": 99, "threshold": 2}, "threshold must be a number from -1 to 1, got 2"),
+        ("snapkv", {"budget": 99, "queries": 65}, "queries must be at most window = 64, got 65"),
+        ("rkv", {"budget": 99, "queries": 0}, "queries must be an integer of at least 1, got 0"),
+        ("rkv", {"budget": 99, "queries": 9}, "queries must be at most window = 8, got 9"),
+        ("lazy_eviction", {"budget": 99, "threshold": 0}, "threshold must be more than 0, got 0"),
+        ("lazy_eviction", {"budget": 99, "threshold": 2}, "threshold must be a number from 0 to 1"),
         ("random", {"budget": 99, "seed": -1}, "seed must be an integer of at least 0, got -1"),
         ("full", {"budget": 99}, r"\[full\] budget must be None, got 99"),
     ],
@@ -103,6 +113,14 @@ def test_defaults_are_those_of_the_papers() -> None:
 def test_bad_options(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policies.create(name, **options)
+
+
+def test_a_common_window_changes_the_votes_no_more_than_it_must() -> None:
+    wide, narrow = {"budget": 99, "window": 50}, {"budget": 99, "window": 4}
+    assert policies.RKV(**wide).num_queries == 8
+    assert policies.RKV(**narrow).num_queries == 4
+    assert policies.SnapKV(**wide).num_queries == 50
+    assert policies.SnapKV(**wide, queries=32).num_queries == 32
 
 
 def test_policies_are_frozen_and_keyword_only() -> None:

@@ -39,6 +39,20 @@ CASES: dict[str, tuple[policies.Policy, Reference]] = {
             q, k, SCALING, window=8, mix=0.4, kernel_size=7, threshold=0.3
         ),
     ),
+    "snapkv_queries": (
+        policies.SnapKV(**BUDGET, window=9, queries=4),
+        lambda q, k: reference.snapkv_scores(q, k, SCALING, window=4, kernel_size=5, pooling="avg"),
+    ),
+    "rkv_queries": (
+        policies.RKV(**BUDGET, window=11, queries=3, mix=0.4),
+        lambda q, k: reference.rkv_scores(
+            q, k, SCALING, window=3, mix=0.4, kernel_size=7, threshold=0.5
+        ),
+    ),
+    "lazy_eviction": (
+        policies.LazyEviction(**BUDGET, threshold=0.03),
+        lambda q, k: reference.lazy_scores(q, k, SCALING, threshold=0.03),
+    ),
     "streaming_llm": (
         policies.StreamingLLM(**BUDGET),
         lambda _, k: torch.arange(k.shape[1]).double().expand(k.shape[0], -1),
@@ -160,7 +174,7 @@ def test_long_prompts_are_scored_in_blocks(
     torch.testing.assert_close(run(policy, query, keys, [40]).scores(), whole)
 
 
-@pytest.mark.parametrize("name", ["h2o", "tova", "snapkv", "rkv"])
+@pytest.mark.parametrize("name", ["h2o", "tova", "snapkv", "rkv", "lazy_eviction"])
 def test_softcap_is_respected(name: str) -> None:
     policy, _ = CASES[name]
     query, keys = tokens(1, 20)
@@ -189,7 +203,9 @@ def test_half_precision_is_read_as_float32(name: str, dtype: torch.dtype, device
 @pytest.mark.parametrize("name", [*CASES, "random"])
 def test_nothing_is_due_before_budget_plus_interval(name: str, device: str) -> None:
     options = {"budget": 24, "interval": 3, "window": 8}
-    (tracker,) = policies.create(name.partition("_d")[0].partition("_m")[0], **options).trackers(1)
+    (tracker,) = policies.create(
+        CASES[name][0].name if name in CASES else name, **options
+    ).trackers(1)
     query, keys = tokens(1, 30, device=device)
     observe(tracker, query, keys, 0, 26)
     assert tracker.keep() is None

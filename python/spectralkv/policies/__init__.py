@@ -20,6 +20,8 @@ from spectralkv.policies.base import (
 from spectralkv.policies.full import Full
 from spectralkv.policies.h2o import H2O
 from spectralkv.policies.keydiff import KeyDiff
+from spectralkv.policies.lazy_eviction import LazyEviction
+from spectralkv.policies.mix import Mix
 from spectralkv.policies.random_choice import Random
 from spectralkv.policies.rkv import RKV
 from spectralkv.policies.snapkv import SnapKV
@@ -33,6 +35,8 @@ __all__ = [
     "TOVA",
     "Full",
     "KeyDiff",
+    "LazyEviction",
+    "Mix",
     "Observation",
     "Policy",
     "Random",
@@ -54,6 +58,8 @@ _POLICIES: tuple[type[Policy], ...] = (
     StreamingLLM,
     KeyDiff,
     RKV,
+    LazyEviction,
+    Mix,
     Random,
     Full,
 )
@@ -72,7 +78,8 @@ def create(name: str, **options: Any) -> Policy:
     name : str
         One of :func:`available`; case, hyphens and underscores do not matter.
     **options
-        The policy's options, `budget` among them.
+        The policy's options, `budget` among them. :class:`Mix` takes those of its parts, named
+        ``policy__option``.
 
     Raises
     ------
@@ -88,6 +95,9 @@ def create(name: str, **options: Any) -> Policy:
     policy = by_name.get(_plain(name))
     if policy is None:
         raise ValueError(f"[create] policy must be one of {', '.join(available())}, got {name!r}")
+    if policy is Mix and (nested := tuple(item for item in options.items() if "__" in item[0])):
+        rest = {key: value for key, value in options.items() if "__" not in key}
+        options = {**rest, "options": (*rest.get("options", ()), *nested)}
     known = {field.name: field for field in fields(policy)}
     unknown = sorted(set(options) - set(known))
     if unknown:

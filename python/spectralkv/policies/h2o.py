@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from spectralkv.policies.attention import attention_blocks
-from spectralkv.policies.base import Observation, Policy, ScoreTracker, Tracker, move_slots
+from spectralkv.policies.base import Observation, Policy, Tracker
+from spectralkv.policies.slot_state import SlotTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +63,21 @@ class H2O(Policy):
         return [_H2OTracker(self) for _ in range(num_layers)]
 
 
-class _H2OTracker(ScoreTracker[H2O]):
+class _H2OTracker(SlotTracker[H2O]):
     def __init__(self, policy: H2O) -> None:
-        super().__init__(policy)
-        self._sums: torch.Tensor | None = None  # (B, Hkv, capacity)
-        self._size = 0
-        self._capacity = 0
+        super().__init__(policy, 1)
 
     def observe(self, observation: Observation) -> None:
         super().observe(observation)
-        query, keys = observation.query, observation.keys
-        size = keys.shape[2]
-        sums = self._room(observation)[:, :, :size]
-        sums[:, :, self._size :] = 0
-        self._size = size
+        query = observation.query
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        sums = self._take_in(observation, dtype)[..., 0]
         weight = self._query_weights(observation)
         if weight is not None:
             sums *= self._decay_of_chunk(observation)
         for block, attention in attention_blocks(
             query,
-            keys,
+            observation.keys,
             scaling=observation.scaling,
             softcap=observation.softcap,
             valid=observation.valid,
@@ -94,51 +90,7 @@ class _H2OTracker(ScoreTracker[H2O]):
 
     def scores(self) -> torch.Tensor:
         """Return the accumulated attention."""
-        self._observed()
-        if self._sums is None:
-            raise RuntimeError("[h2o] there are no sums yet")
-        return self._sums[:, :, : self._size].to(torch.float32)
-
-    def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().compact(keep, keys, values)
-        if self._sums is not None:
-            move_slots(self._sums[:, :, : self._size], keep)
-        self._size = keep.shape[-1]
-
-    def truncate(self, count: int) -> None:
-        super().truncate(count)
-        self._size -= count
-
-    def select_batch(self, indices: torch.Tensor) -> None:
-        super().select_batch(indices)
-        if self._sums is not None:
-            self._sums = self._sums.index_select(0, indices)
-
-    def reserve(self, capacity: int) -> None:
-        super().reserve(capacity)
-        self._capacity = capacity
-        if self._sums is not None and self._sums.shape[2] != capacity:
-            sums = self._sums.new_zeros(*self._sums.shape[:2], capacity)
-            sums[:, :, : self._size] = self._sums[:, :, : self._size]
-            self._sums = sums
-
-    def reset(self) -> None:
-        super().reset()
-        self._sums, self._size = None, 0
-
-    def nbytes(self) -> int:
-        return 0 if self._sums is None else self._sums.nbytes
-
-    def _room(self, observation: Observation) -> torch.Tensor:
-        batch, heads, size, _ = observation.keys.shape
-        if self._sums is None:
-            dtype = torch.promote_types(observation.query.dtype, torch.float32)
-            capacity = max(self._capacity, size)
-            self._sums = observation.keys.new_zeros((batch, heads, capacity), dtype=dtype)
-        elif self._sums.shape[2] < size:
-            self.reserve(size)
-            self._last = observation
-        return self._sums
+        return self._held()[..., 0].to(torch.float32)
 
     def _query_weights(self, observation: Observation) -> torch.Tensor | None:
         """Return what each new query weighs, (B, Q) or (1, Q); None: 1."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from spectralkv.policies.attention import attention_logits
-from spectralkv.policies.base import Observation, Policy, Tracker, host_numbers
+from spectralkv.policies.base import Observation, Policy, Tracker
 from spectralkv.policies.keydiff import key_directions
 from spectralkv.policies.queries import QueryTracker
 
@@ -23,16 +23,19 @@ class RKV(Policy):
 
     .. math:: S = \lambda I - (1 - \lambda) R
 
-    Importance I: the logits of the last `window` queries, maximum over the query heads that share
-    a KV head, softmax over the tokens before the window, mean over the queries, max-pooled over
+    Importance I: the logits of the last `queries` queries, maximum over the query heads that share
+    a KV head, softmax over the tokens before them, mean over the queries, max-pooled over
     `kernel_size` tokens. Redundancy R: the cosine similarities of the keys, each key with itself
     left out and, in each row, the most recent key above `threshold`, too; mean over the rows,
-    softmax.
+    softmax. There are no sinks.
 
     Parameters
     ----------
     window : int
-        Both the queries that vote and the newest tokens that always stay.
+        Newest tokens that always stay, at least 1.
+    queries : int or None
+        Newest queries that vote, from 1 to `window`. None: 8 as published, or `window` if that is
+        less.
     mix : float
         λ, from 0 to 1. 0.07 in the published code, 0.1 in the paper; more is better for plain
         text.
@@ -40,6 +43,11 @@ class RKV(Policy):
         Width of the pooling, odd. 1: no pooling.
     threshold : float
         Cosine above which a key repeats another.
+
+    Notes
+    -----
+    In a row without a key above `threshold` nothing more is left out; the published code leaves the
+    first token out of it.
 
     References
     ----------
@@ -52,29 +60,38 @@ class RKV(Policy):
     interval: int = 128
     window: int = 8
     sinks: int = 0
+    queries: int | None = None
     mix: float = 0.07
     kernel_size: int = 7
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
         self._require_int("window", minimum=1)
+        if self.queries is not None:
+            self._require_int("queries", minimum=1)
+            self._require(self.queries <= self.window, "queries", f"at most window = {self.window}")
         self._require_number("mix", minimum=0, maximum=1)
         self._require_int("kernel_size", minimum=1)
         self._require(self.kernel_size % 2 == 1, "kernel_size", "odd")
         self._require_number("threshold", minimum=-1, maximum=1)
         super().__post_init__()
 
+    @property
+    def num_queries(self) -> int:
+        """Newest queries that vote."""
+        return min(8, self.window) if self.queries is None else self.queries
+
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers."""
-        return [_RKVTracker(self, self.window) for _ in range(num_layers)]
+        return [_RKVTracker(self, self.num_queries) for _ in range(num_layers)]
 
 
 class _RKVTracker(QueryTracker[RKV]):
     def scores(self) -> torch.Tensor:
-        """Return importance less redundancy; 0 in the window."""
+        """Return importance less redundancy; 0 for the tokens of the voting queries."""
         seen, mix = self._observed(), self._policy.mix
         batch, heads, size, _ = seen.keys.shape
-        before = max(0, size - self._policy.window)
+        before = max(0, size - self._policy.num_queries)
         scores = torch.zeros(batch, heads, size, device=seen.keys.device)
         if before:
             importance = self._importance(seen, before)
@@ -99,18 +116,17 @@ class _RKVTracker(QueryTracker[RKV]):
     def _redundancy(self, seen: Observation) -> torch.Tensor:
         direction = key_directions(seen.keys, seen.valid)
         batch, heads, size, _ = direction.shape
-        slot = torch.arange(size, device=direction.device)
+        slot = torch.arange(size, dtype=torch.int32, device=direction.device)
         total = direction.new_zeros(batch, heads, size)
         step = max(1, _BLOCK_ELEMENTS // max(1, batch * heads * size))
         for start in range(0, size, step):
-            rows = slot[start : start + step]
             cosine = direction[:, :, start : start + step] @ direction.transpose(2, 3)
-            cosine = cosine.masked_fill(slot == rows[:, None], 0.0)
+            cosine.diagonal(start, 2, 3).zero_()
             repeats = torch.where(cosine > self._policy.threshold, slot, -1)
             newest = repeats.amax(-1, keepdim=True)
-            total += cosine.masked_fill(slot == newest, 0.0).sum(2)
-        lengths = host_numbers(seen.lengths, total.device).clamp_min(1)
-        mean = total / lengths[:, None, None]
-        if seen.valid is not None:
-            mean = mean.masked_fill(~seen.valid[:, None], float("-inf"))
-        return mean.softmax(-1).nan_to_num(0.0)
+            total += cosine.masked_fill_(slot == newest, 0.0).sum(2)
+        if seen.valid is None:
+            return (total / max(1, size)).softmax(-1)
+        # Counted where it lies: the lengths of `seen` would have to be copied to the device.
+        mean = total / seen.valid.sum(-1).clamp_min(1)[:, None, None]
+        return mean.masked_fill(~seen.valid[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
