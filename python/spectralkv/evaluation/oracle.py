@@ -35,7 +35,8 @@ networkx computes the personalized PageRank of the same graphs (`networkx.from_n
 Cases of the run file
 ---------------------
 ``{sequence}|{policy}|all`` and ``{sequence}|{policy}|{layer}``
-    ``case`` "perplexity"; ``policy`` (a method, or ``full``), ``layer`` (None: all), ``sequence``,
+    ``case`` "perplexity"; ``policy`` (a method, or ``full``), ``layer`` (None: all), ``corpus``,
+    ``sequence`` (counted over all texts),
     ``budget``, ``budget_fraction``, ``nats`` (sums over blocks of `BLOCK` scored tokens, the last
     one may be short), ``tokens`` and ``limit`` (True for `CLAIRVOYANT`).
 ``{sequence}|agreement|{layer}|{head}``
@@ -54,6 +55,8 @@ Cases of the run file
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,6 +64,7 @@ from typing import TYPE_CHECKING, Any
 from spectralkv.evaluation.capture import Capture, CapturePlan, Pass, capture_attention
 from spectralkv.evaluation.errors import EvaluationError, MissingDependencyError
 from spectralkv.evaluation.specs import FULL, Budget
+from spectralkv.evaluation.statistics import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -163,6 +167,23 @@ class OracleConfig:
         return self.context + self.continuation + 1
 
 
+def settings_of(config: OracleConfig) -> dict[str, Any]:
+    """Return the entries of a run file's config that stand for `config`: plain values."""
+    return {
+        "length": config.context,
+        "continuation": config.continuation,
+        "budget": config.kept,
+        "layers": None if config.layers is None else list(config.layers),
+        "heads": config.heads,
+        "dense_heads": config.dense_heads,
+        "preset": config.preset,
+        "window": config.window,
+        "sinks": config.sinks,
+        "chunk": config.chunk,
+        "seed": config.seed,
+    }
+
+
 def plan_oracle(model: Any, config: OracleConfig) -> CapturePlan:
     """Return what capturing one sequence takes.
 
@@ -186,9 +207,30 @@ def plan_oracle(model: Any, config: OracleConfig) -> CapturePlan:
     return plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class OracleText:
+    """A sequence of a text.
+
+    Attributes
+    ----------
+    corpus : str
+        Name of the text.
+    tokens : tuple of int
+        ``config.sequence_length`` token ids.
+    """
+
+    corpus: str
+    tokens: tuple[int, ...]
+
+    def identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `identity` and a digest of the tokens: what decides the attention."""
+        digest = hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
+        return {**identity, "tokens_sha256": digest}
+
+
 def run_oracle(
     model: Any,
-    sequences: Sequence[Sequence[int]],
+    texts: Sequence[OracleText],
     config: OracleConfig,
     run: RunFile,
     folder: Path,
@@ -202,8 +244,8 @@ def run_oracle(
     ----------
     model : transformers.PreTrainedModel
         A causal language model.
-    sequences : sequence of sequence of int
-        Each of ``config.sequence_length`` token ids.
+    texts : sequence of OracleText
+        The sequences.
     config : OracleConfig
         What to do.
     run : RunFile
@@ -222,38 +264,34 @@ def run_oracle(
     MissingDependencyError
         networkx, scipy or safetensors is not installed.
     """
-    import hashlib
-
     if config.heads or config.dense_heads:
         _networkx()
-    for tokens in sequences:
-        if len(tokens) != config.sequence_length:
+    for text in texts:
+        if len(text.tokens) != config.sequence_length:
             raise EvaluationError(
-                f"the oracle needs sequences of {config.sequence_length} tokens, got {len(tokens)}"
+                f"the oracle needs sequences of {config.sequence_length} tokens, "
+                f"got {len(text.tokens)} of {text.corpus}"
             )
     plan = plan_oracle(model, config)
-    work = [(index, tokens) for index, tokens in enumerate(sequences)]
-    work = [(index, tokens) for index, tokens in work if not _is_complete(run, index, plan, config)]
-    missing = 0
-    for index, tokens in work:
-        about = {**identity, "tokens": hashlib.sha256(repr(list(tokens)).encode()).hexdigest()}
-        found = Capture.find(folder / f"sequence-{index:03d}", about, plan)
-        missing += found is None
-    plan.check_space(folder, missing)
-    for index, tokens in work:
-        about = {**identity, "tokens": hashlib.sha256(repr(list(tokens)).encode()).hexdigest()}
-        steps = _Steps(on_progress, f"sequence {index + 1} of {len(sequences)}")
-        place = folder / f"sequence-{index:03d}"
+    work = {
+        index: (text, folder / f"sequence-{index:03d}", text.identity(identity))
+        for index, text in enumerate(texts)
+        if not _is_complete(run, index, plan, config)
+    }
+    new = [about for _, place, about in work.values() if Capture.find(place, about, plan) is None]
+    plan.check_space(folder, len(new))
+    for index, (text, place, about) in work.items():
+        steps = _Steps(on_progress, f"{text.corpus}, sequence {index + 1} of {len(texts)}")
         whole = capture_attention(
             model,
-            tokens,
+            text.tokens,
             place,
             plan=plan,
             boundary=config.context,
             config=about,
             on_progress=steps.of("reading and capturing"),
         )
-        _judge(model, tokens, whole, Capture(place), config, plan, run, index, steps)
+        _judge(model, text, whole, Capture(place), config, plan, run, index, steps)
 
 
 class _Steps:
@@ -299,7 +337,7 @@ def _is_complete(run: RunFile, index: int, plan: CapturePlan, config: OracleConf
 
 def _judge(
     model: Any,
-    tokens: Sequence[int],
+    text: OracleText,
     whole: Pass,
     capture: Capture,
     config: OracleConfig,
@@ -330,7 +368,7 @@ def _judge(
         choosing(order + 1, len(plan.layers))
 
     first = config.context
-    ids = torch.tensor([list(tokens[first:])], dtype=torch.long, device=model.device)
+    ids = torch.tensor([text.tokens[first:]], dtype=torch.long, device=model.device)
     cuts: list[tuple[int | None, tuple[str, ...]]] = [(None, (FULL,)), (None, METHODS)]
     cuts += [(layer, LAYER_METHODS) for layer in _verdict_layers(plan, config)]
     scoring = steps.of("scoring what is left")
@@ -360,6 +398,7 @@ def _judge(
                         case="perplexity",
                         policy=policy,
                         layer=only,
+                        corpus=text.corpus,
                         sequence=index,
                         budget=None if is_full else config.kept,
                         budget_fraction=None if is_full else config.kept / config.context,
@@ -377,6 +416,203 @@ def _judge(
                     nats_apart=float(apart),
                 )
         scoring(done + 1, len(cuts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """PageRank against H2O, in one layer or in all.
+
+    Attributes
+    ----------
+    layer : int or None
+        The layer that was cut; None: every layer was.
+    perplexity : dict of str to float
+        Of each method on the tokens that were scored; ``full`` is the whole cache.
+    difference : PairedDifference
+        Nats a token of PageRank above H2O; negative means that PageRank is better.
+    """
+
+    layer: int | None
+    perplexity: dict[str, float]
+    difference: PairedDifference
+
+    @property
+    def is_better(self) -> bool:
+        """Whether PageRank's perplexity is below H2O's."""
+        return self.difference.mean < 0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+
+def verdicts(
+    cases: Sequence[Mapping[str, Any]], *, policy: str = PAGERANK, rival: str = H2O
+) -> list[Verdict]:
+    """Compare two methods on the cases of a run file.
+
+    Parameters
+    ----------
+    cases : sequence of mapping
+        The cases; sequences that lack a method are left out.
+    policy, rival : str
+        The methods.
+
+    Returns
+    -------
+    list of Verdict
+        All layers first, then each layer that was cut alone; only those that both methods have.
+    """
+    scored: dict[int | None, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for case in cases:
+        if case.get("case") == "perplexity":
+            methods = scored.setdefault(case["layer"], {})
+            methods.setdefault(case["policy"], {})[case["sequence"]] = case
+    whole = scored.get(None, {}).get(FULL, {})
+    found = []
+    for layer in sorted(scored, key=lambda layer: -1 if layer is None else layer):
+        methods = {FULL: whole, **scored[layer]} if whole else scored[layer]
+        if not {policy, rival} <= set(methods):
+            continue
+        shared = sorted(set.intersection(*(set(rows) for rows in methods.values())))
+        if not shared:
+            continue
+        rows = {name: [by_sequence[i] for i in shared] for name, by_sequence in methods.items()}
+        tokens = [case["tokens"] for case in rows[policy]]
+        found.append(
+            Verdict(
+                layer=layer,
+                perplexity={
+                    name: math.exp(
+                        math.fsum(x for case in some for x in case["nats"]) / sum(tokens)
+                    )
+                    for name, some in rows.items()
+                },
+                difference=paired_difference(
+                    [case["nats"] for case in rows[policy]],
+                    [case["nats"] for case in rows[rival]],
+                    tokens=tokens,
+                    strata=[case["corpus"] for case in rows[policy]],
+                    block=BLOCK,
+                ),
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How well the solvers agree.
+
+    Attributes
+    ----------
+    lowest, lowest_dense : float or None
+        Lowest rank correlation of networkx with the exact solver on the same graph, and with the
+        triangular solver on all edges; None: networkx was not asked.
+    heads, dense_heads : int
+        Heads, of all sequences, that networkx was asked about.
+    walk, dense : float or None
+        Of the tokens that the exact solver chose, the mean share that the walks choose, and that
+        PageRank on all edges chooses, over all layers.
+    """
+
+    lowest: float | None
+    lowest_dense: float | None
+    heads: int
+    dense_heads: int
+    walk: float | None
+    dense: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every correlation is above `LEAST_AGREEMENT`; true where none was measured."""
+        return all(
+            value is None or value > LEAST_AGREEMENT for value in (self.lowest, self.lowest_dense)
+        )
+
+
+def agreement(cases: Sequence[Mapping[str, Any]]) -> Agreement:
+    """Sum up the cases "agreement" and "overlap" of a run file."""
+    asked = [case for case in cases if case.get("case") == "agreement"]
+    overlaps = [case for case in cases if case.get("case") == "overlap"]
+    # A correlation that is no number, which the file holds as null, must not pass for agreement.
+    sparse = [-1.0 if case["spearman"] is None else case["spearman"] for case in asked]
+    dense = [case["spearman_dense"] for case in asked if case["spearman_dense"] is not None]
+    return Agreement(
+        lowest=min(sparse, default=None),
+        lowest_dense=min(dense, default=None),
+        heads=len(sparse),
+        dense_heads=len(dense),
+        walk=_mean([case["walk"] for case in overlaps]),
+        dense=_mean([case["dense"] for case in overlaps]),
+    )
+
+
+def verdict_lines(results: Sequence[Verdict], found: Agreement) -> list[str]:
+    """Say what the figures say.
+
+    Parameters
+    ----------
+    results : sequence of Verdict
+        From `verdicts`.
+    found : Agreement
+        From `agreement`.
+
+    Returns
+    -------
+    list of str
+        Sentences, a line each: all layers, layers one by one, and the solvers.
+    """
+    lines = []
+    for result in results:
+        if result.layer is None:
+            pair, ppl = result.difference, result.perplexity
+            lines.append(
+                f"All layers: PPL(PageRank) {'<' if result.is_better else 'is NOT <'} PPL(H2O): "
+                f"{ppl[PAGERANK]:.3f} and {ppl[H2O]:.3f}, {pair.mean:+.4f} nats a token, "
+                f"{pair.confidence:.0%} interval {pair.low:+.4f} to {pair.high:+.4f} over "
+                f"{pair.units} {pair.unit}"
+                f"{'' if result.is_clear else ', which includes no difference'}"
+                f"{'; a small sample' if pair.small_sample else ''}."
+            )
+    alone = [result for result in results if result.layer is not None]
+    if alone:
+        better = [result for result in alone if result.is_better]
+        worse = [result for result in alone if not result.is_better]
+        lines.append(
+            f"One layer at a time: PPL(PageRank) < PPL(H2O) in {len(better)} of {len(alone)} "
+            f"layers, {sum(r.is_clear for r in better)} of them with an interval clear of 0; "
+            f"not in {len(worse)}, {sum(r.is_clear for r in worse)} of them clearly."
+        )
+    if found.lowest is not None:
+        dense = (
+            ""
+            if found.lowest_dense is None
+            else f", and on all edges {found.lowest_dense:.6f} over {found.dense_heads}"
+        )
+        lines.append(
+            f"networkx and the exact solver rank the same graph alike: Spearman at least "
+            f"{found.lowest:.6f} over {found.heads} heads{dense}."
+            if found.holds
+            else "THE SOLVERS DISAGREE: networkx and this library must rank the same graph alike, "
+            f"Spearman above {LEAST_AGREEMENT}; the lowest is {found.lowest:.6f} over "
+            f"{found.heads} heads{dense}."
+        )
+    if found.walk is not None and found.dense is not None:
+        lines.append(
+            f"Of the tokens that the exact solver chooses, the walks choose {found.walk:.1%}, "
+            f"PageRank on all edges {found.dense:.1%}."
+        )
+    return lines
+
+
+def _nats(cases: Sequence[Mapping[str, Any]]) -> float:
+    return math.fsum(nats for case in cases for nats in case["nats"])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def continuation_nats(
