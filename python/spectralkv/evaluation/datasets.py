@@ -176,9 +176,17 @@ def read_text(source: str | Path) -> str:
 
 
 def token_sequences(
-    tokenizer: Tokenizer, text: str, *, length: int, count: int = 1
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    length: int,
+    count: int = 1,
+    skip: int = 0,
+    stride: int | None = None,
 ) -> tuple[tuple[int, ...], ...]:
-    """Cut the head of a text into equal, consecutive token sequences.
+    """Cut a text into equal token sequences.
+
+    What the tokenizer puts before every text (a ``<bos>``) begins every sequence.
 
     Parameters
     ----------
@@ -187,9 +195,16 @@ def token_sequences(
     text : str
         The text.
     length : int
-        Tokens a sequence. A text shorter than that gives one sequence of what it has.
+        Tokens a sequence. Where one sequence of the beginning is wanted, a shorter text gives what
+        it has.
     count : int
         Sequences wanted.
+    skip : int
+        Sequences left out at the beginning, so that defaults are chosen on some and reported on
+        others.
+    stride : int, optional
+        Tokens from the beginning of one sequence to that of the next; they follow each other if
+        left out.
 
     Returns
     -------
@@ -199,20 +214,32 @@ def token_sequences(
     Raises
     ------
     EvaluationError
-        `length` or `count` is below 1, or the text has too few tokens for `count` sequences.
+        An argument is out of range, or the text has too few tokens.
     """
     if length < 1 or count < 1:
         raise EvaluationError(
             f"length and count of the sequences must be at least 1, got {length} and {count}"
         )
-    ids = tuple(tokenizer.encode(text))
+    if skip < 0 or (stride is not None and stride < 1):
+        raise EvaluationError(
+            f"skip must be at least 0 and stride at least 1, got {skip} and {stride}"
+        )
+    lead, ids = tuple(tokenizer.encode("")), tuple(tokenizer.encode(text))
+    if ids[: len(lead)] != lead:
+        lead = ()
+    ids = ids[len(lead) :]
     if not ids:
         raise EvaluationError("the text has no tokens")
-    if count == 1:
-        return (ids[:length],)
-    if len(ids) < length * count:
+    taken = length - len(lead)
+    if taken < 1:
+        raise EvaluationError(f"length must be more than the {len(lead)} that begin every sequence")
+    step = taken if stride is None else stride
+    needed = (skip + count - 1) * step + taken
+    if len(ids) < needed and (count > 1 or skip > 0):
+        skipped = f" after {skip} skipped" if skip else ""
         raise EvaluationError(
-            f"{count} sequences of {length} tokens need {length * count} tokens, "
+            f"{count} sequences of {length} tokens{skipped} need {needed} tokens, "
             f"the text has {len(ids)}"
         )
-    return tuple(ids[i * length : (i + 1) * length] for i in range(count))
+    starts = range(skip * step, (skip + count) * step, step)
+    return tuple(lead + ids[start : start + taken] for start in starts)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 #: Below this many scored tokens a run is refused: its perplexity would say nothing.
 MIN_SCORED_TOKENS = 16
 
+# Logits that are turned to nats at a time: 64 MiB in float32.
+_BLOCK_ELEMENTS = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
@@ -266,34 +269,112 @@ def stream(
     EvaluationError
         There are no tokens, or `chunk` is below 1.
     """
+    return stream_batch(model, [token_ids], cache, chunk=chunk, on_progress=on_progress)[0]
+
+
+def stream_batch(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    cache: EvictingCache,
+    *,
+    chunk: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Stream, ...]:
+    """Feed token sequences of one length together through one cache.
+
+    Each fares as it would alone, up to rounding: the cache cuts each on its own schedule. The
+    device is waited for once, at the end.
+
+    Parameters
+    ----------
+    model, cache, chunk
+        See `stream`.
+    sequences : sequence of sequence of int
+        B >= 1 sequences of N >= 1 token ids.
+    on_progress : callable, optional
+        Called with (tokens of a sequence fed, N) after each pass.
+
+    Returns
+    -------
+    tuple of Stream
+        One a sequence; the time is an equal part of the batch's.
+
+    Raises
+    ------
+    EvaluationError
+        There are no tokens, the sequences differ in length, or `chunk` is below 1.
+    """
     import torch
 
     if chunk < 1:
         raise EvaluationError(f"chunk must be at least 1 token, got {chunk}")
-    if not token_ids:
+    if not sequences or not sequences[0]:
         raise EvaluationError("there are no tokens to feed")
-    ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
-    total = ids.shape[1]
-    nll: list[float] = []
-    logits = None
+    lengths = sorted({len(sequence) for sequence in sequences})
+    if len(lengths) > 1:
+        raise EvaluationError(f"the sequences of a batch must have one length, got {lengths}")
     start = time.perf_counter()
+    try:
+        nats, last = _feed(model, sequences, cache, chunk, on_progress)
+    except torch.OutOfMemoryError:
+        raise EvaluationError(
+            f"{len(sequences)} sequences of {lengths[0]} tokens do not fit into the memory of "
+            f"{model.device} together: run fewer at a time (--batch)"
+        ) from None
+    nll = nats.tolist()
+    seconds = (time.perf_counter() - start) / len(sequences)
+    return tuple(
+        Stream(nll=tuple(row), next_logits=after, seconds=seconds)
+        for row, after in zip(nll, last, strict=True)
+    )
+
+
+def _feed(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    cache: EvictingCache,
+    chunk: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Any, Any]:
+    """Return nats (B, N - 1), and the logits (B, V) after the last token, on the device."""
+    import torch
+
+    ids = torch.tensor([list(sequence) for sequence in sequences], device=model.device)
+    batch, total = ids.shape
+    nats = torch.empty(batch, total - 1, device=ids.device)
+    last = None
     with torch.no_grad():
         for begin in range(0, total, chunk):
             end = min(begin + chunk, total)
-            logits = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
-            logits = logits.logits[0].float()  # (chunk, V); row i predicts token begin + i + 1
-            targets = ids[0, begin + 1 : end + 1]
-            rows = logits[: targets.shape[0]]
-            nll += torch.nn.functional.cross_entropy(rows, targets, reduction="none").tolist()
+            logits = model(
+                input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True
+            ).logits  # (B, chunk, V); row i predicts token begin + i + 1
+            targets = ids[:, begin + 1 : end + 1]
+            count = targets.shape[1]
+            nats[:, begin : begin + count] = _nats(logits[:, :count], targets)
+            last = logits[:, -1]
             if on_progress is not None:
                 on_progress(end, total)
-    if logits is None:  # pragma: no cover - the loop above runs at least once
+    if last is None:  # pragma: no cover - the loop above runs at least once
         raise RuntimeError("no forward pass was made")
-    return Stream(nll=tuple(nll), next_logits=logits[-1], seconds=time.perf_counter() - start)
+    return nats, last.float().clone()
 
 
-def exact_budget_check(label: str, budget: int | None) -> Callable[[EvictionEvent], None]:
-    """Return an eviction callback that refuses a policy which keeps more or less than its budget.
+def _nats(logits: Any, targets: Any) -> Any:
+    """Return the nats (B, T) of `targets` under `logits` (B, T, V), in blocks: a copy is large."""
+    import torch
+
+    rows = logits.flatten(0, 1)
+    step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
+    parts = [
+        torch.nn.functional.cross_entropy(block.float(), wanted, reduction="none")
+        for block, wanted in zip(rows.split(step), targets.flatten().split(step), strict=True)
+    ]
+    return torch.cat(parts).view(targets.shape)
+
+
+class BudgetCheck:
+    """An eviction callback that refuses a policy which keeps more or less than its budget.
 
     A tie that lets one policy keep a token more than the others would pass for a better policy.
 
@@ -303,20 +384,58 @@ def exact_budget_check(label: str, budget: int | None) -> Callable[[EvictionEven
         Name of the policy in the error.
     budget : int or None
         Slots that every eviction must keep, ascending and unique; None if none may happen.
+    wait : bool
+        Look at the slots at once, for which a CUDA device must be waited for. Otherwise `verify`
+        does it for all evictions.
     """
 
-    def check(event: EvictionEvent) -> None:
+    def __init__(self, label: str, budget: int | None, *, wait: bool = True) -> None:
+        self._label = label
+        self._budget = budget
+        self._wait = wait
+        self._ordered: list[Any] = []  # bool tensors, where the device is not waited for
+
+    def __call__(self, event: EvictionEvent) -> None:
+        """Check one eviction.
+
+        Raises
+        ------
+        RuntimeError
+            The policy keeps something else.
+        """
         keep = event.keep
-        kept = int(keep.shape[-1])
-        ordered = kept < 2 or bool((keep[..., 1:] > keep[..., :-1]).all())
-        if kept != budget or not ordered:
+        ordered = (keep[..., 1:] > keep[..., :-1]).all() & (keep[..., :1] >= 0).all()
+        if self._wait or keep.device.type == "cpu" or keep.shape[-1] != self._budget:
+            self._require(int(keep.shape[-1]), bool(ordered), f"layer {event.layer}")
+        else:
+            self._ordered.append(ordered)
+
+    def verify(self) -> None:
+        """Check the order of all slots that were not looked at yet.
+
+        Raises
+        ------
+        RuntimeError
+            The policy kept something else.
+        """
+        import torch
+
+        pending, self._ordered = self._ordered, []
+        if pending:
+            self._require(self._budget, bool(torch.stack(pending).all()), "some layer")
+
+    def _require(self, kept: int | None, ordered: bool, where: str) -> None:
+        if kept != self._budget or not ordered:
             raise RuntimeError(
-                f"[perplexity] policy {label!r} must keep {budget} ascending, unique slots at "
-                f"layer {event.layer}, kept {kept}{'' if ordered else ' out of order'}; "
+                f"[perplexity] policy {self._label!r} must keep {self._budget} ascending, unique "
+                f"slots at {where}, kept {kept}{'' if ordered else ' out of order'}; "
                 "this is a bug in the policy or the cache"
             )
 
-    return check
+
+def exact_budget_check(label: str, budget: int | None) -> BudgetCheck:
+    """Return a `BudgetCheck` that looks at every eviction at once."""
+    return BudgetCheck(label, budget)
 
 
 def scored_range(lengths: Sequence[int], budgets: Sequence[int]) -> int:
@@ -357,6 +476,7 @@ def evaluate_perplexity(
     *,
     name: str,
     chunk: int = 32,
+    batch: int = 1,
     settings: CacheSettings | None = None,
     on_progress: Progress | None = None,
 ) -> PerplexityResult:
@@ -376,6 +496,8 @@ def evaluate_perplexity(
         Name of the model for the report.
     chunk : int
         Tokens fed at a time.
+    batch : int
+        Sequences of one length that are fed together.
     settings : CacheSettings, optional
         Interval, window and sinks of every policy.
     on_progress : Progress, optional
@@ -400,7 +522,8 @@ def evaluate_perplexity(
     # All policies first: a bad argument is refused before the first minute is spent.
     plan = [(spec.label, create_policy(spec, budget, settings)) for spec, budget in specs]
     runs = tuple(
-        _run(model, sequences, label, policy, chunk, first, on_progress) for label, policy in plan
+        _run(model, sequences, label, policy, chunk, batch, first, on_progress)
+        for label, policy in plan
     )
     return PerplexityResult(
         model=name,
@@ -414,18 +537,93 @@ def evaluate_perplexity(
     )
 
 
-def collect(stream_result: Stream, cache: EvictingCache) -> SequenceRun:
-    """Put a finished stream and its cache's statistics into one record."""
+def collect(stream_result: Stream, cache: EvictingCache, *, batch: int = 1) -> SequenceRun:
+    """Put a finished stream and its cache's statistics into one record.
+
+    Parameters
+    ----------
+    stream_result : Stream
+        Of one sequence.
+    cache : spectralkv.hf.EvictingCache
+        The cache it went through.
+    batch : int
+        Sequences of one length that went through it; each has an equal part of the bytes.
+    """
     stats = cache.stats()
     return SequenceRun(
         nll=stream_result.nll,
-        kv_bytes=int(stats.kv_bytes),
-        graph_bytes=int(stats.graph_bytes),
+        kv_bytes=-(-int(stats.kv_bytes) // batch),
+        graph_bytes=-(-int(stats.graph_bytes) // batch),
         tokens_seen=int(stats.tokens_seen),
         tokens_kept=int(stats.tokens_kept),
         evictions=int(stats.evictions),
         seconds=stream_result.seconds,
     )
+
+
+def run_batch(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    label: str,
+    policy: Policy,
+    *,
+    chunk: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[SequenceRun, ...]:
+    """Feed sequences of one length together through a fresh cache, and check every eviction.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    sequences : sequence of sequence of int
+        Token ids, equally many of each.
+    label : str
+        What errors call the policy.
+    policy : spectralkv.policies.Policy
+        What the cache keeps.
+    chunk : int
+        Tokens fed at a time.
+    on_progress : callable, optional
+        Called with (tokens of a sequence fed, its tokens).
+
+    Returns
+    -------
+    tuple of SequenceRun
+        In the same order.
+
+    Raises
+    ------
+    EvaluationError
+        The sequences differ in length, or do not fit into the device's memory together.
+    RuntimeError
+        The policy did not keep its budget.
+    """
+    check = BudgetCheck(label, policy.budget, wait=False)
+    cache = create_cache(model, policy, on_evict=check)
+    streams = stream_batch(model, sequences, cache, chunk=chunk, on_progress=on_progress)
+    check.verify()
+    return tuple(collect(one, cache, batch=len(streams)) for one in streams)
+
+
+def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Return the indices of sequences that go together: of one length, at most `size`, in order.
+
+    Raises
+    ------
+    EvaluationError
+        `size` is below 1.
+    """
+    if size < 1:
+        raise EvaluationError(f"batch must be at least 1 sequence, got {size}")
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    return [
+        group[start : start + size]
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
 
 
 def policy_run(
@@ -443,7 +641,9 @@ def policy_run(
     )
 
 
-def compare(runs: Sequence[PolicyRun], first: int) -> tuple[Comparison, ...]:
+def compare(
+    runs: Sequence[PolicyRun], first: int, *, corpora: Sequence[str] | None = None
+) -> tuple[Comparison, ...]:
     """Return the paired differences of each run to the full cache and to its rivals.
 
     Parameters
@@ -452,6 +652,8 @@ def compare(runs: Sequence[PolicyRun], first: int) -> tuple[Comparison, ...]:
         The full cache first.
     first : int
         Position of the first scored token.
+    corpora : sequence of str, optional
+        The corpus of each sequence: the strata of `paired_difference`.
     """
     full, evicting = runs[0], [run for run in runs[1:] if run.budget is not None]
     pairs = [(run, full) for run in evicting]
@@ -469,6 +671,7 @@ def compare(runs: Sequence[PolicyRun], first: int) -> tuple[Comparison, ...]:
             difference=paired_difference(
                 [sequence.scored(first) for sequence in run.sequences],
                 [sequence.scored(first) for sequence in rival.sequences],
+                strata=corpora,
             ),
         )
         for run, rival in pairs
@@ -482,21 +685,22 @@ def _run(
     label: str,
     policy: Policy,
     chunk: int,
+    batch: int,
     first: int,
     on_progress: Progress | None,
 ) -> PolicyRun:
     title = label if policy.budget is None else f"{label} at {policy.budget}"
     total = sum(len(sequence) for sequence in sequences)
-    check = exact_budget_check(label, policy.budget)
-    records, before = [], 0
-    for sequence in sequences:
+    records: dict[int, SequenceRun] = {}
+    before = 0
+    for group in batches_of([len(sequence) for sequence in sequences], batch):
 
-        def report(done: int, _: int, before: int = before) -> None:
+        def report(done: int, _: int, before: int = before, count: int = len(group)) -> None:
             if on_progress is not None:
-                on_progress(title, before + done, total)
+                on_progress(title, before + done * count, total)
 
-        cache = create_cache(model, policy, on_evict=check)
-        result = stream(model, sequence, cache, chunk=chunk, on_progress=report)
-        records.append(collect(result, cache))
-        before += len(sequence)
-    return policy_run(label, policy, records, first)
+        together = [sequences[index] for index in group]
+        runs = run_batch(model, together, label, policy, chunk=chunk, on_progress=report)
+        records.update(zip(group, runs, strict=True))
+        before += sum(map(len, together))
+    return policy_run(label, policy, [records[i] for i in range(len(sequences))], first)

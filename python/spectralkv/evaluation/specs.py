@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.errors import EvaluationError
 
+if TYPE_CHECKING:
+    from spectralkv.config import Population
+
 FULL = "full"
+#: The option whose values are written in a syntax of their own.
+POPULATIONS = "populations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,11 @@ class PolicySpec:
     def parse(cls, text: str) -> PolicySpec:
         """Read ``name`` or ``name:option=value,option=value``.
 
+        The populations of Spectral are written ``restart:count:share``, joined by ``+``, as in
+        ``spectral:populations=recent:edges:0.5+novelty:all:0.5``. A fourth field says how many
+        tokens are recent: a part of those seen (``recent:edges:0.5:0.2``) or, without a point, so
+        many (``recent:edges:0.5:128``).
+
         Raises
         ------
         EvaluationError
@@ -50,7 +60,9 @@ class PolicySpec:
                 raise EvaluationError(
                     f"policy {text!r}: options are written name:option=value,option=value"
                 )
-            options.append((key.strip(), _parse_value(value.strip())))
+            key, value = key.strip(), value.strip()
+            is_populations = key == POPULATIONS and value.lower() != "none"
+            options.append((key, (_parse_populations if is_populations else _parse_value)(value)))
         return cls(name=known[_plain(name)], options=tuple(options))
 
     @property
@@ -58,7 +70,7 @@ class PolicySpec:
         """The specification as `parse` reads it."""
         if not self.options:
             return self.name
-        return self.name + ":" + ",".join(f"{key}={value}" for key, value in self.options)
+        return self.name + ":" + ",".join(f"{key}={_format(value)}" for key, value in self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,3 +156,44 @@ def _parse_value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _parse_populations(text: str) -> tuple[Population, ...]:
+    from spectralkv import InvalidArgument
+    from spectralkv.config import Population
+
+    def population(item: str) -> Population:
+        restart, count, share, *recent = item.split(":")
+        options: dict[str, Any] = {}
+        if recent:
+            (size,) = recent
+            if size.isdigit():
+                options["recent_tokens"] = int(size)
+            else:
+                options["recent_fraction"] = float(size)
+        return Population(restart=restart, count=count, share=float(share), **options)  # type: ignore[arg-type]
+
+    try:
+        return tuple(population(item.strip()) for item in text.split("+"))
+    except InvalidArgument as error:
+        raise EvaluationError(f"populations {text!r}: {error}") from None
+    except ValueError:
+        raise EvaluationError(
+            "populations are written restart:count:share or restart:count:share:recent, joined by "
+            f"+, such as recent:edges:0.5+novelty:all:0.5; got {text!r}"
+        ) from None
+
+
+def _format(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return "+".join(map(_format_population, value))
+
+
+def _format_population(population: Population) -> str:
+    fields = [population.restart, population.count, str(population.share)]
+    if population.recent_tokens:
+        fields.append(str(population.recent_tokens))
+    elif population.recent_fraction != type(population)().recent_fraction:
+        fields.append(str(float(population.recent_fraction)))
+    return ":".join(fields)

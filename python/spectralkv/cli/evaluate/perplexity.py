@@ -1,23 +1,49 @@
-"""``spectralkv evaluate perplexity``: what policies and budgets cost on a text."""
+"""``spectralkv evaluate perplexity``: what policies and budgets cost on texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectralkv.cli import console as shared
 
 if TYPE_CHECKING:
-    from spectralkv.evaluation import PerplexityResult
+    from collections.abc import Mapping, Sequence
+
+    from spectralkv.evaluation import CacheSettings, Corpus, LoadedModel, PerplexityResult
+    from spectralkv.evaluation.study import Job, Sequences
+
+TextsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT...",
+        help="UTF-8 text files, - for standard input, 'demo' or 'essays'.",
+        show_default="demo",
+    ),
+]
+LengthOption = Annotated[int, typer.Option("--length", help="Tokens of each sequence.")]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        "--stride",
+        help="Tokens from the beginning of one sequence to that of the next.",
+        show_default="they follow each other",
+    ),
+]
+BudgetsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        help="Tokens to keep a head (409) or a share of a sequence (0.2); may be repeated.",
+        show_default="0.2",
+    ),
+]
 
 
 def perplexity(
-    text: Annotated[
-        str,
-        typer.Argument(help="A UTF-8 text file; - is standard input.", show_default="demo text"),
-    ] = "",
+    text: TextsArgument = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -25,34 +51,41 @@ def perplexity(
             show_default="spectral, h2o, snapkv, streaming_llm",
         ),
     ] = None,
-    budget: Annotated[
-        list[str] | None,
+    budget: BudgetsOption = None,
+    clairvoyant: Annotated[
+        str,
         typer.Option(
-            help="Tokens to keep a head (409) or a share of a sequence (0.2); may be repeated.",
-            show_default="0.2",
+            help="Reference lines that know the attention to come: over the whole future and the "
+            "next tokens, as in all,256,64.",
+            show_default="none",
         ),
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 2048,
-    sequences: Annotated[int, typer.Option(help="Consecutive sequences to cut.")] = 1,
+    ] = "",
+    length: LengthOption = 2048,
+    sequences: shared.SequencesOption = 1,
+    skip: shared.SkipOption = 0,
+    stride: StrideOption = None,
+    batch: shared.BatchOption = 1,
     chunk: shared.ChunkOption = 32,
     interval: shared.IntervalOption = 32,
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
-    output: Annotated[Path, typer.Option(help="Folder for the JSON and the curves.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the run file and the curves.")] = Path(
         "build/perplexity"
     ),
+    name: Annotated[str, typer.Option(help="Name of the run file.")] = "perplexity",
+    fresh: shared.FreshOption = False,
     model: shared.ModelOption = shared.DEMO_MODEL,
     gguf_file: shared.GgufFileOption = "",
     dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
 ) -> None:
-    """Stream a text through evicting caches and report its perplexity.
+    """Stream texts through evicting caches and report their perplexity.
 
     The full cache is always run too, and all runs are scored on the same tokens: those after the
-    largest budget has filled.
+    largest budget has filled. An interrupted run goes on when it is called again.
     """
     from spectralkv import evaluation
-    from spectralkv.evaluation import plots, report
+    from spectralkv.evaluation import plots, report, study
     from spectralkv.evaluation.models import resolve_device
 
     names = policy or ["spectral", "h2o", "snapkv", "streaming_llm"]
@@ -60,39 +93,137 @@ def perplexity(
     wanted = [evaluation.Budget.parse(value) for value in budget or ["0.2"]]
     settings = shared.settings_of(interval, window, sinks)
     shared.check_budgets(specs, wanted, settings)
-    for name, value in (("--chunk", chunk), ("--length", length), ("--sequences", sequences)):
-        if value < 1:
-            raise evaluation.EvaluationError(f"{name} must be at least 1, got {value}")
-    content = evaluation.read_text(text) if text else evaluation.demo_text()
+    check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
+    horizons = parse_horizons(clairvoyant)
+    # Only the horizons are looked at: a budget that is a share has no tokens yet.
+    study.limit_jobs(horizons, (), settings, length=length, chunk=chunk)
+    corpora = evaluation.read_corpora(text or ["demo"])
     device = resolve_device(device)
     report.make_folder(output)
     loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    cut = evaluation.token_sequences(loaded.tokenizer, content, length=length, count=sequences)
-    shortest = min(len(sequence) for sequence in cut)
-    budgets = sorted({b.resolve(shortest) for b in wanted})
-    with shared.progress_bar() as progress:
-        result = evaluation.evaluate_perplexity(
+    cut = study.cut_corpora(
+        loaded.tokenizer, corpora, length=length, count=sequences, skip=skip, stride=stride
+    )
+    shortest = min(len(ids) for numbers in cut.values() for ids in numbers.values())
+    jobs = study.policy_jobs(specs, wanted, settings, length=shortest)
+    jobs += study.limit_jobs(horizons, wanted, settings, length=shortest, chunk=chunk)
+    first = study.first_scored(cut, jobs)
+    run = evaluation.RunFile.open(
+        run_path(output, name),
+        kind="perplexity",
+        config=config_of(loaded, corpora, cut, jobs, first, chunk, settings, stride),
+        environment=shared.environment(device, loaded.dtype),
+        fresh=fresh,
+    )
+    with run, shared.progress_bar() as progress:
+        study.run_study(
             loaded.model,
             cut,
-            specs,
-            budgets,
-            name=loaded.name,
+            jobs,
+            run,
+            first=first,
             chunk=chunk,
-            settings=settings,
+            batch=batch,
             on_progress=progress,
         )
-    document = {
-        **result.to_json(),
-        "text": "demo" if not text else Path(text).name if text != "-" else "standard input",
-        "environment": report.environment(device, loaded.dtype),
-    }
-    files = [output / "perplexity.json", output / "budgets.png", output / "running.png"]
-    report.write_json(files[0], document)
+        run.finish()
+    result = study.result_of(run, model=loaded.name, chunk=chunk, settings=settings, first=first)
+    files = [run.path, output / f"{name}-budgets.png", output / f"{name}-running.png"]
     plots.plot_budgets(result, files[1])
     plots.plot_running(result, files[2])
     _show(result, where=f"{loaded.dtype} on {report.device_name(device)}")
     for path in files:
         typer.echo(str(path))
+
+
+def parse_horizons(text: str) -> list[int | None]:
+    """Return the horizons of ``all,256,64``; None is the whole future.
+
+    Raises
+    ------
+    EvaluationError
+        An item is neither ``all`` nor a number.
+    """
+    from spectralkv.evaluation import EvaluationError
+
+    horizons: list[int | None] = []
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        if item != "all" and not item.isdigit():
+            raise EvaluationError(
+                f"--clairvoyant must be 'all' and numbers of tokens, such as all,256,64; got "
+                f"{item!r}"
+            )
+        horizons.append(None if item == "all" else int(item))
+    return horizons
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse options below 1.
+
+    Raises
+    ------
+    EvaluationError
+        One of them is.
+    """
+    from spectralkv.evaluation import EvaluationError
+
+    for name, value in counts.items():
+        if value < 1:
+            raise EvaluationError(f"--{name} must be at least 1, got {value}")
+
+
+def run_path(folder: Path, name: str) -> Path:
+    """Return the path of a run file.
+
+    Raises
+    ------
+    EvaluationError
+        The name is not a plain file name.
+    """
+    from spectralkv.evaluation import EvaluationError
+
+    if not name or Path(name).name != name:
+        raise EvaluationError(f"--name must be a file name without a folder, got {name!r}")
+    return folder / f"{name.removesuffix('.json')}.json"
+
+
+def config_of(
+    loaded: LoadedModel,
+    corpora: Sequence[Corpus],
+    cut: Mapping[str, Sequences],
+    jobs: Sequence[Job],
+    first: int,
+    chunk: int,
+    settings: CacheSettings,
+    stride: int | None,
+) -> dict[str, Any]:
+    """Return what decides the figures of a perplexity run."""
+    from spectralkv.evaluation.study import BLOCK
+
+    budgets = {job.policy.budget: job.fraction for job in jobs if job.policy.budget is not None}
+    return {
+        "model": loaded.name,
+        "dtype": loaded.dtype,
+        "corpora": {
+            corpus.name: {
+                "sha256": corpus.sha256,
+                "sequences": list(cut[corpus.name]),
+                "lengths": [len(ids) for ids in cut[corpus.name].values()],
+            }
+            for corpus in corpora
+        },
+        "stride": stride,
+        "first_scored": first,
+        "block": BLOCK,
+        "chunk": chunk,
+        "interval": settings.interval,
+        "window": settings.window,
+        "sinks": settings.sinks,
+        "budgets": [
+            {"tokens": tokens, "fraction": fraction} for tokens, fraction in budgets.items()
+        ],
+        "policies": list(dict.fromkeys(job.label for job in jobs)),
+    }
 
 
 def _show(result: PerplexityResult, *, where: str) -> None:
@@ -125,4 +256,7 @@ def _show(result: PerplexityResult, *, where: str) -> None:
             f"{run.kv_bytes / 2**20:.1f}",
             f"{run.graph_bytes / 2**20:.1f}",
         )
-    Console(highlight=False).print(table)
+    out = Console(highlight=False)
+    if not out.is_terminal:  # a file or a pipe is as wide as the table
+        out.width = max(out.width, 120)
+    out.print(table)
