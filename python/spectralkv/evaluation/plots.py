@@ -231,9 +231,12 @@ def _figure(
     height: float,
     *,
     rows: int = 1,
+    columns: int = 1,
     sharex: bool = False,
+    sharey: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Any, list[Any]]:
+    """Return an empty figure of so many inches, and its axes row by row."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -243,8 +246,10 @@ def _figure(
         ) from None
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, 1, sharex=sharex, squeeze=False, height_ratios=height_ratios)
-    axes = list(grid[:, 0])
+    grid = figure.subplots(
+        rows, columns, sharex=sharex, sharey=sharey, squeeze=False, height_ratios=height_ratios
+    )
+    axes = list(grid.flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
@@ -252,9 +257,11 @@ def _figure(
 
 
 def _footnote(figure: Any, text: str) -> None:
+    """Put a line in small print below a figure."""
     figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
 
 
 def _save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
