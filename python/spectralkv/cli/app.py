@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from spectralkv.cli.demo import demo
+from spectralkv.cli.evaluate.oracle import oracle
 from spectralkv.cli.evaluate.perplexity import perplexity
 from spectralkv.cli.generate import generate
 from spectralkv.cli.info import info
@@ -23,7 +24,8 @@ evaluate = typer.Typer(help="Measure what a policy and a budget cost.", no_args_
 app.command()(demo)
 app.command()(generate)
 app.add_typer(evaluate, name="evaluate")
-evaluate.command()(perplexity)
+for study in (perplexity, oracle):
+    evaluate.command()(study)
 app.command()(inspect)
 app.command()(info)
 
