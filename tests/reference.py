@@ -234,7 +234,10 @@ def rkv_scores(
 def lazy_scores(
     queries: torch.Tensor, keys: torch.Tensor, scaling: float, *, threshold: float
 ) -> torch.Tensor:
-    weights = by_kv_head(attention(queries, keys, scaling), keys.shape[0])
+    # The largest share that any of the query heads of a KV head gives.
+    weights = torch.stack(
+        [part.amax(0) for part in attention(queries, keys, scaling).chunk(keys.shape[0])]
+    )
     heads, count, _ = weights.shape
     scores = torch.zeros(heads, count, dtype=torch.float64)
     for head in range(heads):

@@ -9,9 +9,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from test_scores import HEADS, observe, tokens
 
 import reference
 from spectralkv import policies
+from spectralkv.evaluation import CacheSettings, PolicySpec
+from spectralkv.evaluation.caches import create_policy
 from spectralkv.policies import base
 from spectralkv.policies.queries import QueryWindow
 
@@ -128,6 +131,41 @@ def test_policies_are_frozen_and_keyword_only() -> None:
         policies.H2O(budget=9).budget = 10  # type: ignore[misc]
     with pytest.raises(TypeError):
         policies.H2O(9)  # type: ignore[misc]
+
+
+SPECS = [
+    *(name for name in policies.available() if name != "full"),
+    "h2o:decay=0.9",
+    "snapkv:queries=32",
+    "rkv:mix=0.3",
+    "mix:of=snapkv+keydiff,share=0.5",
+    "mix:of=spectral+rkv,share=0.3,rkv__mix=0.3",
+    "mix:of=h2o+keydiff+tova,h2o__decay=0.9",
+]
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("shared", [{}, {"window": 50, "sinks": 4}], ids=["own", "common"])
+def test_every_rival_runs_at_its_own_and_at_common_settings(
+    text: str, shared: dict[str, int]
+) -> None:
+    spec = PolicySpec.parse(text)
+    assert PolicySpec.parse(spec.label) == spec
+    policy = create_policy(spec, 100, CacheSettings(interval=32, **shared))
+    assert {name: getattr(policy, name) for name in shared} == shared
+    query, keys = tokens(1, 132)
+    (tracker,) = policy.trackers(1)
+    observe(tracker, query, keys, 0, 100)
+    assert tracker.keep() is None
+    observe(tracker, query, keys, 100, 132)
+    keep = tracker.keep()
+    assert keep is not None
+    assert keep.shape == (1, HEADS, 100)
+    first = list(range(policy.sinks))
+    last = list(range(132 - policy.protected_window, 132))
+    for slots in keep[0].tolist():
+        assert slots[: len(first)] == first
+        assert slots[100 - len(last) :] == last
 
 
 # -- the cut

@@ -13,7 +13,7 @@ from spectralkv import policies
 from spectralkv.hf import EvictingCache
 from tiny_models import make_model
 
-OPTIONS = {"budget": 14, "interval": 6, "window": 4, "threshold": 0.05}
+OPTIONS = {"budget": 14, "interval": 6, "window": 4, "threshold": 0.1}
 
 
 class Stream:
@@ -32,7 +32,7 @@ class Stream:
             weights = reference.attention(
                 self.queries[:, t : t + 1], self.keys[None, self.held], SCALING
             )
-            for position, weight in zip(self.held, weights[:, 0].mean(0).tolist(), strict=True):
+            for position, weight in zip(self.held, weights[:, 0].amax(0).tolist(), strict=True):
                 if weight >= OPTIONS["threshold"]:
                     gap = t + 1 - self.last[position]
                     self.longest[position] = max(self.longest[position], gap)

@@ -50,8 +50,8 @@ CASES: dict[str, tuple[policies.Policy, Reference]] = {
         ),
     ),
     "lazy_eviction": (
-        policies.LazyEviction(**BUDGET, threshold=0.03),
-        lambda q, k: reference.lazy_scores(q, k, SCALING, threshold=0.03),
+        policies.LazyEviction(**BUDGET, threshold=0.06),
+        lambda q, k: reference.lazy_scores(q, k, SCALING, threshold=0.06),
     ),
     "streaming_llm": (
         policies.StreamingLLM(**BUDGET),

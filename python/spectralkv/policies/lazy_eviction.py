@@ -42,8 +42,8 @@ class LazyEviction(Policy):
 
     What the paper leaves open, or settles for decoding with one KV head a query head alone:
 
-    - Query heads that share a KV head share its cache. Here the attention that activates a token is
-      averaged over them, as in the other policies.
+    - Query heads that share a KV head share its cache. Here one of them suffices to activate a
+      token.
     - A step is one query. A prompt's queries count like those of decoded tokens, as its tokens are
       cut like them; published, a prompt is never looked at.
     - The published code adds 1 to :math:`(t - \tau_j) / m_j`. This is the formula of the paper.
@@ -95,7 +95,7 @@ class _LazyTracker(SlotTracker[LazyEviction]):
             softcap=observation.softcap,
             valid=observation.valid,
         ):
-            active = attention.mean(2) >= self._policy.threshold  # (B, Hkv, q, S)
+            active = attention.amax(2) >= self._policy.threshold  # (B, Hkv, q, S)
             if observation.new_valid is not None:
                 active &= observation.new_valid[:, None, block, None]
             step = steps[:, None, block, None]
