@@ -20,7 +20,17 @@ from spectralkv.evaluation import (
     evaluate_perplexity,
     stream,
 )
-from spectralkv.evaluation.perplexity import MIN_SCORED_TOKENS, exact_budget_check, scored_range
+from spectralkv.evaluation import perplexity as perplexity_module
+from spectralkv.evaluation.perplexity import (
+    MIN_SCORED_TOKENS,
+    BudgetCheck,
+    batches_of,
+    exact_budget_check,
+    run_batch,
+    scored_range,
+    stream_batch,
+)
+from tiny_models import make_model, random_ids
 from tiny_text import make_text
 
 SETTINGS = CacheSettings(interval=16, window=10, sinks=2)
@@ -199,6 +209,109 @@ def test_stream_refuses(
     cache = create_cache(tiny.model, create_policy(PolicySpec(name="full"), None, SETTINGS))
     with pytest.raises(EvaluationError, match=message):
         stream(tiny.model, tokens, cache, chunk=chunk)
+
+
+def test_order_is_looked_at_later_where_the_device_is_not_waited_for() -> None:
+    def event(*keep: int) -> SimpleNamespace:
+        # A tensor that says it is on a GPU: on the CPU there is nothing to wait for.
+        return SimpleNamespace(layer=0, keep=_OnGpu(torch.tensor([[keep]])))
+
+    check = BudgetCheck("greedy", 3, wait=False)
+    check(event(0, 2, 5))
+    check.verify()
+    check(event(0, 0, 1))
+    check(event(0, 2, 5))
+    with pytest.raises(RuntimeError, match=r"'greedy' must keep 3 .* out of order"):
+        check.verify()
+    check.verify()  # told once
+    with pytest.raises(RuntimeError, match="kept 2"):
+        check(event(0, 2))
+
+
+class _OnGpu:
+    device = torch.device("cuda")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.shape = tensor.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor[index]
+
+
+@pytest.mark.parametrize("name", ["full", "spectral", "h2o", "snapkv", "keydiff"])
+def test_a_sequence_fares_in_a_batch_as_alone(name: str) -> None:
+    # Spectral takes no float64, with which rounding would turn no choice for sure.
+    model = make_model("llama", dtype=torch.float32 if name == "spectral" else torch.float64)
+    ids = random_ids(4, 200).tolist()
+    policy = create_policy(PolicySpec(name=name), None if name == "full" else 60, SETTINGS)
+    together = run_batch(model, ids, name, policy, chunk=16)
+    for tokens, run in zip(ids, together, strict=True):
+        (alone,) = run_batch(model, [tokens], name, policy, chunk=16)
+        torch.testing.assert_close(
+            torch.tensor(run.nll), torch.tensor(alone.nll), rtol=1e-4, atol=1e-4
+        )
+        assert run.kv_bytes == alone.kv_bytes
+        assert run.graph_bytes == pytest.approx(alone.graph_bytes, rel=0.05)
+        assert (run.evictions, run.tokens_kept) == (alone.evictions, alone.tokens_kept)
+        assert (run.evictions > 0) == (name != "full")
+
+
+def test_batches_give_what_single_sequences_give(tiny: LoadedModel) -> None:
+    tokens = tokens_of(tiny, 500)
+    sequences = [tokens[:150], tokens[150:300], tokens[300:380], tokens[350:500]]
+    one, many = (
+        evaluate_perplexity(
+            tiny.model,
+            sequences,
+            [PolicySpec(name="h2o")],
+            [50],
+            name="tiny",
+            chunk=16,
+            batch=batch,
+            settings=SETTINGS,
+        )
+        for batch in (1, 3)
+    )
+    for a, b in zip(one.runs, many.runs, strict=True):
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-3)
+        assert [len(run.nll) for run in b.sequences] == [149, 149, 79, 149]
+        for x, y in zip(a.sequences, b.sequences, strict=True):
+            assert sum(x.nll) == pytest.approx(sum(y.nll), rel=1e-3)
+
+
+def test_likelihoods_are_the_same_in_small_blocks(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = [tokens_of(tiny, 40), tokens_of(tiny, 80)[40:]]
+
+    def nats() -> torch.Tensor:
+        cache = create_cache(tiny.model, create_policy(PolicySpec(name="full"), None, SETTINGS))
+        return torch.tensor([run.nll for run in stream_batch(tiny.model, sequences, cache)])
+
+    whole = nats()
+    monkeypatch.setattr(perplexity_module, "_BLOCK_ELEMENTS", 3 * len(tiny.tokenizer))
+    torch.testing.assert_close(nats(), whole)
+
+
+def test_batches_are_of_one_length() -> None:
+    assert batches_of([5, 7, 5, 5, 7], 2) == [[0, 2], [3], [1, 4]]
+    with pytest.raises(EvaluationError, match="batch must be at least 1 sequence, got 0"):
+        batches_of([5], 0)
+
+
+def test_a_batch_that_does_not_fit_says_so(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(perplexity_module, "_feed", full)
+    cache = create_cache(tiny.model, create_policy(PolicySpec(name="full"), None, SETTINGS))
+    with pytest.raises(EvaluationError, match=r"2 sequences of 3 tokens .*memory of cpu.*--batch"):
+        stream_batch(tiny.model, [(1, 2, 3), (4, 5, 6)], cache)
+    with pytest.raises(EvaluationError, match=r"one length, got \[2, 3\]"):
+        stream_batch(tiny.model, [(1, 2, 3), (4, 5)], cache)
 
 
 @pytest.mark.slow
