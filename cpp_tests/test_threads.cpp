@@ -124,6 +124,48 @@ TEST(Threads, OfManagersAreIndependent) {
   for (const auto& result : results) EXPECT_TRUE(expected == result);
 }
 
+/// Rows of one block, of `tokens` tokens a sequence whose keys are `distinct` ones over and over.
+Snapshot rows_of(const GraphConfig& config, Index tokens, Index distinct, DType dtype) {
+  GraphManager manager(config, {});
+  Random random(5);
+  HostTensor keys = key_slab(config, config.batch_size, dtype);
+  for (Index b = 0; b < config.batch_size; ++b) {
+    for (Index h = 0; h < config.num_kv_heads; ++h) {
+      for (Index d = 0; d < config.head_dim; ++d) {
+        for (Index j = 0; j < tokens; ++j) {
+          keys.set({b, h, j, d}, j < distinct ? random.normal() : keys.get({b, h, j - distinct, d}));
+        }
+      }
+    }
+  }
+  HostTensor queries(dtype, {config.batch_size, config.num_query_heads, tokens, config.head_dim});
+  queries.fill_normal(random);
+  manager.update_rows(0, queries.view(), keys.view(), {}, Stream{});
+  return Snapshot(manager);
+}
+
+TEST(Threads, DrawRowsOfABlockInAnyOrder) {
+  constexpr Index kTokens = 1100;
+  for (const int top_k : {4, 32}) {
+    for (const Index group : {1, 4}) {
+      // Many equal keys: lists overflow, and many tokens are left over for another look.
+      for (const Index distinct : {kTokens, Index{40}}) {
+        const GraphConfig config{.batch_size = 2,
+                                 .num_query_heads = 2 * group,
+                                 .num_kv_heads = 2,
+                                 .head_dim = 64,
+                                 .capacity = kTokens,
+                                 .top_k = top_k};
+        const Snapshot expected = rows_of(config, kTokens, distinct, DType::f16);
+        for (int again = 0; again < 2; ++again) {
+          EXPECT_EQ(rows_of(config, kTokens, distinct, DType::f16), expected)
+              << "top_k " << top_k << ", group " << group << ", " << distinct << " keys";
+        }
+      }
+    }
+  }
+}
+
 TEST(Threads, AreAsManyAsProcessorsByDefault) {
   EXPECT_TRUE(run(graph_config(0, 1), walk_config()) == run(graph_config(1, 1), walk_config()));
 }

@@ -17,20 +17,17 @@ constexpr int kListThreads = 1024;
 constexpr int kWarpsPerBlock = 8;
 constexpr std::int64_t kWord = 4;
 
-/// The drawn tokens of each sequence, ascending; one block a sequence.
-__global__ void __launch_bounds__(kListThreads)
-    list_drawn_kernel(LayerView layer, const std::int32_t* drawn, std::int64_t count,
-                      std::int32_t* tokens, std::int64_t most, std::int32_t* counts) {
+/// Lists the places of `flags` that are not 0, ascending; one block a list.
+__device__ void list_places(const std::int32_t* flags, std::int64_t length, std::int32_t* places,
+                            std::int32_t* count) {
   __shared__ int totals[kListThreads / 32];
-  if (has_fault(layer)) return;
-  const std::int64_t b = blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const std::int64_t share = (count + kListThreads - 1) / kListThreads;
+  const std::int64_t share = (length + kListThreads - 1) / kListThreads;
   const std::int64_t first = threadIdx.x * share;
-  const std::int64_t end = min(first + share, count);
+  const std::int64_t end = min(first + share, length);
   int mine = 0;
-  for (std::int64_t i = first; i < end; ++i) mine += drawn[b * count + i] != 0 ? 1 : 0;
+  for (std::int64_t i = first; i < end; ++i) mine += flags[i] != 0 ? 1 : 0;
   int before = mine;
   for (int offset = 1; offset < 32; offset *= 2) {
     const int other = __shfl_up_sync(kAllOnes, before, offset);
@@ -45,9 +42,29 @@ __global__ void __launch_bounds__(kListThreads)
     all += totals[w];
   }
   for (std::int64_t i = first; i < end; ++i) {
-    if (drawn[b * count + i] != 0) tokens[b * most + at++] = static_cast<std::int32_t>(i);
+    if (flags[i] != 0) places[at++] = static_cast<std::int32_t>(i);
   }
-  if (threadIdx.x == 0) counts[b] = all;
+  if (threadIdx.x == 0) *count = all;
+}
+
+/// The drawn tokens of each sequence; one block a sequence.
+__global__ void __launch_bounds__(kListThreads)
+    list_drawn_kernel(LayerView layer, const std::int32_t* drawn, std::int64_t count,
+                      std::int32_t* tokens, std::int64_t most, std::int32_t* counts) {
+  if (has_fault(layer)) return;
+  const std::int64_t b = blockIdx.x;
+  list_places(drawn + b * count, count, tokens + b * most, counts + b);
+}
+
+/// What the second pass goes through; one block a graph.
+__global__ void __launch_bounds__(kListThreads)
+    list_again_kernel(LayerView layer, const std::int32_t* left, const std::int32_t* left_count,
+                      const std::int32_t* drawn_counts, std::int32_t* again, std::int64_t most,
+                      std::int32_t* counts) {
+  if (has_fault(layer) || *left_count <= kMostScans) return;
+  const std::int64_t graph = blockIdx.x;
+  list_places(left + graph * most, drawn_counts[graph / layer.graphs], again + graph * most,
+              counts + graph);
 }
 
 /// Masks of 64 keys by one warp, eight lanes a key.
@@ -206,7 +223,9 @@ bool choose_tiles(const LayerView& layer, RowTilesArgs& tiles) {
   for (const Shape& shape : kShapes) {
     const std::int64_t bytes =
         TileMemory::bytes(shape.warpgroups, shape.stages, tiles.panels, tokens, shape.entries);
-    if (bytes > memory) continue;
+    // A cut must leave a warp's keys room.
+    const int after_cut = tiles.keep_high + (shape.entries - tiles.keep_high) / 8;
+    if (bytes > memory || after_cut > shape.entries - kTurnKeys) continue;
     tiles.warpgroups = shape.warpgroups;
     tiles.stages = shape.stages;
     tiles.entries = shape.entries;
@@ -226,6 +245,13 @@ void launch_tiles_as(const LayerView& layer, RowTilesArgs tiles, cudaStream_t st
   const std::int64_t grid = tiles_a_graph * layer.batch * layer.graphs;
   for (const bool second : {false, true}) {
     tiles.second = second;
+    if (second) {
+      const std::int64_t graphs = layer.batch * layer.graphs;
+      list_again_kernel<<<static_cast<unsigned>(graphs), kListThreads, 0, stream>>>(
+          layer, tiles.left, tiles.left_count, tiles.drawn.counts, tiles.again.tokens, tiles.most,
+          tiles.again.counts);
+      check(cudaGetLastError(), "list_again_kernel");
+    }
     row_tiles_kernel<T, kGroup>
         <<<static_cast<unsigned>(grid), static_cast<unsigned>(1 + tiles.warpgroups) * kWarpgroup,
            static_cast<std::size_t>(bytes), stream>>>(layer, tiles, tiles_a_graph);
@@ -258,12 +284,12 @@ bool launch_tiles(const LayerView& layer, const UpdateRowsArgs& args, cudaStream
   tiles.most = plan.most;
   tiles.masks = reinterpret_cast<KeyMasks*>(words + plan.masks);
   tiles.blocks = plan.blocks;
-  tiles.again = words + plan.again;
-  tiles.again_counts = counts + layer.batch;
+  tiles.left = words + plan.left;
+  tiles.again = {.tokens = words + plan.again, .counts = counts + layer.batch};
   tiles.references = reinterpret_cast<float*>(words + plan.references);
   tiles.unsettled = reinterpret_cast<int2*>(words + plan.unsettled);
-  tiles.again_count = counts + layer.batch + RowsScratch::graphs(layer);
-  tiles.unsettled_count = tiles.again_count + 1;
+  tiles.left_count = counts + layer.batch + RowsScratch::graphs(layer);
+  tiles.unsettled_count = tiles.left_count + 1;
   tiles.scans = reinterpret_cast<RowScan*>(words + plan.scans);
   tiles.found = reinterpret_cast<unsigned long long*>(words + plan.found);
 

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kRowThreads)
   __shared__ unsigned long long entries[kMostRanked];
   __shared__ bool is_last;
   if (has_fault(layer)) return;
-  const int scans = *args.again_count;
+  const int scans = *args.left_count;
   if (scans > kMostScans) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kLanes;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kRowThreads)
     const std::int64_t b = graph / layer.graphs;
     const std::int64_t g = graph % layer.graphs;
     const std::int64_t at = graph * args.most + scan.at;
-    const std::int64_t token = args.again[at];
+    const std::int64_t token = args.drawn.tokens[b * args.most + scan.at];
     const std::int64_t slot = args.first_slot + token;
     __syncthreads();
     for (int i = thread; i < layer.group * dim; i += kRowThreads) {

@@ -28,6 +28,7 @@ inline constexpr int kTileThreads = (kMostWarpgroups + 1) * kWarpgroup;
 /// Most entries of a list when it is ranked.
 inline constexpr int kMostRanked = 64;
 inline constexpr int kMostEntries = 128;
+inline constexpr int kTurnKeys = kTileRows / 4;  ///< of a block, that a warp has
 
 /// Which keys of a block of 64 a softmax counts, and which may become neighbours.
 struct alignas(16) KeyMasks {
@@ -39,7 +40,7 @@ struct alignas(16) KeyMasks {
 /// a limit that its K-th neighbour reaches.
 struct RowScan {
   std::int32_t graph;
-  std::int32_t at;  ///< in the graph's list of tokens left over
+  std::int32_t at;  ///< in `drawn`
   float limit;      ///< of the sum of probabilities
   std::int32_t found;
   std::int32_t done;  ///< parts of the scan
@@ -48,8 +49,8 @@ inline constexpr int kMostScans = 1536;
 
 /// Tokens that get a row, by sequence or by graph.
 struct TokenList {
-  const std::int32_t* tokens;  ///< (lists, stride)
-  const std::int32_t* counts;  ///< (lists)
+  std::int32_t* tokens;  ///< (lists, stride)
+  std::int32_t* counts;  ///< (lists)
 };
 
 struct RowTilesArgs {
@@ -62,11 +63,13 @@ struct RowTilesArgs {
   std::int64_t most;  ///< stride of the lists
   KeyMasks* masks;    ///< (B, Hkv, blocks)
   std::int64_t blocks;
-  /// Tokens left over by the first pass, by graph, and their exact references (B, G, most, group).
-  std::int32_t* again;
-  std::int32_t* again_counts;
+  /// Did the first pass leave a token over? (B, G, most), as `drawn` lists them; and the exact
+  /// references of those left over, (B, G, most, group).
+  std::int32_t* left;
   float* references;
-  std::int32_t* again_count;  ///< of all graphs
+  std::int32_t* left_count;  ///< of all graphs
+  /// Places in `drawn` of what the second pass goes through, by graph, ascending.
+  TokenList again;
   RowScan* scans;             ///< (kMostScans)
   unsigned long long* found;  ///< (kMostScans, kMostRanked)
   /// (graph in the layer, token) left over by the second.
@@ -91,8 +94,9 @@ struct RowsScratch {
   std::int64_t most;    ///< tokens of a sequence that get a row
   std::int64_t blocks;  ///< of keys
   std::int64_t masks;
-  std::int64_t counts;  ///< drawn by sequence, left over by graph and in all, unsettled
+  std::int64_t counts;  ///< drawn by sequence, again by graph, left over in all, unsettled
   std::int64_t drawn;
+  std::int64_t left;
   std::int64_t again;
   std::int64_t references;
   std::int64_t unsettled;
@@ -107,7 +111,8 @@ struct RowsScratch {
         masks(0),
         counts(aligned(masks + layer.batch * layer.heads * blocks * 4)),
         drawn(aligned(counts + counters(layer))),
-        again(aligned(drawn + layer.batch * most)),
+        left(aligned(drawn + layer.batch * most)),
+        again(aligned(left + graphs(layer) * most)),
         references(aligned(again + graphs(layer) * most)),
         unsettled(aligned(references + graphs(layer) * most * layer.group)),
         scans(aligned(unsettled + graphs(layer) * most * 2)),
@@ -495,11 +500,14 @@ struct RowTiles {
     const int token = thread % kThreadColumns / kGroup * 4 + thread / kThreadColumns;
     const int head = thread % kThreadColumns % kGroup;
     own.reference[column] = own.slot[token] >= 0 && head < layer.group
-                                ? args.references[reference_index(token) + head]
+                                ? args.references[place_of(token) * layer.group + head]
                                 : 0.0F;
   }
-  __device__ std::int64_t reference_index(int token) const {
-    return ((b * layer.graphs + g) * args.most + first_index + token) * layer.group;
+  /// In what is kept by graph and drawn token.
+  __device__ std::int64_t place_of(int token) const {
+    const std::int64_t list = (b * layer.graphs + g) * args.most;
+    const std::int64_t at = first_index + token;
+    return list + (args.second ? args.again.tokens[list + at] : at);
   }
 
   __device__ void clear_sums() {
@@ -538,9 +546,14 @@ struct RowTiles {
     }
   }
 
-  /// Lists what exceeds the bounds; not 0 where a list has no room left.
-  __device__ int list_values(float (&values)[kThreadTokens][2], const KeyMasks& masks,
-                             int block_index) {
+  enum Listed : int {
+    kBeyondRoom = 1,  ///< a list has more than `room` entries
+    kOverflow = 2,    ///< and more than it can hold: some are lost
+  };
+
+  /// Lists what exceeds the bounds; returns bits of Listed.
+  __device__ int list_values(const float (&values)[kThreadTokens][2], const KeyMasks& masks,
+                             int block_index, int room) {
     int full = 0;
     const int row = 16 * warp + lane / 4;
 #pragma unroll
@@ -555,68 +568,86 @@ struct RowTiles {
         const bool candidate = (masks.candidates >> (row + 8 * r) & 1U) != 0;
         if (candidate && key < own.slot[token]) {
           const int at = atomicAdd(&own.count[token], 1);
+          if (at >= room) full |= kBeyondRoom;
           if (at >= args.entries) {
-            full = 1;
+            full |= kOverflow;
             continue;
           }
           lists[token * args.entries + at] =
               make_uint2(static_cast<std::uint32_t>(key), __float_as_uint(values[i][r]));
         }
-        values[i][r] = -1.0F;
       }
     }
     return full;
   }
 
-  /// Cuts a list of more than `trigger` entries to between `low` and `high`, by one warp.
-  __device__ void cut_list(int token, float ratio, int trigger, int low, int high) {
+  /// How many of the lanes of `lanes` come before this one.
+  __device__ int rank_in(unsigned lanes) const { return __popc(lanes & ((1U << lane) - 1U)); }
+
+  /// Takes the entries of block `dropped` (-1: of none) off a list, and cuts what is left, if it is
+  /// more than `trigger` entries, to between `low` and `high`; by one warp. The order of entries is
+  /// an accident: nothing here may depend on it.
+  __device__ void cut_list(int token, float ratio, int dropped, int trigger, int low, int high) {
     constexpr int kPerLane = kMostEntries / 32;
     uint2* const list = lists + token * args.entries;
-    const int count = min(own.count[token], args.entries);
+    const int listed = min(own.count[token], args.entries);
     uint2 entries[kPerLane];
+    unsigned there[kPerLane];
+    int count = 0;
     std::uint32_t highest = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int at = lane + 32 * i;
-      entries[i] = at < count ? list[at] : make_uint2(0, 0);
-      entries[i].y = __float_as_uint(__uint_as_float(entries[i].y) * ratio);
+      entries[i] = at < listed ? list[at] : make_uint2(0, 0);
+      const bool is_there = at < listed && static_cast<int>(entries[i].x / kTileRows) != dropped;
+      there[i] = __ballot_sync(kAllOnes, is_there);
+      count += __popc(there[i]);
+      entries[i].y = is_there ? __float_as_uint(__uint_as_float(entries[i].y) * ratio) : 0U;
       highest = max(highest, entries[i].y);
     }
     float lowest = own.bound[token] * ratio;
     __syncwarp();
     if (count <= trigger) {
-      if (ratio != 1.0F) {
+      if (ratio != 1.0F || count != listed) {
+        int before = 0;
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
-          if (lane + 32 * i < count) list[lane + 32 * i].y = entries[i].y;
+          if ((there[i] >> lane & 1U) != 0) list[before + rank_in(there[i])] = entries[i];
+          before += __popc(there[i]);
         }
       }
-      if (lane == 0) own.bound[token] = lowest;
+      if (lane == 0) {
+        own.count[token] = count;
+        own.bound[token] = lowest;
+      }
       return;
     }
     // Values are not negative: they compare like their bits. The share above x of those above
     // `below` falls about like a power of x, which gives guesses for the cut; where a guess leaves
     // the bracket, it is halved.
     std::uint32_t least = 0x7f800000U;
-    float logs = 0.0F;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (lane + 32 * i < count) least = min(least, entries[i].y);
+      if ((there[i] >> lane & 1U) != 0) least = min(least, entries[i].y);
     }
     least = __reduce_min_sync(kAllOnes, least);
     std::uint32_t above = __reduce_max_sync(kAllOnes, highest);
     std::uint32_t below =
         max(least > 0U ? least - 1U : 0U, lowest > 0.0F ? __float_as_uint(lowest) : 0U);
     const float base = __log2f(__uint_as_float(below | 1U));
+    // Whole numbers add up to the same in any order.
+    constexpr float kLogUnit = 4096.0F;
+    int logs = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (lane + 32 * i < count) logs += __log2f(__uint_as_float(entries[i].y)) - base;
+      if ((there[i] >> lane & 1U) != 0) {
+        logs += __float2int_rn(kLogUnit * (__log2f(__uint_as_float(entries[i].y)) - base));
+      }
     }
-    for (int offset = 16; offset > 0; offset /= 2) {
-      logs += __shfl_xor_sync(kAllOnes, logs, offset);
-    }
+    logs = __reduce_add_sync(kAllOnes, logs);
     const float wanted = 0.5F * static_cast<float>(low + high);
-    const float slope = __fdividef(logs, static_cast<float>(count)) * 0.6931472F;
+    const float slope =
+        __fdividef(static_cast<float>(logs), kLogUnit * static_cast<float>(count)) * 0.6931472F;
     float guess = base + slope * __log2f(__fdividef(static_cast<float>(count), wanted));
     constexpr int kMostSteps = 26;
     for (int step = 0; step < kMostSteps && above - below > 1; ++step) {
@@ -641,7 +672,7 @@ struct RowTiles {
     for (int i = 0; i < kPerLane; ++i) {
       const bool stays = entries[i].y > above;
       const unsigned stay = __ballot_sync(kAllOnes, stays);
-      if (stays) list[kept + __popc(stay & ((1U << lane) - 1U))] = entries[i];
+      if (stays) list[kept + rank_in(stay)] = entries[i];
       kept += __popc(stay);
     }
     if (lane == 0) {
@@ -650,9 +681,10 @@ struct RowTiles {
     }
   }
 
-  /// Adds up the sums, renews the references if asked to, and cuts lists. `done` blocks of the
-  /// middle were seen.
-  __device__ void refresh(bool in_head, int done, bool renew, int trigger, int low, int high) {
+  /// Adds up the sums, renews the references if asked to, and cuts lists, see cut_list. `done`
+  /// blocks of the middle were seen.
+  __device__ void refresh(bool in_head, int done, bool renew, int dropped, int trigger, int low,
+                          int high) {
     if (!args.second) {
 #pragma unroll
       for (int x = 0; x < kThreadColumns; ++x) {
@@ -697,10 +729,33 @@ struct RowTiles {
           ratio = fmaxf(ratio, own.ratio[token % 4 * kColumnStride + token / 4 * kGroup + head]);
         }
       }
-      cut_list(token, ratio, trigger, low, high);
+      cut_list(token, ratio, dropped, trigger, low, high);
     }
     warpgroup_sync(name);
     reload();
+  }
+
+  /// Lists a block that overflowed some list and was taken off all of them. Which of its values had
+  /// found room was an accident; now a warp lists its keys when all lists have room for them.
+  __device__ void list_in_turns(float (&values)[kThreadTokens][2], const KeyMasks& masks,
+                                int block_index, int trigger) {
+#pragma unroll
+    for (int t = 0; t < kThreadTokens; ++t) {
+      float ratio = 0.0F;
+      for (int head = 0; head < layer.group; ++head) {
+        ratio = fmaxf(ratio, own.ratio[c * kColumnStride + t * kGroup + head]);
+      }
+      values[t][0] *= ratio;
+      values[t][1] *= ratio;
+    }
+#pragma unroll 1
+    for (int turn = 0; turn < 4; ++turn) {
+      const int full =
+          turn == warp ? list_values(values, masks, block_index, args.entries - kTurnKeys) : 0;
+      if (warpgroup_any(name, full != 0) && turn < 3) {
+        refresh(true, 0, false, -1, trigger, args.keep_low, args.keep_high);
+      }
+    }
   }
 
   // ---- rows
@@ -804,6 +859,8 @@ struct RowTiles {
     const std::int64_t graph = b * layer.graphs + g;
     for (int token = warp; token < kTokens; token += 4) {
       if (own.slot[token] < 0) continue;
+      const std::int64_t place = place_of(token);
+      if (lane == 0 && !args.second) args.left[place] = 0;
       if (own.state[token] & kTokenNonfinite) {
         ++drawn;
         ++nonfinite;
@@ -824,22 +881,20 @@ struct RowTiles {
         }
         continue;
       }
-      int at = lane == 0 ? atomicAdd(args.again_counts + graph, 1) : 0;
-      at = __shfl_sync(kAllOnes, at, 0);
       if (lane == 0) {
-        args.again[graph * args.most + at] = own.token[token];
-        const int all = atomicAdd(args.again_count, 1);
+        args.left[place] = 1;
+        const int all = atomicAdd(args.left_count, 1);
         constexpr float kBelow = 0.99F;
         if (all < kMostScans) {
           args.scans[all] = {.graph = static_cast<std::int32_t>(graph),
-                             .at = at,
+                             .at = static_cast<std::int32_t>(place - graph * args.most),
                              .limit = kBelow * last,
                              .found = 0,
                              .done = 0};
         }
       }
       for (int head = lane; head < layer.group; head += 32) {
-        args.references[(graph * args.most + at) * layer.group + head] =
+        args.references[place * layer.group + head] =
             own.reference[token % 4 * kColumnStride + token / 4 * kGroup + head];
       }
     }
@@ -898,34 +953,24 @@ struct RowTiles {
       add_values(acc, values);
       // The next product runs while lists are filled.
       start_scores(acc, i + 1 < order.blocks);
-      int full = list_values(values, masks, block_index);
+      // Lists are cut while the next block hardly overflows them; before there are bounds, it may
+      // be listed as a whole.
+      const int room = args.entries - (i == 0 ? kTileRows : kTurnKeys);
+      const int full = list_values(values, masks, block_index, room);
       finish_product(acc);
       const bool in_head = i < order.head;
       const int done = in_head ? 0 : i + 1 - order.head;
-      for (;;) {
-        const bool any_full = warpgroup_any(name, full != 0);
-        const bool head_ends = sampled && i + 1 == order.head;
-        const bool all_seen = i + 1 == order.blocks;
-        if (!any_full && !head_ends && !all_seen) break;
-        const bool renew = sampled && (any_full ? done > 0 && done >= order.samples : all_seen);
-        const bool to_rank = !any_full && all_seen;
-        refresh(in_head, done, renew,
-                any_full  ? trigger
-                : to_rank ? args.rank_high
-                          : kMostEntries,
-                to_rank ? args.rank_low : args.keep_low, to_rank ? args.rank_high : args.keep_high);
-        if (!any_full) break;
-#pragma unroll
-        for (int t = 0; t < kThreadTokens; ++t) {
-          float ratio = 0.0F;
-          for (int head = 0; head < layer.group; ++head) {
-            ratio = fmaxf(ratio, own.ratio[c * kColumnStride + t * kGroup + head]);
-          }
-          values[t][0] *= ratio;
-          values[t][1] *= ratio;
-        }
-        full = list_values(values, masks, block_index);
+      if (warpgroup_any(name, full != 0)) {
+        const bool overflow = warpgroup_any(name, (full & kOverflow) != 0);
+        refresh(in_head, done, sampled && done > 0 && done >= order.samples,
+                overflow ? block_index : -1, trigger, args.keep_low, args.keep_high);
+        if (overflow) list_in_turns(values, masks, block_index, trigger);
       }
+      const bool head_ends = sampled && i + 1 == order.head;
+      const bool all_seen = i + 1 == order.blocks;
+      if (!head_ends && !all_seen) continue;
+      refresh(in_head, done, sampled && all_seen, -1, all_seen ? args.rank_high : kMostEntries,
+              all_seen ? args.rank_low : args.keep_low, all_seen ? args.rank_high : args.keep_high);
     }
     finish();
   }
@@ -1001,15 +1046,14 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   using Tiles = RowTiles<T, kGroup>;
   extern __shared__ unsigned char memory[];
   if (has_fault(layer)) return;
-  if (args.second && *args.again_count <= kMostScans) return;  // they are scanned
+  if (args.second && *args.left_count <= kMostScans) return;  // they are scanned
   const std::int64_t graph = blockIdx.x / tiles;
   const std::int64_t tile = tiles - 1 - blockIdx.x % tiles;
   const std::int64_t b = graph / layer.graphs;
   const std::int64_t g = graph % layer.graphs;
-  const std::int64_t list = args.second ? graph : b;
-  const std::int32_t* const listed =
-      (args.second ? args.again : args.drawn.tokens) + list * args.most;
-  const std::int64_t count = (args.second ? args.again_counts : args.drawn.counts)[list];
+  const std::int32_t* const drawn = args.drawn.tokens + b * args.most;
+  const std::int32_t* const again = args.again.tokens + graph * args.most;
+  const std::int64_t count = args.second ? args.again.counts[graph] : args.drawn.counts[b];
   const int tokens = args.warpgroups * Tiles::kTokens;
   const std::int64_t first = tile * tokens;
   if (first >= count) return;
@@ -1035,7 +1079,8 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   for (int i = static_cast<int>(threadIdx.x); i < tokens; i += static_cast<int>(blockDim.x)) {
     TileMemory::Warpgroup& own = block.warpgroups[i / Tiles::kTokens];
     const int at = i % Tiles::kTokens;
-    const std::int32_t token = first + i < count ? listed[first + i] : -1;
+    std::int32_t token = -1;
+    if (first + i < count) token = drawn[args.second ? again[first + i] : first + i];
     const std::int32_t slot = token < 0 ? -1 : static_cast<std::int32_t>(args.first_slot) + token;
     own.token[at] = token;
     own.slot[at] = slot;
