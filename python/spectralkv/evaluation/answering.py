@@ -377,7 +377,7 @@ def answer_batch(
     ]
 
 
-def run_study(
+def run_cases(
     loaded: LoadedModel,
     items: Sequence[Item],
     policies: Sequence[PolicySpec],
