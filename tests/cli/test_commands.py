@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_generate_takes_policies_budgets_and_seeds(
     assert run(*drawn, "1")[0] != run(*drawn, "2")[0]
 
 
-def test_perplexity_writes_table_curves_and_json(
+def test_perplexity_writes_table_curves_and_a_run_file(
     device: str,
     model_folder: Path,
     text_file: Path,
@@ -132,24 +133,130 @@ def test_perplexity_writes_table_curves_and_json(
     command = ["evaluate", "perplexity", str(text_file), "-m", str(model_folder), *SMALL]
     command += ["--policy", "spectral", "--policy", "H2O", "--policy", "h2o"]
     command += ["--budget", "50", "--budget", "0.3", "--chunk", "16", "--output", str(output)]
-    command += ["--device", device]
+    command += ["--device", device, "--clairvoyant", "all,32"]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    for word in ("spectral", "h2o", "full", "small sample", "perplexity.json"):
+    for word in ("spectral", "h2o", "full", "ahead=32", "small sample", "perplexity.json"):
         assert word in shown
     content = json.loads((output / "perplexity.json").read_text(encoding="utf-8"))
-    runs = [(run["policy"], run["budget"]) for run in content["runs"]]
-    assert runs == [("full", None), ("spectral", 50), ("spectral", 90), ("h2o", 50), ("h2o", 90)]
-    assert content["first_scored"] == 90
-    assert content["model"] == "tiny-llama"
-    assert content["text"] == "text.txt"
+    assert (content["kind"], content["state"]) == ("perplexity", "done")
+    cases = [(case["policy"], case["budget"]) for case in content["cases"]]
+    assert cases == [("full", None)] + [
+        (name, budget)
+        for name in ("spectral", "h2o", "clairvoyant:ahead=all", "clairvoyant:ahead=32")
+        for budget in (50, 90)
+    ]
+    config = content["config"]
+    assert config["first_scored"] == 90
+    assert config["model"] == "tiny-llama"
+    assert list(config["corpora"]) == ["text.txt"]
+    assert config["budgets"] == [
+        {"tokens": 50, "fraction": None},
+        {"tokens": 90, "fraction": 0.3},
+    ]
     environment = content["environment"]
     assert {"commit", "device_name", "packages", "spectralkv", "threads"} <= set(environment)
     assert (environment["device"], environment["dtype"]) == (device, "float32")
     assert ("cuda_driver" in environment) == (device == "cuda")
-    for picture in ("budgets.png", "running.png"):
+    assert environment["command"].startswith(
+        "spectralkv evaluate perplexity text.txt -m tiny-llama"
+    )
+    for picture in ("perplexity-budgets.png", "perplexity-running.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in json.dumps(content)
+
+
+def test_perplexity_of_several_texts_goes_on_and_begins_anew(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study" / "held-out.json"
+    command = ["evaluate", "perplexity", "demo", str(text_file), "-m", str(model_folder), *SMALL]
+    command += ["--policy", "h2o", "--budget", "40", "--length", "90", "--sequences", "2"]
+    command += ["--skip", "1", "--batch", "4", "--output", str(path.parent), "--name", "held-out"]
+    assert main(command) == 0
+    assert "4 sequences" in capsys.readouterr().out
+    first = json.loads(path.read_text(encoding="utf-8"))
+    where = [(case["corpus"], case["sequence"]) for case in first["cases"]]
+    assert where == [("demo", 1), ("demo", 2), ("text.txt", 1), ("text.txt", 2)] * 2
+
+    # What an interrupted run leaves: the last two cases are missing.
+    partial = {**first, "state": "running", "cases": first["cases"][:-2]}
+    path.write_text(json.dumps(partial), encoding="utf-8")
+    assert main(command) == 0
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["state"] == "done"
+    assert again["cases"][:-2] == first["cases"][:-2]
+    for new, old in zip(again["cases"][-2:], first["cases"][-2:], strict=True):
+        assert new["key"] == old["key"]
+        assert new["nats"] == pytest.approx(old["nats"], rel=1e-3)
+    assert len(again["resumed"]) == 1
+
+    capsys.readouterr()
+    line = refused(capsys, *command, "--chunk", "16")
+    assert "holds another run (chunk was 32, now 16); another name, or --fresh" in line
+    assert main([*command, "--chunk", "16", "--fresh"]) == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["config"]["chunk"] == 16
+
+
+def test_ablations_leave_a_run_file_an_axis(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "ablations", str(text_file), "-m", str(model_folder), *SMALL]
+    command += ["--axis", "scope", "--axis", "decay", "--budget", "40", "--length", "120"]
+    command += ["--sequences", "2", "--batch", "2", "--output", str(tmp_path)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for word in (
+        "a graph for each (scope)",
+        "decay of former visits",
+        "layer",
+        "0.9",
+        "full cache",
+    ):
+        assert word in shown
+    scope, decay = (
+        json.loads((tmp_path / f"ablation-{axis}.json").read_text(encoding="utf-8"))
+        for axis in ("scope", "decay")
+    )
+    assert (scope["kind"], scope["state"], scope["config"]["axis"]) == (
+        "perplexity",
+        "done",
+        "scope",
+    )
+    assert decay["config"]["values"] == [0.0, 0.5, 0.9, 1.0]
+    assert decay["config"]["base"] == "spectral"
+    assert [(case["policy"], case["value"]) for case in scope["cases"]][::2] == [
+        ("full", None),
+        ("spectral", "head"),
+        ("spectral:scope=layer", "layer"),
+    ]
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("*.json"))]
+    assert main(command) == 0
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.json"))] == before
+
+
+def test_perplexity_of_the_real_model_goes_on(
+    demo_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectralkv.cli.console.load", lambda *_, **__: demo_model)
+    path = tmp_path / "perplexity.json"
+    command = ["evaluate", "perplexity", "--policy", "h2o", "--budget", "56", "--window", "16"]
+    command += ["--length", "128", "--sequences", "2", "--batch", "2", "--output", str(tmp_path)]
+    assert main(command) == 0
+    first = json.loads(path.read_text(encoding="utf-8"))
+    perplexities = {}
+    for case in first["cases"]:
+        perplexities.setdefault(case["policy"], []).append(
+            math.exp(sum(case["nats"]) / case["tokens"])
+        )
+    for full, h2o in zip(perplexities["full"], perplexities["h2o"], strict=True):
+        assert 5 < full < 60
+        assert full * 0.9 < h2o < full * 1.5
+    path.write_text(json.dumps({**first, "cases": first["cases"][:3]}), encoding="utf-8")
+    assert main(command) == 0
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert again["cases"][:3] == first["cases"][:3]
+    assert again["cases"][3]["nats"] == pytest.approx(first["cases"][3]["nats"], rel=1e-3)
 
 
 def test_inspect_writes_both_heat_maps(
@@ -206,6 +313,11 @@ def test_demo_prints_what_run_demo_found(
         (["evaluate", "perplexity", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["evaluate", "perplexity", "--budget", "nan"], "above 0 and at most 1, got nan"),
         (["evaluate", "perplexity", "--length", "0"], "--length must be at least 1, got 0"),
+        (["evaluate", "perplexity", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["evaluate", "perplexity", "--clairvoyant", "all,x"], "such as all,256,64; got 'x'"),
+        (["evaluate", "perplexity", "--clairvoyant", "50"], "chunk of 32 tokens, got 50"),
+        (["evaluate", "ablations", "--axis", "hop"], "unknown axis 'hop': choose from hops"),
+        (["evaluate", "ablations", "--base", "h2o"], "vary a spectral policy, got h2o"),
         (["inspect", "--policy", "full"], "the full cache lets nothing go"),
         (["inspect", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["demo", "--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
@@ -239,6 +351,10 @@ def test_texts_that_do_not_fit_get_one_line(
     assert "too short: 90 tokens leave 10 to score" in line
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--budget", "0.2")
     assert "55, got 18" in line
+    line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--name", "a/b")
+    assert "--name must be a file name without a folder, got 'a/b'" in line
+    line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--skip", "1")
+    assert "short.txt: 1 sequences of 2048 tokens after 1 skipped need 4096" in line
     line = refused(capsys, "inspect", str(path), *model, "--budget", "100")
     assert "nothing was evicted" in line
     path.write_bytes(b"\xff\xfe")

@@ -74,6 +74,7 @@ def ablations(
     check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
     names = axis or list(axes())
     ablation_jobs(spec, names, wanted, settings, length=length)  # refuses what cannot be
+    paths = [run_path(output, f"{name}-{one}") for one in dict.fromkeys(names)]
     corpora = evaluation.read_corpora(text or ["demo"])
     device = resolve_device(device)
     report.make_folder(output)
@@ -87,7 +88,7 @@ def ablations(
     environment = shared.environment(device, loaded.dtype)
     runs = [
         evaluation.RunFile.open(
-            run_path(output, f"{name}-{one.axis.name}"),
+            path,
             kind="perplexity",
             config={
                 **config_of(loaded, corpora, cut, one.jobs, first, chunk, settings, stride),
@@ -99,7 +100,7 @@ def ablations(
             environment=environment,
             fresh=fresh,
         )
-        for one in plan
+        for one, path in zip(plan, paths, strict=True)
     ]
     known = {case["key"]: case for run in runs for case in run.cases}
     with shared.progress_bar() as progress:

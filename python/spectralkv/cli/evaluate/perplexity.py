@@ -97,6 +97,7 @@ def perplexity(
     horizons = parse_horizons(clairvoyant)
     # Only the horizons are looked at: a budget that is a share has no tokens yet.
     study.limit_jobs(horizons, (), settings, length=length, chunk=chunk)
+    path = run_path(output, name)
     corpora = evaluation.read_corpora(text or ["demo"])
     device = resolve_device(device)
     report.make_folder(output)
@@ -109,7 +110,7 @@ def perplexity(
     jobs += study.limit_jobs(horizons, wanted, settings, length=shortest, chunk=chunk)
     first = study.first_scored(cut, jobs)
     run = evaluation.RunFile.open(
-        run_path(output, name),
+        path,
         kind="perplexity",
         config=config_of(loaded, corpora, cut, jobs, first, chunk, settings, stride),
         environment=shared.environment(device, loaded.dtype),
@@ -128,7 +129,7 @@ def perplexity(
         )
         run.finish()
     result = study.result_of(run, model=loaded.name, chunk=chunk, settings=settings, first=first)
-    files = [run.path, output / f"{name}-budgets.png", output / f"{name}-running.png"]
+    files = [path, *(path.with_name(f"{path.stem}-{what}.png") for what in ("budgets", "running"))]
     plots.plot_budgets(result, files[1])
     plots.plot_running(result, files[2])
     _show(result, where=f"{loaded.dtype} on {report.device_name(device)}")
