@@ -7,8 +7,13 @@ from typing import Annotated
 import typer
 
 from spectralkv.cli.demo import demo
+from spectralkv.cli.evaluate.ablations import ablations
+from spectralkv.cli.evaluate.needle import needle
 from spectralkv.cli.evaluate.oracle import oracle
 from spectralkv.cli.evaluate.perplexity import perplexity
+from spectralkv.cli.evaluate.report import report
+from spectralkv.cli.evaluate.ruler import ruler
+from spectralkv.cli.evaluate.story import story
 from spectralkv.cli.generate import generate
 from spectralkv.cli.info import info
 from spectralkv.cli.inspect import inspect
@@ -24,7 +29,7 @@ evaluate = typer.Typer(help="Measure what a policy and a budget cost.", no_args_
 app.command()(demo)
 app.command()(generate)
 app.add_typer(evaluate, name="evaluate")
-for study in (perplexity, oracle):
+for study in (perplexity, needle, story, ruler, oracle, ablations, report):
     evaluate.command()(study)
 app.command()(inspect)
 app.command()(info)
