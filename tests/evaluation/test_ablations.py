@@ -172,6 +172,10 @@ def test_populations_are_written_and_read() -> None:
         assert spec.label == f"spectral:populations={text},seed=1"
         assert create_policy(spec, 409, SETTINGS).populations == populations
     assert PolicySpec.parse("spectral:populations=none").options == (("populations", None),)
+    mix = "mix:of=spectral+rkv,spectral__populations=recent:edges:1.0"
+    assert PolicySpec.parse(mix).label == mix
+    part = create_policy(PolicySpec.parse(mix), 409, SETTINGS).parts()[0]
+    assert part.populations == (Population(restart="recent", count="edges"),)
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,15 @@ def test_a_batch_that_does_not_fit_says_so(
         stream_batch(tiny.model, [(1, 2, 3), (4, 5)], cache)
 
 
+@pytest.mark.parametrize("name", ["spectral", "mix:of=rkv+spectral"])
+def test_spectral_on_cuda_needs_a_core_that_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectralkv.cuda_device_count", lambda: 0)
+    model = SimpleNamespace(device=torch.device("cuda"))
+    policy = create_policy(PolicySpec.parse(name), 64, SETTINGS)
+    with pytest.raises(EvaluationError, match="on CUDA, where Spectral cannot follow"):
+        create_cache(model, policy)
+
+
 @pytest.mark.slow
 def test_the_real_model_reads_a_real_text(demo_model: LoadedModel) -> None:
     from spectralkv.evaluation import demo_text, token_sequences

@@ -103,10 +103,12 @@ def create_cache(
     """
     import spectralkv
     from spectralkv.hf import EvictingCache
-    from spectralkv.policies import Spectral
+    from spectralkv.policies import Mix, Spectral
 
     on_cuda = getattr(getattr(model, "device", None), "type", "cpu") == "cuda"
-    if on_cuda and isinstance(policy, Spectral) and spectralkv.cuda_device_count() == 0:
+    parts = policy.parts() if isinstance(policy, Mix) else [policy]
+    is_ours = any(isinstance(part, Spectral) for part in parts)
+    if on_cuda and is_ours and spectralkv.cuda_device_count() == 0:
         raise EvaluationError(
             f"the model is on CUDA, where Spectral cannot follow: {spectralkv.cuda_status()}"
         )

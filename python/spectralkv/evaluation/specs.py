@@ -61,7 +61,8 @@ class PolicySpec:
                     f"policy {text!r}: options are written name:option=value,option=value"
                 )
             key, value = key.strip(), value.strip()
-            is_populations = key == POPULATIONS and value.lower() != "none"
+            # An option of a part of a mix is written part__option.
+            is_populations = key.rpartition("__")[2] == POPULATIONS and value.lower() != "none"
             options.append((key, (_parse_populations if is_populations else _parse_value)(value)))
         return cls(name=known[_plain(name)], options=tuple(options))
 
