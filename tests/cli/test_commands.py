@@ -353,6 +353,8 @@ def test_texts_that_do_not_fit_get_one_line(
     assert "55, got 18" in line
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--name", "a/b")
     assert "--name must be a file name without a folder, got 'a/b'" in line
+    line = refused(capsys, "evaluate", "perplexity", *model, "--budget", "80")
+    assert "the model reads at most 1024 tokens, got a sequence of 2048" in line
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--skip", "1")
     assert "short.txt: 1 sequences of 2048 tokens after 1 skipped need 4096" in line
     line = refused(capsys, "inspect", str(path), *model, "--budget", "100")

@@ -118,6 +118,23 @@ def test_to_know_the_whole_future_is_best(model: Any, sequences: list[list[int]]
     assert off[0] < off[1] / 2
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen3"])
+@pytest.mark.filterwarnings("ignore:.* layers of this model evict")
+def test_it_serves_models_with_sliding_layers_and_softcaps(
+    family: str, sequences: list[list[int]]
+) -> None:
+    model = make_model(family, implementation="eager")
+    foresight = foresee(model, sequences, chunk=CHUNK)
+    evicting = model.config.layer_types.count("full_attention")
+    assert len(foresight.layers) == evicting
+    rows = torch.stack(foresight.layers).sum(-1)
+    # All attention of a chunk's queries is there, to whichever token it went.
+    counts = torch.tensor([CHUNK] * (LENGTH // CHUNK) + [LENGTH % CHUNK], dtype=rows.dtype)
+    torch.testing.assert_close(rows, counts.expand_as(rows), rtol=1e-4, atol=1e-4)
+    runs = run_batch(model, sequences, "all", Clairvoyant(**OPTIONS).seeing(foresight), chunk=CHUNK)
+    assert all(run.evictions > 0 for run in runs)
+
+
 @pytest.mark.parametrize(("ahead", "label"), [(None, "all"), (256, "256")])
 def test_its_label_says_how_far_it_sees(ahead: int | None, label: str) -> None:
     assert Clairvoyant(**OPTIONS, ahead=ahead).label == f"clairvoyant:ahead={label}"

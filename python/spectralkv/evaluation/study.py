@@ -342,6 +342,27 @@ def cut_corpora(
     return cut
 
 
+def sequence_lengths(corpora: Mapping[str, Sequences]) -> list[int]:
+    """Return the tokens of each sequence, text by text."""
+    return [len(ids) for numbers in corpora.values() for ids in numbers.values()]
+
+
+def check_context(model: Any, corpora: Mapping[str, Sequences]) -> None:
+    """Refuse sequences that are longer than the model was made for.
+
+    Raises
+    ------
+    EvaluationError
+        There is one: past its context a model's perplexity tells nothing about caches.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(sequence_lengths(corpora))
+    if context is not None and longest > context:
+        raise EvaluationError(
+            f"the model reads at most {context} tokens, got a sequence of {longest}"
+        )
+
+
 def first_scored(corpora: Mapping[str, Sequences], jobs: Sequence[Job]) -> int:
     """Return the position of the first scored token, the same for all jobs and sequences.
 
@@ -350,10 +371,8 @@ def first_scored(corpora: Mapping[str, Sequences], jobs: Sequence[Job]) -> int:
     EvaluationError
         A sequence is too short for the largest budget.
     """
-    lengths = [len(ids) for numbers in corpora.values() for ids in numbers.values()]
-    return scored_range(
-        lengths, [job.policy.budget for job in jobs if job.policy.budget is not None]
-    )
+    budgets = [job.policy.budget for job in jobs if job.policy.budget is not None]
+    return scored_range(sequence_lengths(corpora), budgets)
 
 
 class _Foresights:

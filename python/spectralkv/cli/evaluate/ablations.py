@@ -82,7 +82,8 @@ def ablations(
     cut = study.cut_corpora(
         loaded.tokenizer, corpora, length=length, count=sequences, skip=skip, stride=stride
     )
-    shortest = min(len(ids) for numbers in cut.values() for ids in numbers.values())
+    study.check_context(loaded.model, cut)
+    shortest = min(study.sequence_lengths(cut))
     plan = ablation_jobs(spec, names, wanted, settings, length=shortest)
     first = study.first_scored(cut, [job for one in plan for job in one.jobs])
     environment = shared.environment(device, loaded.dtype)

@@ -105,7 +105,8 @@ def perplexity(
     cut = study.cut_corpora(
         loaded.tokenizer, corpora, length=length, count=sequences, skip=skip, stride=stride
     )
-    shortest = min(len(ids) for numbers in cut.values() for ids in numbers.values())
+    study.check_context(loaded.model, cut)
+    shortest = min(study.sequence_lengths(cut))
     jobs = study.policy_jobs(specs, wanted, settings, length=shortest)
     jobs += study.limit_jobs(horizons, wanted, settings, length=shortest, chunk=chunk)
     first = study.first_scored(cut, jobs)
