@@ -287,7 +287,7 @@ def select_slots(
     torch.Tensor
         int32 (B, Hkv, M), see :meth:`Tracker.keep`.
     """
-    batch, heads, size = scores.shape
+    size = scores.shape[-1]
     kept = [budget if is_cut else length for is_cut, length in zip(cut, lengths, strict=True)]
     most = max(kept, default=0)
     slot = torch.arange(size, device=scores.device)
@@ -299,13 +299,10 @@ def select_slots(
     ranked = ranked.masked_fill((slot < first)[:, None], float("-inf"))
     # Stable and ascending: of equal scores the higher slot, which is the newer token, comes later.
     best = ranked.sort(dim=-1, stable=True).indices[..., size - most :]
-    if all(count == most for count in kept):
-        return best.sort(dim=-1).values.to(torch.int32)
-    keep = torch.full((batch, heads, most), -1, dtype=torch.int32, device=scores.device)
-    for row, count in enumerate(kept):
-        if count:
-            keep[row, :, most - count :] = best[row, :, most - count :].sort(dim=-1).values
-    return keep
+    if min(kept, default=most) < most:
+        empty = host_numbers([most - count for count in kept], scores.device)
+        best = best.masked_fill(slot[:most] < empty[:, None, None], -1)
+    return best.sort(dim=-1).values.to(torch.int32)
 
 
 def check_keep(
@@ -370,7 +367,8 @@ def host_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """Return int64 numbers on a device, without waiting for it where all are the same."""
     if len(set(numbers)) == 1:
         return torch.full((len(numbers),), numbers[0], dtype=torch.int64, device=device)
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    # The driver stages a copy this small before the call returns.
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def move_slots(tensor: torch.Tensor, keep: torch.Tensor) -> None:
