@@ -82,8 +82,10 @@ class RulerConfig:
         Exponent of the distribution of words in ``fwe``.
     coded_length : int
         Letters of a word of ``fwe``.
-    example : bool
-        Whether a solved example comes before ``vt`` and ``cwe``.
+    numbered : bool
+        Whether the list of ``cwe`` and its answer are numbered.
+    tracking_example, words_example : bool
+        Whether a solved example comes before ``vt``, and before ``cwe``.
     """
 
     keys: int = 4
@@ -96,7 +98,9 @@ class RulerConfig:
     uncommon_count: int = 3
     alpha: float = 2.0
     coded_length: int = 6
-    example: bool = True
+    numbered: bool = True
+    tracking_example: bool = True
+    words_example: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -165,9 +169,11 @@ DIFFICULTIES = {
         values=2,
         queries=2,
         hops=1,
-        common_words=5,
-        common_count=20,
+        common_words=3,
+        common_count=30,
         uncommon_count=1,
+        numbered=False,
+        words_example=False,
     ),
 }
 
@@ -498,7 +504,7 @@ def _variable_tracking(maker: RulerMaker, rng: random.Random, _: int) -> _Body:
     question, answer = _vt_words(value, len(names))
     intro = "Memorize and track the chain(s) of variable assignment hidden in the following text."
     example = ""
-    if config.example:
+    if config.tracking_example:
         shown, shown_names, shown_value = _chains(rng, config.chains, config.hops, letters=3)
         parts = [" ".join(_PHRASE)] * 5
         for statement in sorted(shown, key=lambda item: item[0], reverse=True):
@@ -569,21 +575,25 @@ def _common_words(maker: RulerMaker, rng: random.Random, length: int) -> _Body:
         words = [word for word in common for _ in range(counts[0])]
         words += [word for word in others for _ in range(counts[1])]
         random.Random(f"{shuffle_seed}|{len(words)}").shuffle(words)
+        return written(words)
+
+    def written(words: Sequence[str]) -> str:
+        if not config.numbered:
+            return ", ".join(words)
         return " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
 
     intro = (
-        "Below is a numbered list of words. In these words, some appear more often than others. "
-        "Memorize the ones that appear most often."
+        f"Below is a {'numbered ' if config.numbered else ''}list of words. In these words, some "
+        "appear more often than others. Memorize the ones that appear most often."
     )
     question = f"Question: What are the {wanted} most common words in the above list?"
     answer = f"Answer: The top {wanted} words that appear most often in the list are:"
     example = ""
-    if config.example:
+    if config.words_example:
         shown, rest = others[:wanted], others[wanted : 2 * wanted]
         others = others[2 * wanted :]
-        ranked = " ".join(f"{place}. {word}" for place, word in enumerate(shown, 1))
         text = listed(shown, rest, (3, 1))
-        example = f"{intro}\n{text}\n{question}\n{answer} {ranked}\n\n"
+        example = f"{intro}\n{text}\n{question}\n{answer} {written(shown)}\n\n"
 
     def fill(room: int) -> tuple[int, ...]:
         def text(count: int) -> str:
