@@ -55,13 +55,8 @@ def test_what_axes_share_has_one_label() -> None:
         assert "spectral" in {job.label for job in one.jobs}
     assert labels(DEFAULT, "top_k")[8] == "spectral"
     assert labels(DEFAULT, "quota")[1.0] == "spectral:populations=novelty:all:1.0"
-    exact = {
-        job.label
-        for one in plan
-        for job in one.jobs
-        if (one.axis.name, job.figures["value"]) in {("hops", 20), ("walkers", "exact")}
-    }
-    assert len(exact) == 1
+    assert labels(DEFAULT, "hops")[20] == labels(DEFAULT, "walkers")[1024] == "spectral"
+    assert labels(DEFAULT, "hops")[1] == "spectral:num_walkers=20480,walk_length=1"
 
 
 def test_a_base_keeps_its_own_options() -> None:

@@ -179,11 +179,13 @@ def _one_option(name: str, title: str, option: str, *values: Value) -> Callable[
 
 
 def _hops() -> Axis:
-    # Without noise: short walks of equally many walkers would visit less and be noisier, too.
+    # Equally many steps in all: short walks would else visit less and be noisier, too. (The exact
+    # solver has no noise, and no length of a walk either.)
+    steps = 20480
     return Axis(
         name="hops",
-        title="steps of a walk (exact solver)",
-        values=tuple((n, {"walk_length": n, "solver": "exact"}) for n in (1, 2, 5, 20)),
+        title="steps of a walk",
+        values=tuple((n, {"walk_length": n, "num_walkers": steps // n}) for n in (1, 2, 5, 20)),
     )
 
 
