@@ -192,10 +192,10 @@ def test_a_real_model_finds_a_needle_unless_it_is_evicted(demo_model: Any) -> No
         form=PromptForm.of(tokenizer, "plain"),
         haystack=Haystack.of(Corpus(name="demo", text=demo_text()), tokenizer),
     )
-    case = maker.make("single", length=400, depth=0.3)
+    case = maker.make("single", length=260, depth=0.3)
     (full,) = answer_batch(demo_model, [case.prompt], policies.Full(), max_new_tokens=9)
     assert case.score(full.text) == {"digits": 1.0, "exact": True}
-    recent = policies.StreamingLLM(budget=100)
+    recent = policies.StreamingLLM(budget=80)
     (blind,) = answer_batch(demo_model, [case.prompt], recent, max_new_tokens=9)
     assert not case.score(blind.text)["exact"]
-    assert blind.held == 100
+    assert blind.held == 80

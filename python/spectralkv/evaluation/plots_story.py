@@ -139,7 +139,7 @@ def _draw_strip(axis: Any, story: Story, policy: PolicyStory, end: int) -> Any:
         edges, np.arange(tokens + 1), values.T, cmap="Blues", vmin=0.0, vmax=1.0, rasterized=True
     )
     axis.invert_yaxis()
-    names = [piece.strip() or "\N{OPEN BOX}" for piece in story.pieces]
+    names = [_drawable(piece.strip()) or "\N{OPEN BOX}" for piece in story.pieces]
     axis.set_yticks(np.arange(tokens) + 0.5, names)
     axis.tick_params(axis="y", labelsize=6.5, length=0)
     for place, label in enumerate(axis.get_yticklabels()):
@@ -153,7 +153,7 @@ def _draw_strip(axis: Any, story: Story, policy: PolicyStory, end: int) -> Any:
         loc="left",
         fontsize=9.5,
     )
-    said = " ".join(policy.answer.split())
+    said = _drawable(" ".join(policy.answer.split()))
     said = said if len(said) <= 28 else said[:27] + "\N{HORIZONTAL ELLIPSIS}"
     axis.set_title(
         f"answer: {said or '(nothing)'}  ({policy.digits:.0%} of digits)",
@@ -163,3 +163,9 @@ def _draw_strip(axis: Any, story: Story, policy: PolicyStory, end: int) -> Any:
         fontweight="bold",
     )
     return image
+
+
+def _drawable(text: str) -> str:
+    """Return a model's words without what the font may lack or matplotlib takes for a formula."""
+    known = (c if c.isprintable() and c < "\u0250" else "\N{MIDDLE DOT}" for c in text)
+    return "".join(known).replace("$", r"\$")
