@@ -5,6 +5,7 @@ matplotlib is used through its figure objects with the Agg canvas: no global sta
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.errors import MissingDependencyError
@@ -258,7 +259,9 @@ def _figure(
 
 def _footnote(figure: Any, text: str) -> None:
     """Put a line in small print below a figure."""
-    figure.supxlabel(text, fontsize=8, color="#555555", x=0.01, ha="left")
+    # 8 points of the default font are some 17 letters an inch.
+    lines = textwrap.fill(text, int(16.5 * figure.get_figwidth()))
+    figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left", multialignment="left")
 
 
 def _save(figure: Any, path: Path) -> None:

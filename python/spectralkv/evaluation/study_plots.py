@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from spectralkv.evaluation.oracle import CLAIRVOYANT
 from spectralkv.evaluation.plots import _figure, _footnote, _save
 from spectralkv.evaluation.specs import FULL
 from spectralkv.evaluation.study_tables import DEFAULT, budget_name, is_ours
@@ -22,12 +23,21 @@ if TYPE_CHECKING:
 
 # From Okabe and Ito's palette: told apart with any colour vision.
 _OURS = "#0072B2"
+_VARIANT = "#56B4E9"
 _RIVALS = ("#D55E00", "#009E73", "#CC79A7")
 _REST = "#B4B4B4"
 _INK = "#222222"
 _MUTED = "#6E6E6E"
+#: Curves that are all labelled; of more only those with a colour are.
+_MOST_LABELS = 16
+#: Policies of a picture of intervals.
+_MOST_INTERVALS = 24
 #: Policies a row of needle grids.
 _MOST_GRIDS = 7
+# Cells between two of them.
+_GAP = 0.25
+#: Bars and titles that a picture of ablations has below each other; more are put in two columns.
+_ONE_COLUMN = 30
 
 
 def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: str) -> None:
@@ -57,6 +67,7 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
     colours = _colours(lines)
     ends: list[tuple[float, str, str, bool]] = []
     dropped = 0
+    few = len(lines) <= _MOST_LABELS
     for policy in sorted(lines, key=lambda name: _layer_of(colours[name])):
         line, colour = lines[policy], colours[policy]
         is_limit, is_grey = line[0].is_limit, colour == _REST
@@ -86,7 +97,8 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
                 alpha=0.13,
                 linewidth=0,
             )
-        ends.append((values[-1], policy, _MUTED if is_grey else colour, is_grey))
+        if not is_grey or few:
+            ends.append((values[-1], policy, _MUTED if is_grey else colour, is_grey))
     axis.set_xscale("log")
     axis.set_yscale("log")
     _plain_ticks(axis.yaxis)
@@ -101,7 +113,8 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
     axis.set_ylabel("perplexity above the full cache (log scale; lower is better)")
     axis.set_title(title, loc="left", fontsize=11)
     left_out = f" {dropped} points at or below the full cache are not drawn." if dropped else ""
-    _footnote(figure, f"Bands: 95 % bootstrap, paired with the full cache. {note}{left_out}")
+    grey = "" if few else " Grey: the other policies of the tables."
+    _footnote(figure, f"Bands: 95 % bootstrap, paired with the full cache. {note}{left_out}{grey}")
     _save(figure, path)
 
 
@@ -125,6 +138,11 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
     shown = [row for row in rows if row.above_full is not None and math.isfinite(row.perplexity)]
     shown.sort(key=lambda row: row.perplexity)
     colours = _colours({row.policy: [row] for row in shown})
+    left_out = len(shown) - _MOST_INTERVALS
+    if left_out > 0:
+        plain = [row for row in shown if colours[row.policy] == _REST]
+        hidden = {row.policy for row in plain[-left_out:]}
+        shown = [row for row in shown if row.policy not in hidden]
     figure, (axis,) = _figure(8.6, 1.4 + 0.3 * len(shown))
     for place, row in enumerate(shown):
         pair, colour = row.above_full, colours[row.policy]
@@ -160,7 +178,7 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
         color=_MUTED,
     )
     axis.axvline(0.0, color=_INK, linewidth=1.0, linestyle="--")
-    axis.set_yticks(range(len(shown)), [_short(row.policy, 44) for row in shown])
+    axis.set_yticks(range(len(shown)), [_short(_spoken(row.policy), 44) for row in shown])
     for label, row in zip(axis.get_yticklabels(), shown, strict=True):
         label.set_color(_text_colour(colours[row.policy]))
         label.set_fontweight("bold" if row.policy == DEFAULT else "normal")
@@ -171,7 +189,8 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
     axis.set_axisbelow(True)
     axis.set_xlabel("nats a token above the full cache (lower is better)")
     axis.set_title(title, loc="left", fontsize=11)
-    _footnote(figure, f"Lines: 95 % bootstrap, paired. Diamonds: clairvoyant limits. {note}")
+    rest = f" {left_out} policies that lose more are in the table alone." if left_out > 0 else ""
+    _footnote(figure, f"Lines: 95 % bootstrap, paired. Diamonds: clairvoyant limits. {note}{rest}")
     _save(figure, path)
 
 
@@ -207,7 +226,13 @@ def plot_needle_grids(
     for case in cases:
         scores.setdefault(case["policy"], []).append(float(case[score]))
     means = {policy: sum(values) / len(values) for policy, values in scores.items()}
-    order = sorted(means, key=lambda name: (name != FULL, name != DEFAULT, -means[name]))
+    held: dict[str, set[tuple[str, int]]] = {}
+    for case in cases:
+        held.setdefault(case["policy"], set()).add((case["variant"], case["length"]))
+    # Policies that were asked more come first: a mean over easier questions is no merit.
+    order = sorted(
+        means, key=lambda name: (name != FULL, name != DEFAULT, -len(held[name]), -means[name])
+    )
     left_out = len(order) - _MOST_GRIDS
     policies = order[:_MOST_GRIDS]
     variants = list(dict.fromkeys(case["variant"] for case in cases))
@@ -217,71 +242,75 @@ def plot_needle_grids(
     for case in cases:
         at = (case["policy"], case["variant"], case["depth"], case["length"])
         cells.setdefault(at, []).append(float(case[score]))
-    width = 1.35 + len(policies) * max(1.15, 0.42 * len(lengths))
     figure, axes = _figure(
-        width,
+        1.35 + len(policies) * max(1.15, 0.42 * len(lengths)),
         1.25 + len(variants) * max(0.9, 0.24 * len(depths)),
         rows=len(variants),
-        columns=len(policies),
         sharex=True,
-        sharey=True,
     )
+    step = len(lengths) + _GAP  # all grids of a row lie in one axis: many axes are slow to lay out
     image = None
-    for index, axis in enumerate(axes):
-        row, column = divmod(index, len(policies))
-        policy, variant = policies[column], variants[row]
-        values = np.array(
-            [
-                [_mean(cells.get((policy, variant, depth, length))) for length in lengths]
-                for depth in depths
-            ]
-        )
-        image = axis.imshow(
-            np.ma.masked_invalid(values),
-            aspect="auto",
-            cmap=_score_colours(),
-            vmin=0.0,
-            vmax=1.0,
-            interpolation="nearest",
-        )
-        for (y, x), value in np.ndenumerate(values):
-            if math.isfinite(value):
+    for axis, variant in zip(axes, variants, strict=True):
+        for place, policy in enumerate(policies):
+            left = place * step - 0.5
+            values = np.array(
+                [
+                    [_mean(cells.get((policy, variant, depth, length))) for length in lengths]
+                    for depth in depths
+                ]
+            )
+            image = axis.imshow(
+                np.ma.masked_invalid(values),
+                aspect="auto",
+                cmap=_score_colours(),
+                vmin=0.0,
+                vmax=1.0,
+                interpolation="nearest",
+                extent=(left, left + len(lengths), len(depths) - 0.5, -0.5),
+            )
+            for (y, x), value in np.ndenumerate(values):
+                if math.isfinite(value):
+                    axis.text(
+                        x + place * step,
+                        y,
+                        f"{value:.2f}".removeprefix("0") if value < 0.995 else "1",
+                        ha="center",
+                        va="center",
+                        fontsize=6.5,
+                        color="white" if value < 0.55 else _INK,
+                    )
+            if axis is axes[0]:
                 axis.text(
-                    x,
-                    y,
-                    f"{value:.2f}".removeprefix("0") if value < 1 else "1",
+                    left + len(lengths) / 2,
+                    -0.62,
+                    _wrapped(policy, 16),
                     ha="center",
-                    va="center",
-                    fontsize=6.5,
-                    color="white" if value < 0.55 else _INK,
+                    va="bottom",
+                    fontsize=8,
+                    color=_OURS if is_ours(policy) else _INK,
+                    fontweight="bold" if policy == DEFAULT else "normal",
                 )
-        axis.set_xticks(range(len(lengths)), [_thousands(length) for length in lengths])
+        axis.set_xlim(-0.5, len(policies) * step - _GAP - 0.5)
+        axis.set_xticks(
+            [place * step + x for place in range(len(policies)) for x in range(len(lengths))],
+            [_thousands(length) for length in lengths] * len(policies),
+        )
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.tick_params(length=0, labelsize=7.5)
         axis.spines[:].set_visible(False)
-        if row == 0:
-            colour = _OURS if is_ours(policy) else _INK
-            axis.set_title(
-                _wrapped(policy, 16),
-                fontsize=8,
-                color=colour,
-                fontweight="bold" if policy == DEFAULT else "normal",
-            )
-        if column == 0:
-            axis.set_ylabel(f"{variant.replace('_', ' ')}\ndepth", fontsize=8)
-        if row == len(variants) - 1:
-            axis.set_xlabel("tokens", fontsize=8)
+        axis.set_ylabel(f"{variant.replace('_', ' ')}\ndepth", fontsize=8)
+    axes[-1].set_xlabel("tokens of the context", fontsize=8)
     bar = figure.colorbar(image, ax=axes, pad=0.012, fraction=0.025, aspect=30)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    rest = f" {left_out} policies with lower scores are in the table alone." if left_out > 0 else ""
+    rest = f" {left_out} more policies are in the tables alone." if left_out > 0 else ""
     _footnote(figure, f"{note}{rest}")
     _save(figure, path)
 
 
 def plot_ablations(rows: Sequence[AblationRow], path: Path, *, title: str, note: str) -> None:
-    """Draw a panel of bars for each axis: nats above the defaults, with intervals.
+    """Draw a panel of bars for each axis: nats above the base, with intervals.
 
     Parameters
     ----------
@@ -297,43 +326,72 @@ def plot_ablations(rows: Sequence[AblationRow], path: Path, *, title: str, note:
     MissingDependencyError
         matplotlib is not installed.
     """
-    axes_of: dict[str, list[AblationRow]] = {}
+    by_axis: dict[str, list[AblationRow]] = {}
     for row in rows:
-        axes_of.setdefault(row.axis, []).append(row)
-    heights = [len(found) + 0.9 for found in axes_of.values()]
-    figure, axes = _figure(
-        8.6,
-        1.2 + 0.27 * sum(heights),
-        rows=len(heights),
-        sharex=True,
-        height_ratios=heights,
-    )
-    for axis, (name, found) in zip(axes, axes_of.items(), strict=True):
-        for place, row in enumerate(found):
-            pair = row.above_default
-            is_clear = pair.low > 0 or pair.high < 0
-            colour = _INK if row.is_default else _REST
-            if is_clear and not row.is_default:
-                colour = _RIVALS[0] if pair.mean > 0 else _OURS
-            axis.barh(place, pair.mean, height=0.62, color=colour, alpha=0.85, linewidth=0)
-            axis.plot([pair.low, pair.high], [place, place], color=_INK, linewidth=1.1)
-        labels = [_short(row.value, 40) + (" (default)" if row.is_default else "") for row in found]
-        axis.set_yticks(range(len(found)), labels)
-        axis.set_ylim(len(found) - 0.4, -0.6)
-        axis.axvline(0.0, color=_INK, linewidth=1.0)
-        axis.set_title(name.replace("_", " "), loc="left", fontsize=9, fontweight="bold", pad=2)
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-        axis.grid(axis="x", color="#ECECEC", linewidth=0.8)
-        axis.set_axisbelow(True)
-    axes[-1].set_xlabel("nats a token above the defaults (to the left is better)")
+        by_axis.setdefault(row.axis, []).append(row)
+    columns = _columns(list(by_axis.values()))
+    tallest = max(sum(_height(found) for found in column) for column in columns)
+    figure, _ = _figure(8.6 if len(columns) == 1 else 13.0, 1.2 + 0.27 * tallest)
+    figure.clear()
+    grid = figure.add_gridspec(1, len(columns))
+    axes: list[Any] = []
+    for place, column in enumerate(columns):
+        heights = [_height(found) for found in column]
+        spare = tallest - sum(heights)  # panels of both columns have bars of one height
+        parts = grid[place].subgridspec(
+            len(heights) + 1, 1, height_ratios=[*heights, max(spare, 1e-3)]
+        )
+        for part, found in enumerate(column):
+            axis = figure.add_subplot(parts[part], sharex=axes[0] if axes else None)
+            _draw_axis(axis, found)
+            axis.tick_params(labelbottom=part == len(column) - 1)
+            axes.append(axis)
+        axes[-1].set_xlabel("nats a token above the base (to the left is better)", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     _footnote(
         figure,
-        "Orange: clearly worse than the defaults, blue: clearly better, grey: the interval "
+        "Orange: clearly worse than the base, blue: clearly better, grey: the interval "
         f"includes 0. {note}",
     )
     _save(figure, path)
+
+
+def _height(found: Sequence[AblationRow]) -> float:
+    return len(found) + 0.9
+
+
+def _columns(axes: list[list[AblationRow]]) -> list[list[list[AblationRow]]]:
+    """Return the axes in one column or, where that would be a long picture, in two."""
+    total = sum(map(_height, axes))
+    if total < _ONE_COLUMN or len(axes) < 2:
+        return [axes]
+    first = 1
+    while first < len(axes) - 1 and sum(map(_height, axes[: first + 1])) <= total / 2 + 1:
+        first += 1
+    return [axes[:first], axes[first:]]
+
+
+def _draw_axis(axis: Any, found: Sequence[AblationRow]) -> None:
+    for place, row in enumerate(found):
+        pair = row.above_base
+        colour = _REST
+        if pair.low > 0 or pair.high < 0:
+            colour = _RIVALS[0] if pair.mean > 0 else _OURS
+        axis.barh(place, pair.mean, height=0.62, color=colour, alpha=0.85, linewidth=0)
+        axis.plot([pair.low, pair.high], [place, place], color=_INK, linewidth=1.1)
+    labels = [
+        _short(row.value, 40) + (" (base)" if row.is_base and row.value != "base" else "")
+        for row in found
+    ]
+    axis.set_yticks(range(len(found)), labels)
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.axvline(0.0, color=_INK, linewidth=1.0)
+    axis.set_title(found[0].title, loc="left", fontsize=9, fontweight="bold", pad=2)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(labelsize=8.5)
+    axis.spines[["left", "top", "right"]].set_visible(False)
+    axis.grid(axis="x", color="#ECECEC", linewidth=0.8)
+    axis.set_axisbelow(True)
 
 
 def plot_layers(results: Sequence[Verdict], path: Path, *, title: str, note: str) -> None:
@@ -379,21 +437,29 @@ def plot_layers(results: Sequence[Verdict], path: Path, *, title: str, note: str
 
 
 def _colours(lines: Mapping[str, Sequence[PerplexityRow]]) -> dict[str, str]:
-    """Give the three best rivals, by their mean rank over budgets, a colour each."""
-    rivals = [name for name, rows in lines.items() if not is_ours(name) and not rows[0].is_limit]
+    """Give ours, the best variant of ours and the three best rivals a colour each.
+
+    Best is the lowest mean log perplexity over the budgets; a policy that lacks one of them is not.
+    """
+    most = max(len(rows) for rows in lines.values()) if lines else 0
     losses = {
-        name: sum(math.log(max(row.perplexity, 1e-9)) for row in lines[name]) / len(lines[name])
-        for name in rivals
+        name: sum(math.log(row.perplexity) for row in rows) / len(rows)
+        for name, rows in lines.items()
+        if not rows[0].is_limit
+        and len(rows) == most
+        and all(math.isfinite(row.perplexity) for row in rows)
     }
-    best = sorted(rivals, key=losses.__getitem__)[: len(_RIVALS)]
-    colours = dict(zip(best, _RIVALS, strict=False))
+    best = sorted(losses, key=losses.__getitem__)
+    rivals = [name for name in best if not is_ours(name)][: len(_RIVALS)]
+    variants = [name for name in best if is_ours(name) and name != DEFAULT][:1]
+    colours = dict(zip(rivals, _RIVALS, strict=False)) | dict.fromkeys(variants, _VARIANT)
     for name, rows in lines.items():
         if rows[0].is_limit:
             colours[name] = _INK
         elif name == DEFAULT:
             colours[name] = _OURS
         else:
-            colours.setdefault(name, "#56B4E9" if is_ours(name) else _REST)
+            colours.setdefault(name, _REST)
     return colours
 
 
@@ -436,15 +502,23 @@ def _label_ends(
             break
     for place, (value, name, colour, is_grey) in zip(places, ordered, strict=True):
         axis.annotate(
-            _short(name, 34),
+            _short(_spoken(name), 34),
             xy=(at, value),
-            xytext=(1.02, math.exp(place)),
+            xytext=(1.035, math.exp(place)),
             textcoords=("axes fraction", "data"),
             va="center",
             fontsize=7.5 if is_grey else 8.5,
             color=colour,
             fontweight="bold" if name == DEFAULT else "normal",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.7,
+                "relpos": (0.0, 0.5),
+                "shrinkA": 1.0,
+                "shrinkB": 4.0,
+            },
             annotation_clip=False,
         )
 
@@ -460,6 +534,14 @@ def _score_colours() -> Any:
     import matplotlib as mpl
 
     return mpl.colormaps["cividis"].with_extremes(bad="#E4E4E4")
+
+
+def _spoken(policy: str) -> str:
+    """Return what a label is called in a picture: limits say what they know."""
+    name, _, ahead = policy.partition(":ahead=")
+    if name != CLAIRVOYANT:
+        return policy
+    return "limit: sees all that comes" if ahead == "all" else f"limit: sees {ahead} tokens"
 
 
 def _mean(values: Sequence[float] | None) -> float:

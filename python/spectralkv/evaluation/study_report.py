@@ -27,12 +27,14 @@ from spectralkv.evaluation.study_tables import (
     Case,
     Group,
     Mean,
+    Panel,
     PerplexityRow,
     ScoreRow,
     ablation_rows,
     budget_name,
     group_runs,
     is_ours,
+    panels,
     perplexity_rows,
     score_rows,
 )
@@ -105,9 +107,10 @@ def write_report(folder: Path, output: Path, *, into: Path | None = None) -> dic
         ("Needles", "needle", _needle),
         ("RULER", "ruler", _ruler),
         ("Oracle", "oracle", _oracle),
+        ("Ablations", "ablations", _ablations),
     )
-    for title, kind, write in sections:
-        members = [group for group in groups if group.kind == kind]
+    for title, section, write in sections:
+        members = [group for group in groups if _section(group) == section]
         if members:
             report.say(f"## {title}")
         for group in members:
@@ -130,6 +133,10 @@ def write_report(folder: Path, output: Path, *, into: Path | None = None) -> dic
         write_text(into, f"{before}{BEGIN}\n\n{body}\n{END}{after}")
         files["page"] = into
     return files
+
+
+def _section(group: Group) -> str:
+    return group.kind if group.cases else "ablations"
 
 
 def _page(path: Path) -> tuple[str, str]:
@@ -183,8 +190,6 @@ def _perplexity(group: Group, report: _Report) -> None:
                 note=note,
             )
         report.say(*_perplexity_table([row for row in rows if row.budget is None], some))
-    if group.ablations:
-        _ablations(group, report, block)
 
 
 def _perplexity_table(full: Sequence[PerplexityRow], rows: Sequence[PerplexityRow]) -> list[str]:
@@ -207,7 +212,7 @@ def _perplexity_table(full: Sequence[PerplexityRow], rows: Sequence[PerplexityRo
         cells = [name, _number(row.perplexity)]
         cells += [_number(row.by_corpus.get(corpus, math.nan)) for corpus in corpora]
         cells += [
-            "" if row.excess is None else f"{row.excess:+.2f}",
+            "" if row.excess is None else _signed(row.excess),
             _pair(row.above_full),
             _pair(row.above_default),
             "" if row.policy == rival else _ratio(row.ratio),
@@ -244,36 +249,39 @@ def _record_perplexity(group: Group, row: PerplexityRow, report: _Report) -> Non
 
 
 def _sample_note(group: Group, rows: Sequence[PerplexityRow]) -> str:
-    most = max(rows, key=lambda row: row.sequences, default=None)
-    if most is None:
-        return "No sequence is complete."
-    lengths = sorted({int(case["length"]) for case in group.cases})
+    cases = group.cases or group.ablations
     counts: dict[str, set[int]] = {}
-    for case in group.cases:
+    for case in cases:
         counts.setdefault(str(case["corpus"]), set()).add(case["sequence"])
-    parts = ", ".join(f"{len(found)} of {name}" for name, found in counts.items())
-    fewest = min(row.sequences for row in rows)
-    number = f"{most.sequences}" if fewest == most.sequences else f"{fewest} to {most.sequences}"
+    parts = [
+        f"{len(found)} of {name}" + (f" from number {min(found)} on" if min(found) else "")
+        for name, found in counts.items()
+    ]
+    most = max((row.sequences for row in rows), default=sum(map(len, counts.values())))
+    fewest = min((row.sequences for row in rows), default=most)
+    number = f"{most}" if fewest == most else f"{fewest} to {most}"
+    lengths = sorted({int(case["length"]) for case in cases})
+    scored = max((row.tokens for row in rows), default=0)
     text = (
-        f"{number} {'sequence' if most.sequences == 1 else 'sequences'} of "
-        f"{_range(lengths)} tokens ({parts}), {most.tokens:,} scored tokens"
+        f"{number} {'sequence' if most == 1 else 'sequences'} of {_range(lengths)} tokens "
+        f"({', '.join(parts)})" + (f", {scored:,} scored tokens" if scored else "")
     )
-    return text + _smallness(fewest, "sequences")
+    return text + _smallness(fewest, "sequence" if fewest == 1 else "sequences")
 
 
 # -- ablations
 
 
-def _ablations(group: Group, report: _Report, block: int) -> None:
-    rows = ablation_rows(group, block=block)
+def _ablations(group: Group, report: _Report) -> None:
+    rows = ablation_rows(group, block=int(group.config.get("block", 64)))
+    _head(group, report, _sample_note(group, ()))
     if not rows:
-        report.say(
-            f"There are ablations, but `{DEFAULT}` was run on no sequence of them at their budget."
-        )
+        report.say(f"`{group.base}`, which the ablations vary, was run on no sequence of them.")
         return
-    counts = [row.above_default.units for row in rows]
-    note = f"{_range(sorted(set(counts)))} {rows[0].above_default.unit}" + _smallness(
-        min(counts), rows[0].above_default.unit
+    pairs = [row.above_base for row in rows]
+    counts = sorted({pair.units for pair in pairs})
+    note = f"Paired with `{group.base}` over {_range(counts)} {pairs[0].unit}" + _smallness(
+        counts[0], pairs[0].unit
     )
     for row in rows:
         report.record(
@@ -285,29 +293,27 @@ def _ablations(group: Group, report: _Report, block: int) -> None:
             budget=row.budget,
             budget_fraction=row.fraction,
             ppl=row.perplexity,
-            default_ppl=row.default,
-            **_pair_figures("nats_above_default", row.above_default),
+            base=group.base,
+            **_pair_figures("nats_above_base", row.above_base),
         )
     for budget in dict.fromkeys(row.budget for row in rows):
         some = [row for row in rows if row.budget == budget]
         name = budget_name(budget, some[0].fraction)
-        report.say(
-            f"#### Ablations at {name}", "", f"{note} Paired with the defaults (`{DEFAULT}`)."
-        )
+        report.say(f"**Budget {name}: {budget:,} tokens a head**")
         study_plots.plot_ablations(
             some,
-            report.picture(f"{group.slug}-ablations-{budget}", f"ablations at {name}"),
-            title=f"{group.model}: one default changed at a time, budget {name}",
-            note=note,
+            report.picture(f"{group.slug}-at-{budget}", f"ablations at {name}"),
+            title=f"{group.model}: one choice changed at a time, budget {name}",
+            note=note.replace("`", ""),
         )
-        report.say(*_ablation_table(some))
+        report.say(*_ablation_table(some, group.base))
 
 
-def _ablation_table(rows: Sequence[AblationRow]) -> list[str]:
-    lines = ["| axis | value | ppl | nats above the defaults |", "|---|---|---:|---:|"]
+def _ablation_table(rows: Sequence[AblationRow], base: str) -> list[str]:
+    lines = [f"| | value | ppl | nats above {base} |", "|---|---|---:|---:|"]
     for row in rows:
-        said = "default" if row.is_default else _pair(row.above_default)
-        lines.append(f"| {row.axis} | `{row.value}` | {_number(row.perplexity)} | {said} |")
+        said = "itself" if row.is_base else _pair(row.above_base)
+        lines.append(f"| {row.title} | `{row.value}` | {_number(row.perplexity)} | {said} |")
     return lines
 
 
@@ -321,8 +327,8 @@ def _needle(group: Group, report: _Report) -> None:
         table="needle",
         column="variant",
         scores=("digits", "exact"),
-        apart=("question",),
-        said="exact answers, and in parentheses their 95 % interval; behind it the share of digits",
+        apart=("question", "length"),
+        said="exact answers / share of digits; in parentheses the 95 % interval of exact answers",
     )
     for question, budget, cases in _by_question_and_budget(group.cases):
         name = budget_name(None, budget) if budget is not None else "given in tokens"
@@ -346,7 +352,8 @@ def _ruler(group: Group, report: _Report) -> None:
         column="task",
         scores=("score",),
         apart=("question", "length"),
-        said="scores from 0 to 1, and in parentheses their 95 % interval",
+        said="scores from 0 to 1, in parentheses their 95 % interval",
+        in_parts=True,
     )
 
 
@@ -359,43 +366,50 @@ def _scores(
     scores: Sequence[str],
     apart: Sequence[str],
     said: str,
+    in_parts: bool = False,
 ) -> None:
     """Write a table for each budget and value of `apart`: policies by the values of `column`."""
     _head(group, report, _case_note(group.cases))
-    pooled = score_rows(group.cases, by=apart, scores=scores)
-    cells = score_rows(group.cases, by=(*apart, column), scores=scores)
-    fine = score_rows(group.cases, by=(*apart, column, "length", "depth"), scores=scores)
-    for level, rows in (("all", pooled), (column, cells), ("case", fine)):
+    by = (*apart, column)
+    for level, rows in (
+        (column, score_rows(group.cases, by=by, scores=scores)),
+        (
+            "case",
+            score_rows(group.cases, by=(*by, "length", "depth"), scores=scores, interval=False),
+        ),
+    ):
         for row in rows:
             _record_scores(group, table, column, row, level, report)
-    for place in dict.fromkeys(tuple(row.cell.items()) for row in pooled):
-        here = [row for row in pooled if tuple(row.cell.items()) == place]
-        parts = [row for row in cells if dict(place).items() <= row.cell.items()]
-        full = [row for row in here if row.budget is None]
-        budgets = dict.fromkeys(_budget_key(row) for row in here if row.budget is not None)
-        for budget in budgets:
-            some = [row for row in here if row.budget is not None and _budget_key(row) == budget]
-            title = f"budget {budget_name(some[0].budget, some[0].fraction)}"
-            about = dict(place)
-            if "length" in about:
-                title = f"{about['length']:,} tokens, {title}"
-            report.say(f"**{_asked(about.get('question'))}, {title}** ({said})".capitalize())
-            report.say(*_score_table(full, some, parts, column, scores))
+    for panel in panels(group.cases, apart=apart, column=column):
+        pooled = score_rows(panel.cases, by=apart, scores=scores)
+        for row in pooled:
+            asked = {column: "+".join(panel.columns)}
+            _record_scores(group, table, column, row, "all", report, **asked)
+        title = f"budget {budget_name(panel.budget, panel.fraction)}"
+        if "length" in panel.place:
+            title = f"{panel.place['length']:,} tokens, {title}"
+        question = _asked(panel.place.get("question"))
+        report.say(f"**{question[0].upper()}{question[1:]}, {title}** ({said})")
+        cells = score_rows(panel.cases, by=(column,), scores=scores)
+        report.say(*_score_table(pooled, cells, column, scores, in_parts=in_parts))
 
 
 def _score_table(
-    full: Sequence[ScoreRow],
     rows: Sequence[ScoreRow],
     cells: Sequence[ScoreRow],
     column: str,
     scores: Sequence[str],
+    *,
+    in_parts: bool,
 ) -> list[str]:
     names = list(dict.fromkeys(str(row.cell[column]) for row in cells))
-    main = scores[-1]
-    head = ["policy", *(name.replace("_", " ") for name in names), "all", f"all above {DEFAULT}"]
+    known = {(row.policy, row.budget is None, str(row.cell[column])): row for row in cells}
+    pools = len(names) > 1
+    head = ["policy", *(name.replace("_", " ") for name in names)]
+    head += ["all", f"all above {DEFAULT}"] if pools else [f"above {DEFAULT}"]
     head.append("cases")
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for row in (*full, *rows):
+    for row in rows:
         label = "full cache" if row.budget is None else f"`{row.policy}`"
         if row.policy == DEFAULT:
             label = f"**{label}**"
@@ -403,38 +417,37 @@ def _score_table(
             label += " (limit, no policy)"
         line = [label]
         for name in names:
-            cell = next(
-                (
-                    found
-                    for found in cells
-                    if found.policy == row.policy
-                    and str(found.cell[column]) == name
-                    and _budget_key(found) == _budget_key(row)
-                ),
-                None,
-            )
-            line.append("" if cell is None else _score(cell.scores, scores))
-        line.append(_score(row.scores, scores))
+            cell = known.get((row.policy, row.budget is None, name))
+            shown = in_parts or not pools
+            line.append("" if cell is None else _score(cell.scores, scores, interval=shown))
+        if pools:
+            line.append(_score(row.scores, scores, interval=True))
         above = row.above_default
         line.append(
-            "" if above is None else f"{above.value:+.2f} ({above.low:+.2f} to {above.high:+.2f})"
+            "" if above is None else f"{_signed(above.value)} {_between(above.low, above.high)}"
         )
-        line.append(f"{row.scores[main].cases:,}")
+        line.append(f"{row.scores[scores[-1]].cases:,}")
         lines.append("| " + " | ".join(line) + " |")
     return lines
 
 
-def _score(found: Mapping[str, Mean], scores: Sequence[str]) -> str:
+def _score(found: Mapping[str, Mean], scores: Sequence[str], *, interval: bool) -> str:
     main = found[scores[-1]]
-    text = f"{main.value:.2f} ({main.low:.2f} to {main.high:.2f})"
-    return text + "".join(f", {found[name].value:.2f}" for name in scores[:-1])
+    text = f"{main.value:.2f}" + "".join(f" / {found[name].value:.2f}" for name in scores[:-1])
+    return f"{text} ({main.low:.2f} to {main.high:.2f})" if interval else text
 
 
 def _record_scores(
-    group: Group, table: str, column: str, row: ScoreRow, level: str, report: _Report
+    group: Group,
+    table: str,
+    column: str,
+    row: ScoreRow,
+    level: str,
+    report: _Report,
+    **more: str,
 ) -> None:
     cell = dict.fromkeys(("question", column, "length", "depth"), "all")
-    cell |= {name: value for name, value in row.cell.items() if value is not None}
+    cell |= {name: value for name, value in row.cell.items() if value is not None} | more
     figures: dict[str, Any] = {"level": level, **cell, "policy": row.policy, "budget": row.budget}
     figures |= {"budget_fraction": row.fraction, "limit": row.is_limit}
     for name, mean in row.scores.items():
@@ -516,7 +529,7 @@ def _oracle(group: Group, report: _Report) -> None:
         ppl = overall.perplexity
         lines = ["| every layer cut | ppl | above full |", "|---|---:|---:|"]
         for policy, value in sorted(ppl.items(), key=lambda item: item[1]):
-            above = f"{value - ppl[FULL]:+.2f}" if FULL in ppl and policy != FULL else ""
+            above = _signed(value - ppl[FULL]) if FULL in ppl and policy != FULL else ""
             limit = " (limit, no policy)" if policy == oracle.CLAIRVOYANT else ""
             lines.append(f"| {policy}{limit} | {_number(value)} | {above} |")
         report.say(*lines)
@@ -577,17 +590,15 @@ def summary(groups: Sequence[Group]) -> str:
             lines.append(_perplexity_line(some, name, _sample_note(ppl, rows)))
     needle = _main_group(groups, "needle")
     if needle is not None:
-        rows_of = score_rows(needle.cases, by=("question",), scores=("digits", "exact"))
-        agnostic = [row for row in rows_of if row.cell["question"] != "aware"] or rows_of
-        _score_columns("needles exact", agnostic, "exact", columns, order)
-        lines.append(_score_line("Needles", agnostic, "exact", _case_note(needle.cases)))
+        some_panels = _main_panels(needle, "variant")
+        _score_columns("needles", some_panels, "exact", columns, order)
+        lines.append(_score_line("Needles, exact answers", some_panels, "exact"))
     ruler = _main_group(groups, "ruler")
     if ruler is not None:
-        rows_of = score_rows(ruler.cases, by=("question",), scores=("score",))
-        agnostic = [row for row in rows_of if row.cell["question"] != "aware"] or rows_of
-        _score_columns("RULER", agnostic, "score", columns, order)
+        some_panels = _main_panels(ruler, "task")
+        _score_columns("RULER", some_panels, "score", columns, order)
         if len(lines) < 2:
-            lines.append(_score_line("RULER", agnostic, "score", _case_note(ruler.cases)))
+            lines.append(_score_line("RULER", some_panels, "score"))
     judged = _main_group(groups, "oracle")
     if judged is not None and len(lines) < 2:
         results, found = oracle.verdicts(judged.cases), oracle.agreement(judged.cases)
@@ -641,30 +652,50 @@ def _perplexity_line(rows: Sequence[PerplexityRow], name: str, note: str) -> str
     )
 
 
+def _main_panels(group: Group, column: str) -> list[Panel]:
+    """Return a panel a budget: unknown question, the length with most cases, all policies."""
+    found = panels(group.cases, apart=("question", "length"), column=column)
+    found = [panel for panel in found if panel.place["question"] != "aware"] or found
+    sizes: dict[Any, int] = {}
+    for panel in found:
+        length = panel.place["length"]
+        sizes[length] = sizes.get(length, 0) + len(panel.cases)
+    found = [panel for panel in found if panel.place["length"] == max(sizes, key=sizes.__getitem__)]
+    return list({(panel.budget, panel.fraction): panel for panel in found}.values())
+
+
+def _panel_rows(panel: Panel, score: str) -> tuple[str, list[ScoreRow]]:
+    what = panel.columns[0].replace("_", " ") if len(panel.columns) == 1 else "all kinds"
+    name = f"{what}, {panel.place['length']:,} tokens"
+    rows = score_rows(panel.cases, by=(), scores=(score,))
+    return f"{name}, {budget_name(panel.budget, panel.fraction)}", rows
+
+
 def _score_columns(
     title: str,
-    rows: Sequence[ScoreRow],
+    found: Sequence[Panel],
     score: str,
     columns: list[tuple[str, dict[str, str]]],
     order: dict[str, float],
 ) -> None:
-    full = {row.policy: f"{row.scores[score].value:.2f}" for row in rows if row.budget is None}
-    for budget in dict.fromkeys(_budget_key(row) for row in rows if row.budget is not None):
-        some = [row for row in rows if row.budget is not None and _budget_key(row) == budget]
-        cells = {row.policy: f"{row.scores[score].value:.2f}" for row in some}
-        columns.append((f"{title}, {budget_name(some[0].budget, some[0].fraction)}", full | cells))
-        rivals = [row for row in some if not is_ours(row.policy) and not row.is_limit]
-        for place, row in enumerate(rivals):
+    for panel in found:
+        name, rows = _panel_rows(panel, score)
+        columns.append(
+            (f"{title} ({name})", {row.policy: f"{row.scores[score].value:.2f}" for row in rows})
+        )
+        rivals = [row for row in rows if row.budget is not None and not is_ours(row.policy)]
+        for place, row in enumerate(row for row in rivals if not row.is_limit):
             # The best of each task come first, so that no table hides a rival that wins one.
             order[row.policy] = min(order.get(row.policy, math.inf), place + 0.5)
 
 
-def _score_line(title: str, rows: Sequence[ScoreRow], score: str, note: str) -> str:
+def _score_line(title: str, found: Sequence[Panel], score: str) -> str:
     parts = []
-    for budget in dict.fromkeys(_budget_key(row) for row in rows if row.budget is not None):
-        some = [row for row in rows if row.budget is not None and _budget_key(row) == budget]
-        ours = next((row for row in some if row.policy == DEFAULT), None)
-        rivals = [row for row in some if not is_ours(row.policy) and not row.is_limit]
+    for panel in found:
+        name, rows = _panel_rows(panel, score)
+        ours = next((row for row in rows if row.policy == DEFAULT), None)
+        rivals = [row for row in rows if row.budget is not None and not is_ours(row.policy)]
+        rivals = [row for row in rivals if not row.is_limit]
         if ours is None or not rivals:
             continue
         best = max(rivals, key=lambda row: row.scores[score].value)
@@ -672,12 +703,14 @@ def _score_line(title: str, rows: Sequence[ScoreRow], score: str, note: str) -> 
         gap = (
             ""
             if above is None
-            else f" (95 % interval of the difference {-above.high:+.2f} to {-above.low:+.2f})"
+            else f" (difference {_signed(-above.value)}, 95 % interval "
+            f"{_between(-above.high, -above.low)[1:-1]})"
         )
         parts.append(
-            f"{ours.scores[score].value:.2f} against {best.scores[score].value:.2f} of the best "
-            f"rival, `{best.policy}`,{gap} at {budget_name(ours.budget, ours.fraction)}"
+            f"{name}: {ours.scores[score].value:.2f} against {best.scores[score].value:.2f} of "
+            f"the best rival, `{best.policy}`{gap}"
         )
+    note = _case_note([case for panel in found for case in panel.cases])
     return f"{title}: {'; '.join(parts) + '. ' if parts else ''}{note}"
 
 
@@ -685,7 +718,8 @@ def _score_line(title: str, rows: Sequence[ScoreRow], score: str, note: str) -> 
 
 
 def _head(group: Group, report: _Report, note: str) -> None:
-    lengths = sorted({int(case["length"]) for case in group.cases if "length" in case})
+    cases = (*group.cases, *group.ablations)
+    lengths = sorted({int(case["length"]) for case in cases if "length" in case})
     if group.kind == "oracle":
         lengths = [int(group.config["length"])] if "length" in group.config else []
     report.say(f"### {group.model}" + (f", {_range(lengths)} tokens" if lengths else ""))
@@ -696,7 +730,8 @@ def _head(group: Group, report: _Report, note: str) -> None:
     ]
     state = "" if group.is_done else " **Not finished**: what is there so far."
     told = f" Settings: {', '.join(settings)}." if settings else ""
-    report.say(f"{group.origin}. {note}{told}{state}")
+    files = ", ".join(f"`{document.path.name}`" for document in group.documents)
+    report.say(f"{group.origin}. {note}{told}{state} Run files: {files}.")
     if group.commands:
         report.say("```sh", *group.commands, "```")
 
@@ -749,6 +784,16 @@ def _number(value: float) -> str:
     return f"{value:,.2f}" if math.isfinite(value) else "not finite"
 
 
+def _signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign; what rounds to nothing has none."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
+
+
+def _between(low: float, high: float, digits: int = 2) -> str:
+    return f"({_signed(low, digits)} to {_signed(high, digits)})"
+
+
 def _percent(value: float) -> str:
     return f"{value:.0%}".replace("%", " %") if math.isfinite(value) else "no bound"
 
@@ -758,7 +803,7 @@ def _pair(pair: PairedDifference | None) -> str:
         return ""
     if not math.isfinite(pair.mean):
         return "not finite"
-    return f"{pair.mean:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})"
+    return f"{_signed(pair.mean, 4)} {_between(pair.low, pair.high, 4)}"
 
 
 def _ratio(ratio: ExcessRatio | None) -> str:

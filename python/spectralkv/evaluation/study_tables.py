@@ -30,8 +30,14 @@ Case = Mapping[str, Any]
 #: The policy that this project proposes, with its defaults.
 DEFAULT = "spectral"
 
-# Entries of a config that say which policies were run, and how fast, not on what.
-_NOT_DECISIVE = frozenset(("policies", "budgets", "batch", "axes", "clairvoyant", "limits"))
+# Entries of a config that say which policies and cases were run, not on what and how: a case's own
+# figures tell it from others.
+_NOT_DECISIVE = frozenset(
+    (
+        *("policies", "budgets", "axis", "axis_title", "values"),
+        *("questions", "variants", "tasks", "lengths", "depths", "cases"),
+    )
+)
 _RESAMPLES = 4000
 
 
@@ -50,7 +56,7 @@ class Group:
     cases : tuple of mapping
         Their cases, each key once, those of ablations apart.
     ablations : tuple of mapping
-        Cases with an ``axis``.
+        Cases with an ``axis``, each key once an axis.
     """
 
     kind: str
@@ -63,6 +69,11 @@ class Group:
     def config(self) -> Mapping[str, Any]:
         """The config of the first file; what decides the figures is the same in all."""
         return self.documents[0].config
+
+    @property
+    def base(self) -> str:
+        """Label of the policy that ablations vary."""
+        return str(self.config.get("base", DEFAULT))
 
     @property
     def model(self) -> str:
@@ -122,10 +133,10 @@ def group_runs(documents: Sequence[RunDocument]) -> list[Group]:
     groups: list[Group] = []
     slugs: dict[str, int] = {}
     for members in together.values():
-        cases: dict[str, Case] = {}
+        cases: dict[tuple[Any, str], Case] = {}
         for document in members:
             for case in document.cases:
-                cases.setdefault(case["key"], case)
+                cases.setdefault((case.get("axis"), case["key"]), case)
         slug = _slug(members[0])
         slugs[slug] = slugs.get(slug, 0) + 1
         groups.append(
@@ -330,7 +341,7 @@ class Mean:
     Attributes
     ----------
     value, low, high : float
-        Mean and bounds of the 95 % bootstrap interval.
+        Mean and bounds of the 95 % bootstrap interval; NaN where none was asked for.
     cases, clusters : int
         Cases, and what was resampled: cases that share a text and answers belong together.
     """
@@ -347,7 +358,9 @@ class Mean:
         return self.clusters < SMALL_SAMPLE
 
 
-def mean_score(values: Sequence[float], clusters: Sequence[object], *, seed: int = 0) -> Mean:
+def mean_score(
+    values: Sequence[float], clusters: Sequence[object], *, interval: bool = True, seed: int = 0
+) -> Mean:
     """Return a mean with a percentile bootstrap interval over clusters.
 
     Parameters
@@ -356,6 +369,8 @@ def mean_score(values: Sequence[float], clusters: Sequence[object], *, seed: int
         A score a case.
     clusters : sequence of object
         What each case belongs to; cases of one cluster are drawn together.
+    interval : bool
+        Resample; a table of many small cells needs none.
     seed : int
         Seed of the 4,000 resamples.
 
@@ -375,9 +390,11 @@ def mean_score(values: Sequence[float], clusters: Sequence[object], *, seed: int
         members.setdefault(cluster, []).append(float(value))
     sums = np.array([math.fsum(some) for some in members.values()])
     sizes = np.array([len(some) for some in members.values()])
-    draws = np.random.default_rng(seed).integers(0, len(sums), size=(_RESAMPLES, len(sums)))
-    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low = high = math.nan
+    if interval:
+        draws = np.random.default_rng(seed).integers(0, len(sums), size=(_RESAMPLES, len(sums)))
+        means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+        low, high = np.quantile(means, [0.025, 0.975])
     return Mean(
         value=float(sums.sum() / sizes.sum()),
         low=float(low),
@@ -425,6 +442,7 @@ def score_rows(
     by: Sequence[str],
     scores: Sequence[str],
     baseline: str = DEFAULT,
+    interval: bool = True,
 ) -> list[ScoreRow]:
     """Compare policies on needles or RULER tasks.
 
@@ -438,6 +456,8 @@ def score_rows(
         Figures to take means of; the last one is the main score.
     baseline : str
         The policy that the others are held against.
+    interval : bool
+        Whether means get intervals.
 
     Returns
     -------
@@ -459,7 +479,7 @@ def score_rows(
     for cell, budgets in cells.items():
         shape = dict(zip(by, cell, strict=True))
         if cell in full:
-            rows.append(_score_row(FULL, list(full[cell].values()), None, shape, scores))
+            rows.append(_score_row(FULL, list(full[cell].values()), None, shape, scores, interval))
         for budget in sorted(budgets, key=lambda key: (key[0] is None, key[0] or key[1])):
             policies = budgets[budget]
             shared = _shared(list(policies.values()))
@@ -468,7 +488,12 @@ def score_rows(
             chosen = {name: [found[at] for at in shared] for name, found in policies.items()}
             found = [
                 _score_row(
-                    name, some, chosen.get(baseline) if name != baseline else None, shape, scores
+                    name,
+                    some,
+                    chosen.get(baseline) if name != baseline else None,
+                    shape,
+                    scores,
+                    interval,
                 )
                 for name, some in chosen.items()
             ]
@@ -483,13 +508,15 @@ def _score_row(
     default: Sequence[Case] | None,
     cell: dict[str, Any],
     scores: Sequence[str],
+    interval: bool,
 ) -> ScoreRow:
     clusters = [_cluster(case) for case in cases]
     main = scores[-1]
     above = None
     if default is not None:
         pairs = zip(cases, default, strict=True)
-        above = mean_score([float(a[main]) - float(b[main]) for a, b in pairs], clusters)
+        gaps = [float(a[main]) - float(b[main]) for a, b in pairs]
+        above = mean_score(gaps, clusters, interval=interval)
     first = cases[0]
     budgets = [case["budget"] for case in cases if case["budget"] is not None]
     return ScoreRow(
@@ -506,83 +533,198 @@ def _score_row(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationRow:
-    """One value of one axis, against the defaults.
+class Panel:
+    """Cases that make one table: policies at one budget, on the very same questions.
 
     Attributes
     ----------
-    axis, value : str
-        What was changed, and to what.
+    place : dict of str to object
+        What all cases have in common.
+    budget : int or None
+        Tokens kept a head, where the budget was given in tokens.
+    fraction : float or None
+        The budget as a share.
+    columns : tuple of str
+        The variants or tasks.
+    cases : tuple of mapping
+        The cases, those of the full cache among them if it answered the same questions.
+    """
+
+    place: dict[str, Any]
+    budget: int | None
+    fraction: float | None
+    columns: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+
+def panels(cases: Sequence[Case], *, apart: Sequence[str], column: str) -> list[Panel]:
+    """Part needle or RULER cases into tables.
+
+    A policy that was not asked all variants cannot be pooled with those that were. So a place and
+    budget has a panel of the policies that have all columns and, where there are others, one of
+    all policies on the columns that each of them has.
+
+    Parameters
+    ----------
+    cases : sequence of mapping
+        Cases of a group.
+    apart : sequence of str
+        Figures whose values, with the budget, make tables of their own.
+    column : str
+        The figure whose values are the columns.
+
+    Returns
+    -------
+    list of Panel
+        In the order of the cases.
+    """
+    places: dict[tuple[Any, ...], dict[tuple[Any, Any], list[Case]]] = {}
+    whole: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        place = tuple(case.get(name) for name in apart)
+        if case["budget"] is None:
+            whole.setdefault(place, []).append(case)
+            continue
+        fraction = case["budget_fraction"]
+        at = (int(case["budget"]), None) if fraction is None else (None, round(float(fraction), 4))
+        places.setdefault(place, {}).setdefault(at, []).append(case)
+    found = []
+    for place, budgets in places.items():
+        for budget, fraction in sorted(budgets, key=lambda at: (at[0] or 0, at[1] or 0.0)):
+            some = budgets[budget, fraction]
+            columns: dict[str, set[str]] = {}
+            for case in some:
+                columns.setdefault(case["policy"], set()).add(str(case[column]))
+            every = set().union(*columns.values())
+            choices = [({name for name, held in columns.items() if held == every}, every)]
+            if len(choices[0][0]) < len(columns):
+                choices.append((set(columns), set.intersection(*columns.values())))
+            for policies, kept in choices:
+                panel = _on_the_same(
+                    [
+                        case
+                        for case in (*whole.get(place, ()), *some)
+                        if str(case[column]) in kept
+                        and (case["budget"] is None or case["policy"] in policies)
+                    ]
+                )
+                if not panel:
+                    continue
+                found.append(
+                    Panel(
+                        place=dict(zip(apart, place, strict=True)),
+                        budget=budget,
+                        fraction=fraction,
+                        columns=tuple(dict.fromkeys(str(case[column]) for case in panel)),
+                        cases=panel,
+                    )
+                )
+    return found
+
+
+def _on_the_same(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """Return the cases of questions that every policy, and the full cache if there, answered."""
+    runs: dict[tuple[str, bool], dict[Any, Case]] = {}
+    for case in cases:
+        runs.setdefault((case["policy"], case["budget"] is None), {})[_case_identity(case)] = case
+    if not any(not is_whole for _, is_whole in runs):
+        return ()
+    shared = set(_shared(list(runs.values())))
+    return tuple(case for case in cases if _case_identity(case) in shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRow:
+    """One value of one axis, against the policy that is varied.
+
+    Attributes
+    ----------
+    axis, title, value : str
+        What was changed, by name and in words, and to what.
     policy : str
         Label.
     budget : int
         Tokens kept a head.
     fraction : float or None
         The same as a share.
-    perplexity, default : float
-        Of this value, and of the defaults on the same tokens.
-    above_default : PairedDifference
-        Nats a token above the defaults; negative means that the value is better.
-    is_default : bool
-        The value is the one that the defaults have.
+    perplexity : float
+        Of this value.
+    above_base : PairedDifference
+        Nats a token above the base; negative means that the value is better.
+    is_base : bool
+        The value is the base's own.
     """
 
     axis: str
+    title: str
     value: str
     policy: str
     budget: int
     fraction: float | None
     perplexity: float
-    default: float
-    above_default: PairedDifference
-    is_default: bool = False
+    above_base: PairedDifference
+    is_base: bool
 
 
 def ablation_rows(group: Group, *, block: int = 64) -> list[AblationRow]:
-    """Hold every value of every axis against the defaults.
+    """Hold every value of every axis against the base.
 
     Parameters
     ----------
     group : Group
-        Runs of kind "perplexity". The defaults are its cases of `DEFAULT`, with or without an axis.
+        Runs of kind "perplexity".
     block : int
         Scored tokens that a sum of ``nats`` covers.
 
     Returns
     -------
     list of AblationRow
-        Axis by axis, budgets ascending, values in the order they came. Values without a sequence in
-        common with the defaults are left out.
+        Axis by axis, budgets ascending, values as the run files list them. Values without a
+        sequence in common with the base are left out.
     """
-    defaults: dict[int, dict[tuple[str, int], Case]] = {}
+    titles: dict[str, str] = {}
+    orders: dict[str, list[str]] = {}
+    for document in group.documents:
+        name = str(document.config.get("axis", ""))
+        titles[name] = str(document.config.get("axis_title", name))
+        orders[name] = [_said(value) for value in document.config.get("values", ())]
+    bases: dict[int, dict[tuple[str, int], Case]] = {}
     axes: dict[str, dict[tuple[int, str], dict[tuple[str, int], Case]]] = {}
     for case in (*group.cases, *group.ablations):
-        at = str(case["corpus"]), case["sequence"]
-        if case["policy"] == DEFAULT:
-            defaults.setdefault(case["budget"], {})[at] = case
+        budget, at = case["budget"], (str(case["corpus"]), case["sequence"])
+        if budget is None:
+            continue
+        if case["policy"] == group.base:
+            bases.setdefault(budget, {}).setdefault(at, case)
         if case.get("axis") is not None:
             values = axes.setdefault(str(case["axis"]), {})
-            values.setdefault((case["budget"], _said(case.get("value"))), {})[at] = case
+            values.setdefault((budget, _said(case.get("value"))), {})[at] = case
     rows = []
-    for axis, found in axes.items():
-        for (budget, value), cases in sorted(found.items(), key=lambda item: item[0][0]):
-            shared = _shared([cases, defaults.get(budget, {})])
+    for axis, values in axes.items():
+        order = orders.get(axis, [])
+
+        def place(at: tuple[int, str], order: list[str] = order) -> tuple[int, int]:
+            budget, value = at
+            return budget, order.index(value) if value in order else -1
+
+        for budget, value in sorted(values, key=place):
+            shared = _shared([values[budget, value], bases.get(budget, {})])
             if not shared:
                 continue
-            run = _Nats([cases[at] for at in shared], block)
-            default = _Nats([defaults[budget][at] for at in shared], block)
+            run = _Nats([values[budget, value][at] for at in shared], block)
+            base = _Nats([bases[budget][at] for at in shared], block)
             first = run.cases[0]
             rows.append(
                 AblationRow(
                     axis=axis,
+                    title=titles.get(axis, axis.replace("_", " ")),
                     value=value,
                     policy=first["policy"],
                     budget=budget,
                     fraction=first["budget_fraction"],
                     perplexity=_exp(run.mean()),
-                    default=_exp(default.mean()),
-                    above_default=run.above(default),
-                    is_default=first["policy"] == DEFAULT,
+                    above_base=run.above(base),
+                    is_base=first["policy"] == group.base,
                 )
             )
     return rows
@@ -624,7 +766,7 @@ def _is_limit(run: _Nats) -> bool:
 
 
 def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)  # a NaN stays one
 
 
 def _said(value: Any) -> str:
@@ -632,7 +774,8 @@ def _said(value: Any) -> str:
 
 
 def _slug(document: RunDocument) -> str:
-    parts = [document.kind, str(document.config.get("model", ""))]
+    kind = document.kind if "axis" not in document.config else "ablations"
+    parts = [kind, str(document.config.get("model", ""))]
     lengths = {case["length"] for case in document.cases if isinstance(case.get("length"), int)}
     parts += [str(length) for length in sorted(lengths)] if len(lengths) == 1 else []
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralkv.cli import console as shared
+from spectralkv.cli.evaluate.perplexity import run_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ def oracle(
     seed: Annotated[int, typer.Option(help="Seed of the walks.")] = 0,
     chunk: shared.ChunkOption = 256,
     output: Annotated[Path, typer.Option(help="Folder for the run file.")] = Path("build/oracle"),
+    name: Annotated[str, typer.Option(help="Name of the run file.")] = "oracle",
     capture: Annotated[
         Path | None,
         typer.Option(
@@ -110,7 +112,7 @@ def oracle(
     config = replace(config, layers=plan.layers if alone is None else alone)
     identity = {"model": loaded.name, "dtype": loaded.dtype, "device": device}
     run = RunFile.open(
-        output / "oracle.json",
+        run_path(output, name),
         kind="oracle",
         config={
             **identity,

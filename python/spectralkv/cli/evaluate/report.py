@@ -14,7 +14,10 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report.", show_default="report, in the folder"),
+        typer.Option(
+            help="Folder for the report.",
+            show_default="report, in the folder; with --into, beside the page and named like it",
+        ),
     ] = None,
     into: Annotated[
         Path | None,
@@ -30,6 +33,7 @@ def report(
     """
     from spectralkv.evaluation.study_report import write_report
 
-    place = output if output is not None else folder / "report"
-    for what, path in write_report(folder, place, into=into).items():
+    if output is None:
+        output = folder / "report" if into is None else into.with_suffix("")
+    for what, path in write_report(folder, output, into=into).items():
         typer.echo(f"{what}: {path}")
