@@ -29,7 +29,6 @@ CANDIDATES = [
     "spectral",
     f"spectral:window=100,{HALF}",
     "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
-    "spectral:window=150,populations=recent:edges:0.75+novelty:all:0.25",
     "spectral:window=32,populations=recent:edges:0.25+novelty:all:0.75",
 ]
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
@@ -54,12 +53,12 @@ def many(option: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def jobs(wikitext: str, *, sequences: int, cases: int, long: bool) -> list[Job]:
+def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long: bool) -> list[Job]:
     """Return the jobs, for `sequences` of each text and `cases` at each depth of a needle."""
     texts = [wikitext, "essays"]
     held = ["--skip", "20", "--sequences", str(sequences), "--batch", str(2 * sequences)]
     tune = ["--sequences", str(max(1, 2 * sequences // 3)), "--batch", str(2 * sequences)]
-    budgets = many("--budget", ["0.1", "0.2", "0.25", "0.5"])
+    shares = many("--budget", budgets)
     depths = many("--depth", ["0.1", "0.3", "0.5", "0.7"])
     needles = ["needle", *depths, "--cases", str(cases), "--batch", str(4 * cases)]
     ruler = ["ruler", "--cases", str(2 * cases), "--batch", str(2 * cases)]
@@ -68,23 +67,18 @@ def jobs(wikitext: str, *, sequences: int, cases: int, long: bool) -> list[Job]:
         return Job(name, ["perplexity", *texts, *many("--policy", policies), *more])
 
     plan = [
-        perplexity("perplexity-ours", CANDIDATES, *budgets, *held),
-        perplexity("perplexity-published", PUBLISHED[:4], *budgets, *held),
-        perplexity("perplexity-published-2", PUBLISHED[4:], *budgets, *held),
-        perplexity("perplexity-tuned", TUNED, *budgets, *held),
+        Job("needle-ours", [*needles, *many("--policy", CANDIDATES)]),
+        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, TUNED[2]])]),
+        perplexity("perplexity-ours", CANDIDATES, *shares, *held),
+        perplexity("perplexity-published", PUBLISHED[:4], *shares, *held),
+        perplexity("perplexity-published-2", PUBLISHED[4:], *shares, *held),
+        perplexity("perplexity-tuned", TUNED, *shares, *held),
+        perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
         Job(
-            "needle",
-            [*needles, *many("--policy", [*CANDIDATES, "keydiff", *ATTENTION, TUNED[2]])],
-        ),
-        perplexity(
-            "tuning-perplexity", [*CANDIDATES, *ATTENTION, *TUNED], "--budget", "0.2", *tune
-        ),
-        Job(
-            "tuning-needle",
-            [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff", "rkv:mix=0.3"])],
+            "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
         ),
         Job("ablation", ["ablations", *texts, *tune]),
-        perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *budgets, *held),
+        perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *shares, *held),
         Job(
             "ruler",
             [
@@ -140,17 +134,23 @@ def main() -> int:
         "--wikitext", required=True, help="WikiText-2 raw, test split: a UTF-8 file"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/study"))
+    parser.add_argument("--model", default="demo", help="as `spectralkv evaluate` takes it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time")
     parser.add_argument("--limit", type=float, default=0.0, help="seconds for all; 0: no limit")
+    parser.add_argument("--budget", action="append", default=[], help="shares; 5 to 50 %%")
     parser.add_argument("--sequences", type=int, default=12, help="of each text")
     parser.add_argument("--cases", type=int, default=8, help="needles at each depth")
     parser.add_argument("--no-long", dest="long", action="store_false", help="without 4k and 8k")
     parser.add_argument("--only", action="append", default=[], help="names of jobs")
     options = parser.parse_args()
     plan = jobs(
-        options.wikitext, sequences=options.sequences, cases=options.cases, long=options.long
+        options.wikitext,
+        budgets=options.budget or ["0.05", "0.1", "0.2", "0.25", "0.5"],
+        sequences=options.sequences,
+        cases=options.cases,
+        long=options.long,
     )
     names = [job.name for job in plan]
     unknown = sorted(set(options.only) - set(names))
@@ -173,7 +173,7 @@ def main() -> int:
                 "import sys; from spectralkv.cli import main; sys.exit(main())",
             ),
             *("evaluate", *job.arguments, "--output", str(options.output), "--device"),
-            *(options.device, "--dtype", options.dtype),
+            *(options.device, "--dtype", options.dtype, "--model", options.model),
         ]
         if job.arguments[0] != "oracle":
             command += ["--name", job.name]
