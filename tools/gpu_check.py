@@ -417,9 +417,10 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
         Stage(
             tool,
             sanitizer(tool),
-            limit=150,
+            limit=200,
             needs=("build",),
-            shards=arguments.sanitizer_shards,
+            # It follows every access to shared memory, and takes several times as long as the others.
+            shards=arguments.sanitizer_shards * (4 if tool == "racecheck" else 1),
             parse=parse_sanitizer,
         )
         for tool in SANITIZERS
@@ -586,7 +587,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="processes that share pytest's tests",
     )
     parser.add_argument(
-        "--sanitizer-shards", type=int, default=3, help="processes of each of its tools"
+        "--sanitizer-shards",
+        type=int,
+        default=3,
+        help="processes of each of its tools; racecheck has four times as many",
     )
     return parser.parse_args(arguments)
 
