@@ -419,7 +419,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             sanitizer(tool),
             limit=200,
             needs=("build",),
-            # It follows every access to shared memory, and takes several times as long as the others.
+            # It follows every access to shared memory: several times as slow as the others.
             shards=arguments.sanitizer_shards * (4 if tool == "racecheck" else 1),
             parse=parse_sanitizer,
         )
