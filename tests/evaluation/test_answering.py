@@ -33,6 +33,7 @@ from spectralkv.evaluation.answering import (
     run_cases,
 )
 from spectralkv.hf import EvictionEvent
+from tiny_models import make_model
 from tiny_text import make_text, make_tokenizer
 
 BUDGET, INTERVAL = 48, 16
@@ -133,6 +134,22 @@ def test_a_batch_answers_as_each_case_alone(
         (alone,) = answer_batch(tiny, [prompt], policy, chunk=chunk, max_new_tokens=24)
         assert answer.token_ids == alone.token_ids
         assert answer.held == alone.held == BUDGET
+
+
+def test_layers_with_a_window_are_told_of_padding_to_the_end(tiny: LoadedModel) -> None:
+    """Gemma 3's sliding layers do not evict: their mask still comes from the model."""
+    model = make_model("gemma3", dtype=torch.float32, vocab_size=len(tiny.tokenizer))
+    gemma = LoadedModel(name="gemma", model=model, tokenizer=tiny.tokenizer)
+    prompts = [
+        Prompt(prompt.context[:120], prompt.question[: 2 + 8 * n])
+        for n, prompt in enumerate(make_prompts(tiny))
+    ]
+    with pytest.warns(UserWarning, match="1 of 3 layers"):
+        together = answer_batch(gemma, prompts, policy_of("h2o"), chunk=8, max_new_tokens=20)
+    for prompt, answer in zip(prompts, together, strict=True):
+        with pytest.warns(UserWarning, match="1 of 3 layers"):
+            (alone,) = answer_batch(gemma, [prompt], policy_of("h2o"), chunk=8, max_new_tokens=20)
+        assert answer.token_ids == alone.token_ids
 
 
 def test_the_answer_depends_on_what_was_kept(tiny: LoadedModel) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from spectralkv import policies
 from spectralkv.evaluation import EvaluationError, MissingDependencyError, ruler
-from spectralkv.evaluation.answering import AGNOSTIC, AWARE, PromptForm
+from spectralkv.evaluation.answering import AGNOSTIC, AWARE, PromptForm, answer_batch
 from spectralkv.evaluation.datasets import Corpus
 from spectralkv.evaluation.haystack import Haystack
 from spectralkv.evaluation.ruler import (
@@ -243,3 +244,19 @@ def test_missing_word_lists_name_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(ruler.metadata, "files", lambda _: [only])
     with pytest.raises(MissingDependencyError, match="holds no word lists: pip install"):
         word_lists()
+
+
+def test_a_real_model_solves_the_easiest_task_with_a_full_cache(demo_model: Any) -> None:
+    tokenizer = demo_model.tokenizer
+    maker = RulerMaker(
+        tokenizer=tokenizer,
+        form=PromptForm.of(tokenizer, "plain"),
+        words=WordLists(("harbor", "violin"), ("quiet", "golden"), ("run",)),
+        config=RulerConfig.of("small"),
+    )
+    case = maker.make("niah_single_1", length=260)
+    (full,) = answer_batch(demo_model, [case.prompt], policies.Full(), max_new_tokens=9)
+    assert case.score(full.text) == {"score": 1.0}
+    sinks_alone = policies.StreamingLLM(budget=16, window=4)
+    (blind,) = answer_batch(demo_model, [case.prompt], sinks_alone, max_new_tokens=9)
+    assert case.score(blind.text) == {"score": 0.0}

@@ -327,13 +327,40 @@ def answer_batch(
     RuntimeError
         A cut kept other than the budget.
     """
+    _check(loaded.model, prompts, max_new_tokens)
+    found: dict[int, Answer] = {}
+    for rows in _together(loaded.model.config, prompts):
+        part = _answer(
+            loaded,
+            [prompts[row] for row in rows],
+            policy,
+            chunk=chunk,
+            max_new_tokens=max_new_tokens,
+            label=label or policy.name,
+            on_evict=on_evict,
+            on_pass=on_pass,
+        )
+        found.update(zip(rows, part, strict=True))
+    return [found[row] for row in range(len(prompts))]
+
+
+def _answer(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    *,
+    chunk: int,
+    max_new_tokens: int,
+    label: str,
+    on_evict: Callable[[EvictionEvent], None] | None,
+    on_pass: Callable[[int, int], None] | None,
+) -> list[Answer]:
     import torch
 
-    _check(loaded.model, prompts, max_new_tokens)
     start = time.perf_counter()
     audit = None
     if policy.budget is not None:
-        audit = BudgetAudit(label or policy.name, policy.budget, policy.interval)
+        audit = BudgetAudit(label, policy.budget, policy.interval)
 
     def evicting(event: EvictionEvent) -> None:
         if audit is not None:
@@ -344,19 +371,17 @@ def answer_batch(
     cache = create_cache(loaded.model, policy, on_evict=evicting)
     feeder = _Feeder(loaded.model, cache)
     contexts, valid = _padded([prompt.context for prompt in prompts], loaded.model.device)
-    passes = context_passes(
-        [len(prompt.context) for prompt in prompts],
-        budget=policy.budget,
-        interval=policy.interval,
-        chunk=chunk,
-    )
+    lengths = [len(prompt.context) for prompt in prompts]
+    passes = context_passes(lengths, budget=policy.budget, interval=policy.interval, chunk=chunk)
+    padding = max(lengths) - min(lengths)
     with torch.inference_mode():
         for begin, end in passes:
-            feeder.feed(contexts[:, begin:end], None if valid is None else valid[:, begin:end])
+            is_padded = valid is not None and begin < padding
+            feeder.feed(contexts[:, begin:end], valid[:, begin:end] if is_padded else None)
+            feeder.note_cuts()
             if on_pass is not None:
                 on_pass(end, contexts.shape[1])
         held = _held(cache, policy, prompts)
-        feeder.is_cut = policy.budget is not None
         logits = feeder.feed(*_padded([prompt.question for prompt in prompts], contexts.device))
         rows = _decode(feeder, logits, _eos_token_ids(loaded.model), max_new_tokens)
     if audit is not None:
@@ -480,9 +505,17 @@ class _Feeder:
         self._mask: Any = None  # (B, tokens fed); None: there has been no padding
         self._next: Any = None  # (B, 1): position of each sequence's next token
         self._fed = 0
-        #: All layers were cut: from now on they know of padding themselves, and a mask, which the
-        #: device must be waited for to read, is only needed by tokens that are padding.
-        self.is_cut = False
+        self._layers_know = False
+
+    def note_cuts(self) -> None:
+        """Look whether all layers were cut: from then on they know of padding themselves.
+
+        A mask, for which the device must be waited for, is then needed only by a pass that has
+        padding in it. Layers of a cache of their own, with a sliding window, need it always.
+        """
+        layers = self._cache.evicting_layers
+        cut = sum(layer.evictions > 0 for layer in layers)
+        self._layers_know = cut == len(self._cache.layers)
 
     def feed(self, ids: Any, valid: Any = None) -> Any:
         """Feed ids (B, Q), of which bool `valid` (B, Q) marks padding; return logits (B, V)."""
@@ -499,7 +532,7 @@ class _Feeder:
             upto = fresh.cumsum(1)
             options["position_ids"] = (self._next + upto - 1).clamp_min(0)
             self._next = self._next + upto[:, -1:]
-            if valid is not None or not self.is_cut:
+            if valid is not None or not self._layers_know:
                 options["attention_mask"] = self._mask
         output = self._model(
             input_ids=ids,
@@ -556,6 +589,22 @@ def _held(cache: EvictingCache, policy: Policy, prompts: Sequence[Prompt]) -> li
                 "layout of the passes or in the cache"
             )
     return [policy.budget] * len(prompts)
+
+
+def _together(config: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return which prompts may run as one batch: all, unless a layer has a sliding window.
+
+    Such a window counts columns, so padding before a question would take the place of tokens.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
+        return [list(range(len(prompts)))]
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.question), []).append(row)
+    return list(by_length.values())
 
 
 def _check(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:

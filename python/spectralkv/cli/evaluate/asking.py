@@ -244,7 +244,7 @@ def show_table(
     from rich.table import Table
 
     columns = list(dict.fromkeys(map(column, cases)))
-    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("policy", overflow="fold")
     table.add_column("budget", justify="right", no_wrap=True)
     for head in columns:
@@ -257,7 +257,11 @@ def show_table(
         table.add_row(
             policy, budget, *(cell(cells[head]) if head in cells else "" for head in columns)
         )
-    Console(highlight=False).print(table)
+    out = Console(highlight=False)
+    # Not the table's own title and caption: they would be wrapped to the width of the table.
+    out.print(title, markup=False, style="italic")
+    out.print(table)
+    out.print(f"{caption}\n", markup=False)
 
 
 def said_budget(case: Mapping[str, Any]) -> str:
