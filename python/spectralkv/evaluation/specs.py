@@ -182,9 +182,8 @@ def _parse_populations(text: str) -> tuple[Population, ...]:
         raise EvaluationError(f"populations {text!r}: {error}") from None
     except ValueError:
         raise EvaluationError(
-            "populations are written restart:count:share, restart:count:share:recent or "
-            "restart:count:share:recent:decay, joined by +, such as "
-            f"recent:edges:0.5+novelty:all:0.5; got {text!r}"
+            "populations are written restart:count:share or with :recent or :recent:decay behind, "
+            f"joined by +, such as recent:edges:0.5+novelty:all:0.5; got {text!r}"
         ) from None
 
 
