@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
@@ -513,54 +514,56 @@ TEST(BackendsAgree, OnSolvesToRounding) {
 TEST(BackendsAgree, OnRowsOfManyTokens) {
   // Scores of random keys are apart by more than their rounding, but for a few in a million.
   Random random(4);
-  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-    for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::attention}) {
-      SCOPED_TRACE(name_of(dtype));
-      const GraphConfig config{.batch_size = 2,
-                               .num_query_heads = 8,
-                               .num_kv_heads = 2,
-                               .head_dim = 128,
-                               .capacity = 1000,
-                               .edge_law = law,
-                               .num_threads = 2};
-      Pair pair(config, {});
-      HostTensor keys(dtype, {2, 2, 1000, 128}, {0, 2, 1, 3}, 2);
-      keys.fill_normal(random);
-      HostTensor queries(dtype, {2, 8, 900, 128});
-      queries.fill_normal(random, 0.5);
-      HostTensor valid(DType::u8, {2, 900});
-      valid.for_each([&](const std::vector<Index>& index) {
-        valid.set(index, index[0] == 0 || index[1] >= 123 ? 1.0 : 0.0);
-      });
-      pair.both([&](GraphManager& manager) {
-        manager.update_rows(0, queries.view(), keys.view(), {.score = {}, .valid = valid.view()},
-                            Stream{});
-      });
-      const Graphs expected = read_graphs(pair.cpu(), 0);
-      const Graphs actual = read_graphs(pair.cuda(), 0);
-      Index differing = 0;
-      for (std::size_t b = 0; b < 2; ++b) {
-        for (std::size_t g = 0; g < 2; ++g) {
-          ASSERT_EQ(expected[b][g].positions, actual[b][g].positions);
-          expect_sound(actual[b][g], config.num_sinks, law);
-          for (Index slot = 0; slot < 900; ++slot) {
-            const auto slots_of = [](std::vector<Edge> row) {
-              std::vector<Index> slots;
-              for (const Edge& edge : row) slots.push_back(edge.slot);
-              std::sort(slots.begin(), slots.end());
-              return slots;
-            };
-            const std::vector<Edge>& row = actual[b][g].rows[at(slot)];
-            if (slots_of(expected[b][g].rows[at(slot)]) != slots_of(row)) {
-              ++differing;
-            } else {
-              expect_same_row(expected[b][g].rows[at(slot)], row, 1e-5);
-            }
+  // Sanitizers see this test: not every type with every law.
+  using Case = std::pair<DType, EdgeLaw>;
+  for (const auto& [dtype, law] :
+       {Case{DType::f32, EdgeLaw::weighted}, Case{DType::f16, EdgeLaw::weighted},
+        Case{DType::bf16, EdgeLaw::weighted}, Case{DType::bf16, EdgeLaw::attention}}) {
+    SCOPED_TRACE(name_of(dtype));
+    const GraphConfig config{.batch_size = 2,
+                             .num_query_heads = 8,
+                             .num_kv_heads = 2,
+                             .head_dim = 128,
+                             .capacity = 1000,
+                             .edge_law = law,
+                             .num_threads = 2};
+    Pair pair(config, {});
+    HostTensor keys(dtype, {2, 2, 1000, 128}, {0, 2, 1, 3}, 2);
+    keys.fill_normal(random);
+    HostTensor queries(dtype, {2, 8, 900, 128});
+    queries.fill_normal(random, 0.5);
+    HostTensor valid(DType::u8, {2, 900});
+    valid.for_each([&](const std::vector<Index>& index) {
+      valid.set(index, index[0] == 0 || index[1] >= 123 ? 1.0 : 0.0);
+    });
+    pair.both([&](GraphManager& manager) {
+      manager.update_rows(0, queries.view(), keys.view(), {.score = {}, .valid = valid.view()},
+                          Stream{});
+    });
+    const Graphs expected = read_graphs(pair.cpu(), 0);
+    const Graphs actual = read_graphs(pair.cuda(), 0);
+    Index differing = 0;
+    for (std::size_t b = 0; b < 2; ++b) {
+      for (std::size_t g = 0; g < 2; ++g) {
+        ASSERT_EQ(expected[b][g].positions, actual[b][g].positions);
+        expect_sound(actual[b][g], config.num_sinks, law);
+        for (Index slot = 0; slot < 900; ++slot) {
+          const auto slots_of = [](std::vector<Edge> row) {
+            std::vector<Index> slots;
+            for (const Edge& edge : row) slots.push_back(edge.slot);
+            std::sort(slots.begin(), slots.end());
+            return slots;
+          };
+          const std::vector<Edge>& row = actual[b][g].rows[at(slot)];
+          if (slots_of(expected[b][g].rows[at(slot)]) != slots_of(row)) {
+            ++differing;
+          } else {
+            expect_same_row(expected[b][g].rows[at(slot)], row, 1e-5);
           }
         }
       }
-      EXPECT_LE(differing, 3);
     }
+    EXPECT_LE(differing, 3);
   }
 }
 
