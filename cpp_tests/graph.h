@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -154,6 +155,8 @@ inline Graph plain_graph(Index length) {
   return graph;
 }
 
+inline constexpr std::array kEdgeLaws{EdgeLaw::uniform, EdgeLaw::weighted, EdgeLaw::attention};
+
 struct GraphShape {
   Index slots = 64;
   Index tokens = 48;       ///< in as many of the slots
@@ -163,7 +166,8 @@ struct GraphShape {
   bool in_order = false;   ///< whether slots ascend with positions
 };
 
-/// Random edges, denser to some tokens than to others.
+/// Random edges, denser to some tokens than to others. Under EdgeLaw::attention rows leave
+/// something over, most of them.
 inline Graph random_graph(Random& random, const GraphShape& shape, int top_k, EdgeLaw law) {
   std::vector<Index> positions(at(shape.seen - 1));
   std::iota(positions.begin(), positions.end(), 0);
@@ -200,6 +204,7 @@ inline Graph random_graph(Random& random, const GraphShape& shape, int top_k, Ed
       row.push_back({target, weight});
       sum += weight;
     }
+    if (law == EdgeLaw::attention && !random.chance(0.1)) sum /= random.uniform();
     for (Edge& edge : row) edge.probability /= sum;
   }
   return graph;

@@ -85,6 +85,13 @@ inline Vector normalized(Vector weights) {
   return weights;
 }
 
+/// Probability that a walker in `slot` follows an edge of its row: a row may leave something over.
+inline double following(const Graph& graph, std::size_t slot, double restart_prob) {
+  double kept = 0.0;
+  for (const Edge& edge : graph.rows[slot]) kept += edge.probability;
+  return (1.0 - restart_prob) * kept;
+}
+
 /// The walk without restarts: p(u, v) over live edges, zero rows where there are none.
 inline Matrix transition_matrix(const Graph& graph) {
   Matrix matrix(graph.rows.size(), Vector(graph.rows.size(), 0.0));
@@ -105,10 +112,9 @@ inline Step walk_step(const Graph& graph, const Vector& restart, double restart_
   Step step{Vector(from.size(), 0.0), Vector(from.size(), 0.0)};
   double restarting = 0.0;
   for (std::size_t u = 0; u < from.size(); ++u) {
-    const double following = graph.rows[u].empty() ? 0.0 : 1.0 - restart_prob;
-    restarting += from[u] * (1.0 - following);
+    restarting += from[u] * (1.0 - following(graph, u, restart_prob));
     for (const Edge& edge : graph.rows[u]) {
-      step.over_edges[at(edge.slot)] += from[u] * following * edge.probability;
+      step.over_edges[at(edge.slot)] += from[u] * (1.0 - restart_prob) * edge.probability;
     }
   }
   for (std::size_t v = 0; v < from.size(); ++v) {
@@ -158,16 +164,16 @@ inline Moments visit_moments(const Graph& graph, const Vector& restart, const Wa
 }
 
 /// Part of the arrivals that a token gets in an endless walk, by power iteration on the dense
-/// matrix; dead ends return to the restart distribution.
+/// matrix; dead ends and what rows leave over return to the restart distribution.
 inline Vector stationary_visits(const Graph& graph, const Vector& restart, double restart_prob,
                                 VisitCount count) {
   const std::size_t n = restart.size();
   const Matrix follow = transition_matrix(graph);
   Matrix matrix(n, Vector(n, 0.0));
   for (std::size_t u = 0; u < n; ++u) {
-    const double stays = graph.rows[u].empty() ? 0.0 : 1.0 - restart_prob;
+    const double restarting = 1.0 - following(graph, u, restart_prob);
     for (std::size_t v = 0; v < n; ++v) {
-      matrix[u][v] = stays * follow[u][v] + (1.0 - stays) * restart[v];
+      matrix[u][v] = (1.0 - restart_prob) * follow[u][v] + restarting * restart[v];
     }
   }
   Vector state = restart;
@@ -302,8 +308,8 @@ inline std::vector<Index> live_slots(const Graph& graph) {
   return slots;
 }
 
-/// The edges a walk may follow, renormalised.
-inline std::vector<Edge> live_row(const Graph& graph, Index slot) {
+/// The edges a walk may follow, renormalised unless what is lost is a restart.
+inline std::vector<Edge> live_row(const Graph& graph, Index slot, EdgeLaw law) {
   std::vector<Edge> row;
   double sum = 0.0;
   for (const Edge& edge : graph.rows[at(slot)]) {
@@ -312,12 +318,13 @@ inline std::vector<Edge> live_row(const Graph& graph, Index slot) {
     row.push_back(edge);
     sum += edge.probability;
   }
+  if (law == EdgeLaw::attention) return row;
   for (Edge& edge : row) edge.probability /= sum > 0.0 ? sum : 1.0;
   return row;
 }
 
 /// Slot i of the result is slot keep[i] of `graph`, or empty where keep[i] is -1.
-inline Graph compacted(const Graph& graph, const std::vector<Index>& keep) {
+inline Graph compacted(const Graph& graph, const std::vector<Index>& keep, EdgeLaw law) {
   std::vector<Index> moved(graph.positions.size(), -1);
   for (Index slot = 0; slot < count_of(keep); ++slot) {
     if (keep[at(slot)] >= 0) moved[at(keep[at(slot)])] = slot;
@@ -333,7 +340,7 @@ inline Graph compacted(const Graph& graph, const std::vector<Index>& keep) {
     }
   }
   for (Index slot = 0; slot < result.length(); ++slot) {
-    result.rows[at(slot)] = live_row(result, slot);
+    result.rows[at(slot)] = live_row(result, slot, law);
   }
   return result;
 }

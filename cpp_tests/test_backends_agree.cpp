@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <span>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
@@ -17,12 +20,12 @@
 namespace spectralkv::test {
 namespace {
 
-WalkConfig walk_config(double decay) {
+WalkConfig walk_config(double decay, std::optional<double> own_decay = std::nullopt) {
   return {.num_walkers = 333,
           .walk_length = 15,
           .restart_prob = 0.4,
           .decay = decay,
-          .populations = {{.share = 0.3, .recent_fraction = 0.3},
+          .populations = {{.share = 0.3, .recent_fraction = 0.3, .decay = own_decay},
                           {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.3},
                           {.restart = Restart::current, .count = VisitCount::all, .share = 0.2},
                           {.restart = Restart::novelty, .share = 0.2}}};
@@ -304,10 +307,12 @@ void live(GraphConfig graph, const WalkConfig& walk, std::uint64_t seed, int ste
 TEST(BackendsAgree, OnTheLivesOfManagers) {
   std::uint64_t seed = 1;
   for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
-    for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+    for (const EdgeLaw law : kEdgeLaws) {
       for (const int top_k : {4, 8, 16, 32}) {
         constexpr std::array kDecays{0.0, 0.7, 1.0};
         const double decay = kDecays[seed % kDecays.size()];
+        std::optional<double> own_decay;
+        if (seed % 2 != 0) own_decay = 0.9;
         SCOPED_TRACE(::testing::Message()
                      << "scope " << static_cast<int>(scope) << ", law " << static_cast<int>(law)
                      << ", top_k " << top_k << ", decay " << decay);
@@ -325,7 +330,7 @@ TEST(BackendsAgree, OnTheLivesOfManagers) {
               .head_offset = static_cast<Index>(seed % 2) * 6,
               .total_kv_heads = seed % 2 != 0 ? 16 : 0,
               .num_threads = 1},
-             walk_config(decay), seed, 40);
+             walk_config(decay, own_decay), seed, 40);
         ++seed;
         if (HasFailure()) return;
       }
@@ -350,8 +355,11 @@ TEST(BackendsAgree, OnPresets) {
   }
 }
 
-/// Every token follows random older ones, nearer ones more often; some slots are empty.
-Graph long_graph(Random& random, Index slots, int top_k, Index num_sinks, bool in_order) {
+/// Every token follows random older ones, nearer ones more often; some slots are empty. Under
+/// EdgeLaw::attention a third is left over.
+Graph long_graph(Random& random, Index slots, int top_k, Index num_sinks, bool in_order,
+                 EdgeLaw law = EdgeLaw::weighted) {
+  const double kept = law == EdgeLaw::attention ? 2.0 / 3.0 : 1.0;
   Graph graph = plain_graph(slots);
   if (!in_order) random.shuffle(graph.positions);
   std::vector<Index> slot_of(at(slots));
@@ -367,16 +375,16 @@ Graph long_graph(Random& random, Index slots, int top_k, Index num_sinks, bool i
     older.erase(std::unique(older.begin(), older.end()), older.end());
     std::vector<Edge>& row = graph.rows[at(slot_of[at(position)])];
     for (const Index other : older) {
-      row.push_back({slot_of[at(other)], 1.0 / static_cast<double>(older.size())});
+      row.push_back({slot_of[at(other)], kept / static_cast<double>(older.size())});
     }
   }
   return graph;
 }
 
-class BackendsAgreeOnLength : public ::testing::TestWithParam<Index> {};
+class BackendsAgreeOnLength : public ::testing::TestWithParam<std::tuple<Index, EdgeLaw>> {};
 
 TEST_P(BackendsAgreeOnLength, WalksAndCuts) {
-  const Index slots = GetParam();
+  const auto [slots, law] = GetParam();
   Random random(static_cast<std::uint64_t>(slots));
   for (const bool in_order : {true, false}) {
     SCOPED_TRACE(in_order);
@@ -385,6 +393,7 @@ TEST_P(BackendsAgreeOnLength, WalksAndCuts) {
                              .num_kv_heads = 2,
                              .head_dim = 8,
                              .capacity = slots + 4,
+                             .edge_law = law,
                              .seed = 5,
                              .num_threads = 2};
     Pair pair(config, {.num_walkers = 4096,
@@ -396,7 +405,8 @@ TEST_P(BackendsAgreeOnLength, WalksAndCuts) {
     for (Index layer = 0; layer < 2; ++layer) {
       Graphs graphs(1);
       for (int g = 0; g < 2; ++g) {
-        graphs[0].push_back(long_graph(random, slots, config.top_k, config.num_sinks, in_order));
+        graphs[0].push_back(
+            long_graph(random, slots, config.top_k, config.num_sinks, in_order, law));
       }
       HostTensor weights(DType::u32, {1, 2, slots});
       weights.for_each([&](const std::vector<Index>& index) {
@@ -459,37 +469,42 @@ TEST_P(BackendsAgreeOnLength, WalksAndCuts) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Lengths, BackendsAgreeOnLength,
-                         ::testing::Values(0, 1, 7, 8, 9, 4096, 65539));
+                         ::testing::Combine(::testing::Values(0, 1, 7, 8, 9, 4096, 65539),
+                                            ::testing::Values(EdgeLaw::weighted,
+                                                              EdgeLaw::attention)));
 
 TEST(BackendsAgree, OnSolvesToRounding) {
   Random random(3);
   for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
-    const GraphConfig config{.num_query_heads = 2,
-                             .num_kv_heads = 2,
-                             .head_dim = 8,
-                             .capacity = 3000,
-                             .scope = scope,
-                             .num_threads = 1};
-    Pair pair(config, walk_config(0.5));
-    Graphs graphs(1);
-    for (Index g = 0; g < pair.cpu().graphs_per_sequence(); ++g) {
-      graphs[0].push_back(long_graph(random, 3000, config.top_k, config.num_sinks, g == 0));
-    }
-    HostTensor weights(DType::u32, {1, pair.cpu().graphs_per_sequence(), 3000});
-    weights.fill(5);
-    pair.both([&](GraphManager& manager) {
-      load_graphs(manager, 0, graphs);
-      manager.load_restart_weights(0, weights.view());
-      manager.solve(0, {}, Stream{});
-      manager.solve(0, {}, Stream{});
-    });
-    for (int p = -1; p < 4; ++p) {
-      const HostTensor expected = read_scores(pair.cpu(), 0, p);
-      const HostTensor actual = read_scores(pair.cuda(), 0, p);
-      for (Index h = 0; h < 2; ++h) {
-        for (Index slot = 0; slot < 3000; ++slot) {
-          const double value = expected.get({0, h, slot});
-          ASSERT_NEAR(actual.get({0, h, slot}), value, 1e-5 * (1.0 + value)) << slot;
+    for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::attention}) {
+      const GraphConfig config{.num_query_heads = 2,
+                               .num_kv_heads = 2,
+                               .head_dim = 8,
+                               .capacity = 3000,
+                               .edge_law = law,
+                               .scope = scope,
+                               .num_threads = 1};
+      Pair pair(config, walk_config(0.5, 0.9));
+      Graphs graphs(1);
+      for (Index g = 0; g < pair.cpu().graphs_per_sequence(); ++g) {
+        graphs[0].push_back(long_graph(random, 3000, config.top_k, config.num_sinks, g == 0, law));
+      }
+      HostTensor weights(DType::u32, {1, pair.cpu().graphs_per_sequence(), 3000});
+      weights.fill(5);
+      pair.both([&](GraphManager& manager) {
+        load_graphs(manager, 0, graphs);
+        manager.load_restart_weights(0, weights.view());
+        manager.solve(0, {}, Stream{});
+        manager.solve(0, {}, Stream{});
+      });
+      for (int p = -1; p < 4; ++p) {
+        const HostTensor expected = read_scores(pair.cpu(), 0, p);
+        const HostTensor actual = read_scores(pair.cuda(), 0, p);
+        for (Index h = 0; h < 2; ++h) {
+          for (Index slot = 0; slot < 3000; ++slot) {
+            const double value = expected.get({0, h, slot});
+            ASSERT_NEAR(actual.get({0, h, slot}), value, 1e-5 * (1.0 + value)) << slot;
+          }
         }
       }
     }
@@ -499,13 +514,18 @@ TEST(BackendsAgree, OnSolvesToRounding) {
 TEST(BackendsAgree, OnRowsOfManyTokens) {
   // Scores of random keys are apart by more than their rounding, but for a few in a million.
   Random random(4);
-  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+  // Sanitizers see this test: not every type with every law.
+  using Case = std::pair<DType, EdgeLaw>;
+  for (const auto& [dtype, law] :
+       {Case{DType::f32, EdgeLaw::weighted}, Case{DType::f16, EdgeLaw::weighted},
+        Case{DType::bf16, EdgeLaw::weighted}, Case{DType::bf16, EdgeLaw::attention}}) {
     SCOPED_TRACE(name_of(dtype));
     const GraphConfig config{.batch_size = 2,
                              .num_query_heads = 8,
                              .num_kv_heads = 2,
                              .head_dim = 128,
                              .capacity = 1000,
+                             .edge_law = law,
                              .num_threads = 2};
     Pair pair(config, {});
     HostTensor keys(dtype, {2, 2, 1000, 128}, {0, 2, 1, 3}, 2);
@@ -526,7 +546,7 @@ TEST(BackendsAgree, OnRowsOfManyTokens) {
     for (std::size_t b = 0; b < 2; ++b) {
       for (std::size_t g = 0; g < 2; ++g) {
         ASSERT_EQ(expected[b][g].positions, actual[b][g].positions);
-        expect_sound(actual[b][g], config.num_sinks);
+        expect_sound(actual[b][g], config.num_sinks, law);
         for (Index slot = 0; slot < 900; ++slot) {
           const auto slots_of = [](std::vector<Edge> row) {
             std::vector<Index> slots;

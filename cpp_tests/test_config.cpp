@@ -91,6 +91,7 @@ TEST(Config, RejectsBadWalks) {
   }
   for (const double decay : {-0.1, 1.0000001, kNan, kInfinity}) {
     bad([&](WalkConfig& config) { config.decay = decay; });
+    bad([&](WalkConfig& config) { config.populations.back().decay = decay; });
   }
   bad([](WalkConfig& config) { config.populations.clear(); });
   bad([](WalkConfig& config) {
@@ -113,6 +114,9 @@ TEST(Config, AcceptsWalksAtTheirLimits) {
   WalkConfig config;
   config.restart_prob = 1.0;
   config.decay = 1.0;
+  EXPECT_NO_THROW(config.validate());
+  config.populations.front().decay = 0.0;
+  config.populations.back().decay = 1.0;
   EXPECT_NO_THROW(config.validate());
   config.restart_prob = 1e-6;
   config.populations.front().share = 0.5000001;

@@ -51,7 +51,7 @@ void expect_solution(const GraphManager& manager, const Graph& graph, Index b = 
 
 TEST(PprExact, EqualsPowerIteration) {
   Random random(1);
-  for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+  for (const EdgeLaw law : kEdgeLaws) {
     for (const double restart_prob : {0.05, 0.15, 0.5, 0.85, 1.0}) {
       for (const double dead_ends : {0.0, 0.1, 0.6, 1.0}) {
         SCOPED_TRACE(::testing::Message()
@@ -80,26 +80,28 @@ TEST(PprExact, EqualsPowerIteration) {
 }
 
 TEST(PprExact, LeavesStaleEdgesOut) {
-  GraphConfig config = graph_config(EdgeLaw::weighted, 2);
-  config.batch_size = 2;
-  GraphManager manager(config, WalkConfig{.restart_prob = 0.2});
-  Feeder feeder(manager, 0, 2);
-  feeder.prefill(70);
-  std::vector<std::vector<std::vector<Index>>> kept(2, std::vector<std::vector<Index>>(2));
-  for (std::size_t b = 0; b < 2; ++b) {
-    for (std::size_t h = 0; h < 2; ++h) {
-      kept[b][h] = random_part(feeder.random, plain_graph(70).positions, 40);
+  for (const EdgeLaw law : kEdgeLaws) {
+    GraphConfig config = graph_config(law, 2);
+    config.batch_size = 2;
+    GraphManager manager(config, WalkConfig{.restart_prob = 0.2});
+    Feeder feeder(manager, 0, 2);
+    feeder.prefill(70);
+    std::vector<std::vector<std::vector<Index>>> kept(2, std::vector<std::vector<Index>>(2));
+    for (std::size_t b = 0; b < 2; ++b) {
+      for (std::size_t h = 0; h < 2; ++h) {
+        kept[b][h] = random_part(feeder.random, plain_graph(70).positions, 40);
+      }
     }
-  }
-  manager.release(0, keep_tensor(kept).view(), Stream{});
-  for (int i = 0; i < 15; ++i) feeder.reuse();
-  manager.update_novelty(0, feeder.keys.view(), Stream{});
-  manager.solve(0, {}, Stream{});
-  const Graphs graphs = read_graphs(manager, 0);
-  for (Index b = 0; b < 2; ++b) {
-    for (Index h = 0; h < 2; ++h) {
-      expect_sound(graphs[at(b)][at(h)], config.num_sinks);
-      expect_solution(manager, graphs[at(b)][at(h)], b, h);
+    manager.release(0, keep_tensor(kept).view(), Stream{});
+    for (int i = 0; i < 15; ++i) feeder.reuse();
+    manager.update_novelty(0, feeder.keys.view(), Stream{});
+    manager.solve(0, {}, Stream{});
+    const Graphs graphs = read_graphs(manager, 0);
+    for (Index b = 0; b < 2; ++b) {
+      for (Index h = 0; h < 2; ++h) {
+        expect_sound(graphs[at(b)][at(h)], config.num_sinks, law);
+        expect_solution(manager, graphs[at(b)][at(h)], b, h);
+      }
     }
   }
 }
@@ -121,16 +123,23 @@ TEST(PprExact, IsBitwiseDeterministic) {
 }
 
 TEST(PprExact, DecaysAsWalksDo) {
-  const WalkConfig walk{.decay = 0.5, .populations = {{.recent_tokens = 20}}};
+  const WalkConfig walk{.decay = 0.5,
+                        .populations = {{.share = 0.5, .recent_tokens = 20},
+                                        {.share = 0.25, .recent_tokens = 30, .decay = 0.9},
+                                        {.count = VisitCount::all, .share = 0.25, .decay = 0.0}}};
   GraphManager manager(graph_config(EdgeLaw::weighted), walk);
   Random random(4);
   load_graphs(manager, 0, {{random_graph(random, kShape, 8, EdgeLaw::weighted)}});
   manager.solve(0, {}, Stream{});
-  const Vector first = read_scores(manager, 0, 0).vector({0, 0});
+  Matrix first;
+  for (int p = 0; p < 3; ++p) first.push_back(read_scores(manager, 0, p).vector({0, 0}));
   manager.solve(0, {}, Stream{});
-  const Vector second = read_scores(manager, 0, 0).vector({0, 0});
-  for (std::size_t v = 0; v < first.size(); ++v) {
-    EXPECT_NEAR(second[v], 1.5 * first[v], 1e-5 * first[v]);
+  for (int p = 0; p < 3; ++p) {
+    const Vector second = read_scores(manager, 0, p).vector({0, 0});
+    const double factor = 1.0 + walk.populations[at(p)].decay.value_or(walk.decay);
+    for (std::size_t v = 0; v < second.size(); ++v) {
+      EXPECT_NEAR(second[v], factor * first[at(p)][v], 1e-5 * first[at(p)][v]);
+    }
   }
 }
 

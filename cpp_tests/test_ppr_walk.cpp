@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -139,7 +141,7 @@ void check_expectation(Stage& stage, int rounds) {
 
 TEST(PprWalk, HasTheExpectedVisitsFromEveryRestart) {
   std::uint64_t seed = 100;
-  for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+  for (const EdgeLaw law : kEdgeLaws) {
     for (const Restart restart : {Restart::current, Restart::recent, Restart::novelty}) {
       for (const VisitCount count : {VisitCount::edges, VisitCount::all}) {
         for (const double restart_prob : {0.15, 0.5, 0.85}) {
@@ -160,7 +162,7 @@ TEST(PprWalk, HasTheExpectedVisitsFromEveryRestart) {
 TEST(PprWalk, HasTheExpectedVisitsForEveryTopKAndLength) {
   std::uint64_t seed = 200;
   for (const int top_k : {4, 8, 16, 32}) {
-    for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+    for (const EdgeLaw law : kEdgeLaws) {
       for (const Index walk_length : {1, 2, 3, 50}) {
         SCOPED_TRACE(::testing::Message() << "top_k " << top_k << ", walk_length " << walk_length);
         const WalkConfig walk{.num_walkers = 2048,
@@ -193,10 +195,12 @@ TEST(PprWalk, RestartsAtDeadEnds) {
   GraphShape shape = kShape;
   shape.dead_ends = 0.7;
   Random random(301);
-  for (const VisitCount count : {VisitCount::edges, VisitCount::all}) {
-    const WalkConfig walk{.restart_prob = 0.1, .populations = {{.count = count}}};
-    Stage stage(graph_config(), walk, random_graph(random, shape, 8, EdgeLaw::weighted));
-    check_expectation(stage, 8);
+  for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::attention}) {
+    for (const VisitCount count : {VisitCount::edges, VisitCount::all}) {
+      const WalkConfig walk{.restart_prob = 0.1, .populations = {{.count = count}}};
+      Stage stage(graph_config(law), walk, random_graph(random, shape, 8, law));
+      check_expectation(stage, 8);
+    }
   }
 }
 
@@ -226,13 +230,50 @@ TEST(PprWalk, AlmostNeverRestarts) {
   check_expectation(stage, 8);
 }
 
+TEST(PprWalk, RestartsAnywhereWhenItsRowIsUsedUp) {
+  // The number that lies beyond the last edge is a high one: were it to say where the walker goes,
+  // it would be to the last of the restarts only. Twelve tokens, each alike, whatever is left over.
+  GraphConfig config = graph_config(EdgeLaw::attention);
+  config.num_sinks = 0;
+  for (const double left_over : {0.02, 0.5, 0.98}) {
+    Graph graph = plain_graph(13);
+    for (Index slot = 1; slot < 13; ++slot) {
+      graph.rows[at(slot)] = {{0, 1.0 - left_over}};
+    }
+    for (const bool stale : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << "left over " << left_over << ", stale " << stale);
+      const WalkConfig walk{.num_walkers = 4096,
+                            .restart_prob = 0.05,
+                            .populations = {{.count = VisitCount::all, .recent_tokens = 12}}};
+      Stage stage(config, walk, graph);
+      if (stale) {
+        std::vector<Index> kept = live_slots(graph);
+        kept.erase(kept.begin());
+        stage.manager.release(0, keep_tensor({{kept}}).view(), Stream{});
+        stage.graph = read_graphs(stage.manager, 0)[0][0];
+        ASSERT_TRUE(stage.graph.rows.back().empty());
+      }
+      check_expectation(stage, 8);
+    }
+  }
+}
+
+TEST(PprWalk, OnlyRestartsWhereRowsRoundToNothing) {
+  Graph graph = plain_graph(20);
+  for (Index slot = 5; slot < 20; ++slot) graph.rows[at(slot)] = {{slot - 1, 1e-11}};
+  const WalkConfig walk{.restart_prob = 0.1, .populations = {{.count = VisitCount::edges}}};
+  Stage stage(graph_config(EdgeLaw::attention), walk, graph);
+  EXPECT_EQ(sum_of(stage.walk()), 0.0);
+}
+
 TEST(PprWalk, LeavesStaleEdgesOut) {
-  // Slots are freed and taken by newer tokens; the rows that the manager shows are renormalised.
+  // Slots are freed and taken by newer tokens; the rows that the manager shows are renormalised,
+  // but for those whose law makes restarts of what is lost.
   GraphConfig config = graph_config();
   config.capacity = 64;
   const WalkConfig walk{.restart_prob = 0.2,
                         .populations = {{.count = VisitCount::all, .recent_tokens = 40}}};
-  for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+  for (const EdgeLaw law : kEdgeLaws) {
     config.edge_law = law;
     GraphManager manager(config, walk);
     Feeder feeder(manager, 0, 304);
@@ -332,8 +373,25 @@ TEST(PprWalk, CountsTheSameArrivalsUnderBothRules) {
 }
 
 TEST(PprWalk, AddsVisitsToDecayedScores) {
-  for (const double decay : {0.0, 0.5, 0.9, 1.0}) {
-    const WalkConfig walk{.decay = decay};
+  // What a population says for itself comes before what the walk says for all.
+  using Decays = std::array<std::optional<double>, 3>;
+  constexpr std::optional<double> kUnset;
+  for (const Decays& given : {Decays{0.0, kUnset, kUnset},
+                              {0.5, kUnset, kUnset},
+                              {0.9, kUnset, kUnset},
+                              {1.0, kUnset, kUnset},
+                              {0.0, 0.9, kUnset},
+                              {0.0, kUnset, 1.0},
+                              {0.5, 0.0, kUnset},
+                              {0.9, 0.3, 0.0},
+                              {0.7, 0.0, 0.0}}) {
+    WalkConfig walk{.decay = *given[0]};
+    std::array<double, 2> decays;
+    for (std::size_t p = 0; p < 2; ++p) {
+      walk.populations[p].decay = given[p + 1];
+      decays[p] = given[p + 1].value_or(walk.decay);
+    }
+    SCOPED_TRACE(::testing::Message() << "decays " << decays[0] << " and " << decays[1]);
     Stage stage(graph_config(), walk, some_graph(308));
     std::vector<Vector> expected(2, Vector(at(kShape.slots), 0.0));
     for (int round = 0; round < 5; ++round) {
@@ -343,7 +401,7 @@ TEST(PprWalk, AddsVisitsToDecayedScores) {
         const Vector visits = stage.visits(p);
         const Vector scores = stage.scores(p);
         for (std::size_t v = 0; v < sum.size(); ++v) {
-          expected[at(p)][v] = decay * expected[at(p)][v] + visits[v];
+          expected[at(p)][v] = decays[at(p)] * expected[at(p)][v] + visits[v];
           sum[v] += expected[at(p)][v];
           EXPECT_NEAR(scores[v], expected[at(p)][v], 1e-6 * expected[at(p)][v]);
         }

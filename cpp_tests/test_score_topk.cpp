@@ -27,7 +27,12 @@ void expect_row(const Vector& attention, const std::vector<bool>& eligible,
   }
   std::sort(candidates.rbegin(), candidates.rend());
   const std::size_t edges = std::min(candidates.size(), at(config.top_k));
-  ASSERT_EQ(row.size(), edges);
+  // An edge that is nearly never followed may round to nothing.
+  constexpr double kLeast = 0x1p-32;
+  std::size_t sure = edges;
+  while (config.edge_law == EdgeLaw::attention && sure > 0 && candidates[sure - 1] < kLeast) --sure;
+  ASSERT_GE(row.size(), sure);
+  ASSERT_LE(row.size(), edges);
   if (edges == 0) return;
   const double lowest = candidates[edges - 1];
   std::set<Index> slots;
@@ -40,8 +45,9 @@ void expect_row(const Vector& attention, const std::vector<bool>& eligible,
     sum += attention[at(edge.slot)];
   }
   for (const Edge& edge : row) {
-    const double expected = config.edge_law == EdgeLaw::uniform ? 1.0 / static_cast<double>(edges)
-                                                                : attention[at(edge.slot)] / sum;
+    double expected = attention[at(edge.slot)];
+    if (config.edge_law == EdgeLaw::uniform) expected = 1.0 / static_cast<double>(edges);
+    if (config.edge_law == EdgeLaw::weighted) expected /= sum;
     EXPECT_NEAR(edge.probability, expected, tolerance) << edge.slot;
   }
 }
@@ -144,7 +150,7 @@ TEST(ScoreTopK, EqualsTheReferenceForEveryTypeGroupAndHeadDim) {
                         .group = group,
                         .head_dim = head_dim,
                         .length = length,
-                        .law = random.chance(0.3) ? EdgeLaw::uniform : EdgeLaw::weighted,
+                        .law = kEdgeLaws[at(random.integer(0, 2))],
                         .scope = random.chance(0.3) ? GraphScope::layer : GraphScope::head,
                         .num_sinks = random.chance(0.3) ? 4 : 0,
                         .strided = random.chance(0.5)},
@@ -159,7 +165,7 @@ TEST(ScoreTopK, EqualsTheReferenceForEveryTypeGroupAndHeadDim) {
 TEST(ScoreTopK, EqualsTheReferenceForEveryTopK) {
   Random random(2);
   for (const int top_k : {4, 8, 16, 32}) {
-    for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+    for (const EdgeLaw law : kEdgeLaws) {
       for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
         for (const Index length :
              {Index{0}, Index{1}, Index{top_k - 1}, Index{top_k}, Index{top_k + 1}, Index{300}}) {
@@ -184,14 +190,31 @@ TEST(ScoreTopK, EqualsTheReferenceForOddHeadDims) {
 
 TEST(ScoreTopK, EqualsTheReferenceForLongCaches) {
   Random random(14);
-  check_update({.dtype = DType::bf16, .group = 4, .head_dim = 128, .length = 4096, .num_sinks = 4},
-               random);
-  check_update({.dtype = DType::f32, .group = 8, .head_dim = 80, .length = 4095, .strided = true},
-               random);
-  // The probabilities of 65540 tokens are small: they agree to a part of the largest of a row.
-  check_update(
-      {.dtype = DType::f16, .group = 2, .length = 65539, .top_k = 32, .num_sinks = 4, .batch = 1},
-      random);
+  for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::attention}) {
+    check_update({.dtype = DType::bf16,
+                  .group = 4,
+                  .head_dim = 128,
+                  .length = 4096,
+                  .law = law,
+                  .num_sinks = 4},
+                 random);
+    check_update({.dtype = DType::f32,
+                  .group = 8,
+                  .head_dim = 80,
+                  .length = 4095,
+                  .law = law,
+                  .strided = true},
+                 random);
+    // The probabilities of 65540 tokens are small: they agree to a part of the largest of a row.
+    check_update({.dtype = DType::f16,
+                  .group = 2,
+                  .length = 65539,
+                  .top_k = 32,
+                  .law = law,
+                  .num_sinks = 4,
+                  .batch = 1},
+                 random);
+  }
 }
 
 TEST(ScoreTopK, AppliesScaleAndSoftcap) {
@@ -430,7 +453,7 @@ TEST(UpdateRows, EqualsTheReference) {
   Random random(6);
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
-      for (const EdgeLaw law : {EdgeLaw::uniform, EdgeLaw::weighted}) {
+      for (const EdgeLaw law : kEdgeLaws) {
         for (const double softcap : {0.0, 2.0}) {
           GraphManager manager(prompt_config(scope, law), {});
           const Prompt prompt =
@@ -448,37 +471,39 @@ TEST(UpdateRows, EqualsTheReference) {
 TEST(UpdateRows, EqualsALoopOfUpdates) {
   Random random(7);
   for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
-    const GraphConfig config = prompt_config(scope, EdgeLaw::weighted);
-    const Prompt prompt = make_prompt(config, DType::f32, 60, random, false);
-    GraphManager block(config, {});
-    GraphManager chunks(config, {});
-    GraphManager loop(config, {});
-    block.update_rows(0, prompt.queries.view(), prompt.keys.view(), {}, Stream{});
-    Index first = 0;
-    for (const Index last : {1, 2, 17, 49, 60}) {
-      chunks.update_rows(0, part(prompt.queries, first, last), prompt.keys.view(), {}, Stream{});
-      first = last;
-    }
-    for (Index slot = 0; slot < 60; ++slot) {
-      loop.update(0, token(prompt.queries, slot), prompt.keys.view(), {}, {}, Stream{});
-    }
-    const Graphs expected = read_graphs(loop, 0);
-    const Graphs in_block = read_graphs(block, 0);
-    const Graphs in_chunks = read_graphs(chunks, 0);
-    for (std::size_t b = 0; b < expected.size(); ++b) {
-      for (std::size_t g = 0; g < expected[b].size(); ++g) {
-        expect_same_graph(expected[b][g], in_block[b][g], 1e-5);
-        expect_same_graph(expected[b][g], in_chunks[b][g], 1e-5);
-        expect_sound(in_block[b][g], config.num_sinks);
+    for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::attention}) {
+      const GraphConfig config = prompt_config(scope, law);
+      const Prompt prompt = make_prompt(config, DType::f32, 60, random, false);
+      GraphManager block(config, {});
+      GraphManager chunks(config, {});
+      GraphManager loop(config, {});
+      block.update_rows(0, prompt.queries.view(), prompt.keys.view(), {}, Stream{});
+      Index first = 0;
+      for (const Index last : {1, 2, 17, 49, 60}) {
+        chunks.update_rows(0, part(prompt.queries, first, last), prompt.keys.view(), {}, Stream{});
+        first = last;
       }
+      for (Index slot = 0; slot < 60; ++slot) {
+        loop.update(0, token(prompt.queries, slot), prompt.keys.view(), {}, {}, Stream{});
+      }
+      const Graphs expected = read_graphs(loop, 0);
+      const Graphs in_block = read_graphs(block, 0);
+      const Graphs in_chunks = read_graphs(chunks, 0);
+      for (std::size_t b = 0; b < expected.size(); ++b) {
+        for (std::size_t g = 0; g < expected[b].size(); ++g) {
+          expect_same_graph(expected[b][g], in_block[b][g], 1e-5);
+          expect_same_graph(expected[b][g], in_chunks[b][g], 1e-5);
+          expect_sound(in_block[b][g], config.num_sinks, law);
+        }
+      }
+      for (Index b = 0; b < 2; ++b) {
+        EXPECT_EQ(block.tokens_seen(0, b), 60);
+        EXPECT_EQ(chunks.tokens_seen(0, b), 60);
+      }
+      EXPECT_EQ(block.statistics().rows_written, 60 * 2 * block.graphs_per_sequence());
+      EXPECT_EQ(chunks.statistics().rows_written, block.statistics().rows_written);
+      EXPECT_EQ(loop.statistics().rows_written, block.statistics().rows_written);
     }
-    for (Index b = 0; b < 2; ++b) {
-      EXPECT_EQ(block.tokens_seen(0, b), 60);
-      EXPECT_EQ(chunks.tokens_seen(0, b), 60);
-    }
-    EXPECT_EQ(block.statistics().rows_written, 60 * 2 * block.graphs_per_sequence());
-    EXPECT_EQ(chunks.statistics().rows_written, block.statistics().rows_written);
-    EXPECT_EQ(loop.statistics().rows_written, block.statistics().rows_written);
   }
 }
 

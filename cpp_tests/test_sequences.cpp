@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -457,7 +458,7 @@ TEST(LoadRows, ReplacesALayer) {
   manager.walk(kAllLayers, {}, Stream{});
   const Graphs other = read_graphs(manager, 1);
   Random random(23);
-  for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::uniform}) {
+  for (const EdgeLaw law : {EdgeLaw::weighted, EdgeLaw::uniform, EdgeLaw::attention}) {
     for (const Index slots : {0, 1, 50, 64}) {
       Graphs graphs(1);
       for (int g = 0; g < 2; ++g) {
@@ -470,7 +471,7 @@ TEST(LoadRows, ReplacesALayer) {
       }
       GraphConfig config = graph_config(1, 2);
       config.edge_law = law;
-      if (law == EdgeLaw::uniform) manager = GraphManager(config, kWalk);
+      if (law != EdgeLaw::weighted) manager = GraphManager(config, kWalk);
       load_graphs(manager, 0, graphs);
       EXPECT_EQ(manager.length(0), slots);
       EXPECT_EQ(manager.tokens_seen(0, 0), slots == 0 ? 0 : 100);
@@ -483,6 +484,35 @@ TEST(LoadRows, ReplacesALayer) {
       }
     }
   }
+}
+
+TEST(LoadRows, TakesRowsThatLeaveSomethingOver) {
+  Graph graph = plain_graph(8);
+  const auto loads = [&](EdgeLaw law, std::vector<double> probabilities) {
+    GraphConfig config = graph_config(1, 1);
+    config.num_query_heads = config.num_kv_heads = 1;
+    config.edge_law = law;
+    GraphManager manager(config, kWalk);
+    graph.rows.back().clear();
+    for (const double probability : probabilities) {
+      graph.rows.back().push_back({4 + count_of(graph.rows.back()), probability});
+    }
+    try {
+      load_graphs(manager, 0, {{graph}});
+    } catch (const InvalidArgument& error) {
+      return std::string(error.what());
+    }
+    expect_same_graph(graph, read_graphs(manager, 0)[0][0], 1e-7);
+    return std::string();
+  };
+  for (const std::vector<double>& row :
+       {std::vector<double>{0.5, 0.25}, {1e-6}, {0.3, 0.3, 0.4}, {1.0}, {}}) {
+    EXPECT_EQ(loads(EdgeLaw::attention, row), "");
+  }
+  EXPECT_NE(loads(EdgeLaw::attention, {0.7, 0.4}).find("must be in [0, 1], got 1.1"),
+            std::string::npos);
+  EXPECT_NE(loads(EdgeLaw::weighted, {0.5, 0.25}).find("must be 1 or 0, got 0.75"),
+            std::string::npos);
 }
 
 }  // namespace

@@ -15,14 +15,18 @@ namespace {
 
 using Lists = std::vector<std::vector<std::vector<Index>>>;
 
-GraphConfig graph_config(Index capacity = 40) {
+GraphConfig graph_config(Index capacity = 40, EdgeLaw law = EdgeLaw::weighted) {
   return {.batch_size = 2,
           .num_query_heads = 4,
           .num_kv_heads = 2,
           .head_dim = 8,
           .capacity = capacity,
+          .edge_law = law,
           .num_threads = 1};
 }
+
+class SlotsOfEveryLaw : public ::testing::TestWithParam<EdgeLaw> {};
+INSTANTIATE_TEST_SUITE_P(Laws, SlotsOfEveryLaw, ::testing::ValuesIn(kEdgeLaws));
 
 /// A random part of every head, of the same size.
 Lists random_keep(Random& random, const Graphs& graphs, Index count) {
@@ -40,8 +44,9 @@ bool holds(const std::vector<Index>& slots, Index slot) {
   return std::find(slots.begin(), slots.end(), slot) != slots.end();
 }
 
-TEST(Slots, AreFreedWhereTheyAre) {
-  GraphManager manager(graph_config(), {.decay = 0.5, .populations = {{.recent_tokens = 20}}});
+TEST_P(SlotsOfEveryLaw, AreFreedWhereTheyAre) {
+  GraphManager manager(graph_config(40, GetParam()),
+                       {.decay = 0.5, .populations = {{.recent_tokens = 20}}});
   Feeder feeder(manager, 0, 1);
   feeder.prefill(30);
   manager.walk(0, {}, Stream{});
@@ -72,7 +77,7 @@ TEST(Slots, AreFreedWhereTheyAre) {
                   stays ? visits.get({b, h, slot}) : 0.0);
       }
       for (Index slot = 0; slot < 30; ++slot) {
-        expected.rows[at(slot)] = live_row(expected, slot);
+        expected.rows[at(slot)] = live_row(expected, slot, GetParam());
       }
       expect_same_graph(expected, after[at(b)][at(h)], 1e-6);
     }
@@ -183,8 +188,8 @@ TEST(Slots, TakeNewTokensWhoseRowsAreAsAnywhere) {
   }
 }
 
-TEST(Slots, MakeOldEdgesStale) {
-  GraphManager manager(graph_config(), {.populations = {{.recent_tokens = 20}}});
+TEST_P(SlotsOfEveryLaw, MakeOldEdgesStale) {
+  GraphManager manager(graph_config(40, GetParam()), {.populations = {{.recent_tokens = 20}}});
   Feeder feeder(manager, 0, 6);
   feeder.prefill(30);
   manager.walk(0, {}, Stream{});
@@ -208,23 +213,23 @@ TEST(Slots, MakeOldEdgesStale) {
         EXPECT_EQ(graph.positions[at(slot)], position - 1);
         EXPECT_EQ(scores.get({b, h, slot}), 0.0) << "the score of the token before";
         EXPECT_EQ(graph.rows[at(slot)].size(), 8U);
-        expect_sound(graph, 4);
+        expect_sound(graph, 4, GetParam());
         // What the old tokens' rows have left does not change, whoever moves in.
         Graph expected = before[at(b)][at(h)];
         for (Index j = 0; j < 30; ++j) {
           if (!holds(keep[at(b)][at(h)], j)) expected.positions[at(j)] = -1;
         }
         for (const Index kept : keep[at(b)][at(h)]) {
-          expect_same_row(live_row(expected, kept), graph.rows[at(kept)], 1e-6);
+          expect_same_row(live_row(expected, kept, GetParam()), graph.rows[at(kept)], 1e-6);
         }
       }
     }
   }
 }
 
-TEST(Slots, AreMadeDenseAgain) {
+TEST_P(SlotsOfEveryLaw, AreMadeDenseAgain) {
   // compact after reuse: slots and positions are in any order.
-  GraphManager manager(graph_config(), {});
+  GraphManager manager(graph_config(40, GetParam()), {});
   Feeder feeder(manager, 0, 7);
   feeder.prefill(30);
   manager.release(0, keep_tensor(random_keep(feeder.random, read_graphs(manager, 0), 15)).view(),
@@ -238,8 +243,8 @@ TEST(Slots, AreMadeDenseAgain) {
   const Graphs after = read_graphs(manager, 0);
   for (Index b = 0; b < 2; ++b) {
     for (Index h = 0; h < 2; ++h) {
-      expect_same_graph(compacted(before[at(b)][at(h)], keep[at(b)][at(h)]), after[at(b)][at(h)],
-                        1e-6);
+      expect_same_graph(compacted(before[at(b)][at(h)], keep[at(b)][at(h)], GetParam()),
+                        after[at(b)][at(h)], 1e-6);
       for (Index slot = 0; slot < 12; ++slot) {
         EXPECT_EQ(feeder.keys.vector({b, h, slot}),
                   keys.vector({b, h, keep[at(b)][at(h)][at(slot)]}));

@@ -4,6 +4,7 @@
 // the device's memory tells (free slots, kept slots) and throws before it changes anything.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -160,6 +161,21 @@ struct WalkerRange {
   std::int64_t count = 0;
 };
 WalkerRange walkers_of(const WalkConfig& walk, int population);
+
+/// What a population's scores are multiplied with before the visits of a walk are added.
+inline double decay_of(const WalkConfig& walk, int population) {
+  return walk.populations[static_cast<std::size_t>(population)].decay.value_or(walk.decay);
+}
+
+/// Whether visits are kept beside the scores: these are the visits where no population accumulates
+/// them and f32 holds every count.
+bool needs_visits(const WalkConfig& walk);
+
+/// Words of 32 bits of a row: top_k neighbours and, unless all are followed alike, top_k
+/// thresholds.
+inline int words_of_row(const GraphConfig& graph) {
+  return graph.edge_law == EdgeLaw::uniform ? graph.top_k : 2 * graph.top_k;
+}
 
 /// Philox blocks that one walk takes from each walker's stream: two numbers for the start and for
 /// every step, four in a block.

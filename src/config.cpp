@@ -61,6 +61,8 @@ void WalkConfig::validate() const {
     check_fraction(kOperation, "share", population.share, false);
     check_fraction(kOperation, "recent_fraction", population.recent_fraction, false);
     check_range(kOperation, "recent_tokens", population.recent_tokens, 0, kMaxSlots);
+    if (population.decay)
+      check_fraction(kOperation, "a population's decay", *population.decay, true);
     total += population.share;
   }
   if (std::abs(total - 1.0) > 1e-6) {

@@ -697,6 +697,16 @@ WalkerRange walkers_of(const WalkConfig& walk, int population) {
   return range;
 }
 
+bool needs_visits(const WalkConfig& walk) {
+  constexpr std::int64_t kExactCounts = std::int64_t{1}
+                                        << 24;  // f32 holds every integer up to here
+  bool accumulates = false;
+  for (int p = 0; p < static_cast<int>(walk.populations.size()); ++p) {
+    accumulates = accumulates || decay_of(walk, p) != 0.0;
+  }
+  return accumulates || walk.num_walkers * walk.walk_length > kExactCounts;
+}
+
 std::int64_t first_recent_position(const Population& population, std::int64_t seen,
                                    std::int64_t num_sinks) {
   const std::int64_t by_fraction = std::max<std::int64_t>(

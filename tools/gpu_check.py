@@ -58,6 +58,7 @@ SANITIZER_FILTER = ":".join(
         "Compact.CountsTheEvicted",
         "Compact.MovesSlotsToTheRight",
         "Slots.*",
+        "*SlotsOfEveryLaw.*",
         "Truncate.Goes*",
         "SelectBatch.*",
         "Reset.*",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -10,10 +11,12 @@
 
 namespace spectralkv {
 
-/// How a token's row stores its neighbours.
+/// How a token's row stores its neighbours, and how walkers follow them.
 enum class EdgeLaw : std::uint8_t {
-  uniform,   ///< top_k slots, each followed with the same probability
-  weighted,  ///< top_k slots with their cumulative probabilities
+  uniform,    ///< top_k slots, each followed with the same probability
+  weighted,   ///< top_k slots with their cumulative probabilities, whose sum is 1
+  attention,  ///< the same, but of the attention to all tokens: what the neighbours leave over, to
+              ///< sinks for instance, and what tokens held that went is a restart
 };
 
 /// Which heads share a graph.
@@ -67,7 +70,8 @@ struct Population {
   VisitCount count = VisitCount::edges;
   double share = 1.0;            ///< of walkers and of the budget; the shares of a config sum to 1
   double recent_fraction = 0.1;  ///< Restart::recent: this part of the tokens seen ...
-  std::int64_t recent_tokens = 0;  ///< ... or, when positive, this many tokens
+  std::int64_t recent_tokens = 0;              ///< ... or, when positive, this many tokens
+  std::optional<double> decay = std::nullopt;  ///< in place of WalkConfig::decay
 };
 
 /// Most populations a walk can have.
@@ -78,7 +82,9 @@ struct SPECTRALKV_API WalkConfig {
   std::int64_t num_walkers = 1024;  ///< a graph, over all its populations
   std::int64_t walk_length = 20;    ///< steps a walker
   double restart_prob = 0.5;        ///< in (0, 1]
-  double decay = 0.0;  ///< scores = decay * scores + visits; 0: each walk anew, 1: never forget
+  /// scores = decay * scores + visits; 0: each walk anew, 1: never forget. Of populations that have
+  /// none of their own.
+  double decay = 0.0;
   std::vector<Population> populations{
       {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.5},
       {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.5},

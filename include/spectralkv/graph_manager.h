@@ -197,12 +197,14 @@ class SPECTRALKV_API GraphManager {
   /// Writes i32 (B, Hkv, length): the position of the token in each slot, -1 if empty.
   void positions(std::int64_t layer, const TensorView& out, Stream stream) const;
   /// Writes the rows: neighbours i32 and probabilities f32, both (B, G, length, K) with
-  /// G = graphs_per_sequence(). Absent and stale edges: -1 and 0, the others as walks follow them.
+  /// G = graphs_per_sequence(). Absent and stale edges: -1 and 0, the others as walks follow them:
+  /// a row sums to 1, or to less under EdgeLaw::attention.
   void rows(std::int64_t layer, const TensorView& neighbors, const TensorView& probabilities,
             Stream stream) const;
   /// Replaces the graphs of a layer: `positions` i32 (B, G, S), `neighbors` i32 and `probabilities`
   /// f32 (B, G, S, K). Positions of a graph are unique where not -1, an edge points to an older
-  /// token, a row's probabilities sum to 1 or to 0; S becomes the length.
+  /// token, a row's probabilities sum to 1 or to 0, under EdgeLaw::attention to 1 at most; S
+  /// becomes the length.
   void load_rows(std::int64_t layer, const ConstTensorView& positions,
                  const ConstTensorView& neighbors, const ConstTensorView& probabilities,
                  Stream stream = {});

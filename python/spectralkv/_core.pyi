@@ -55,6 +55,8 @@ class EdgeLaw(enum.Enum):
 
     weighted = 1
 
+    attention = 2
+
 class GraphScope(enum.Enum):
     """Which heads share a graph."""
 
@@ -246,6 +248,12 @@ class Population:
 
     @recent_tokens.setter
     def recent_tokens(self, arg: int, /) -> None: ...
+
+    @property
+    def decay(self) -> float | None: ...
+
+    @decay.setter
+    def decay(self, arg: float | None, /) -> None: ...
 
 class WalkConfig:
     """Personalized PageRank by random walks."""

@@ -20,7 +20,7 @@ __all__ = [
     "apply_preset",
 ]
 
-EdgeLaw = Literal["uniform", "weighted"]
+EdgeLaw = Literal["uniform", "weighted", "attention"]
 GraphScope = Literal["head", "layer"]
 Restart = Literal["current", "recent", "novelty"]
 VisitCount = Literal["edges", "all"]
@@ -60,7 +60,9 @@ class GraphConfig:
     top_k
         Neighbours a token: 4, 8, 16 or 32.
     edge_law
-        ``"uniform"``: each neighbour is followed alike; ``"weighted"``: by its attention.
+        ``"uniform"``: each neighbour is followed alike; ``"weighted"``: by its part of the
+        attention to all neighbours; ``"attention"``: by its attention, and what the neighbours
+        leave over, to sinks for instance, is a restart.
     scope
         ``"head"``: a graph for each KV head; ``"layer"``: the heads of a layer share one.
     num_sinks
@@ -134,6 +136,8 @@ class Population:
         Of walkers and budget, in (0, 1]; the shares of a walk sum to 1.
     recent_fraction, recent_tokens
         How many tokens are recent: this part of the tokens seen or, when positive, this many.
+    decay
+        Of this population's scores, in [0, 1]; None: that of the walk.
     """
 
     restart: Restart = "recent"
@@ -141,6 +145,7 @@ class Population:
     share: float = 1.0
     recent_fraction: float = 0.1
     recent_tokens: int = 0
+    decay: float | None = None
 
     def __post_init__(self) -> None:
         self._to_core()
@@ -152,6 +157,7 @@ class Population:
         core.share = self.share
         core.recent_fraction = self.recent_fraction
         core.recent_tokens = self.recent_tokens
+        core.decay = self.decay
         return core
 
     @classmethod
@@ -162,6 +168,7 @@ class Population:
             share=core.share,
             recent_fraction=core.recent_fraction,
             recent_tokens=core.recent_tokens,
+            decay=core.decay,
         )
 
 
@@ -182,7 +189,8 @@ class WalkConfig:
     restart_prob
         In (0, 1]: probability of a restart at each step, 1 - damping in PageRank's words.
     decay
-        ``scores = decay * scores + visits`` at each walk, in [0, 1].
+        ``scores = decay * scores + visits`` at each walk, in [0, 1]; of populations that have none
+        of their own.
     populations
         One to four, see :class:`Population`.
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from spectralkv._arrays import Array, StreamLike
 from spectralkv._core import InvalidArgument, MemoryUse, Statistics
 from spectralkv.config import (
+    EdgeLaw,
     EvictionConfig,
     GraphConfig,
     GraphScope,
@@ -47,7 +48,7 @@ class SpectralGraph:
         Edge law, top_k and walk: ``"default"``, ``"uniform32"`` or ``"weighted4"``.
     walk
         Used instead of the preset's walk.
-    top_k
+    top_k, edge_law
         Used instead of the preset's.
     scope, num_sinks, seed, device, num_threads, eager_checks
         See :class:`spectralkv.GraphConfig`. Tensors lie on ``device``; how calls are ordered on
@@ -81,6 +82,7 @@ class SpectralGraph:
         preset: Preset | str = "default",
         walk: WalkConfig | None = None,
         top_k: int | None = None,
+        edge_law: EdgeLaw | None = None,
         scope: GraphScope = "head",
         num_sinks: int = 4,
         seed: int = 0,
@@ -106,6 +108,8 @@ class SpectralGraph:
         )
         if top_k is not None:
             graph = replace(graph, top_k=top_k)
+        if edge_law is not None:
+            graph = replace(graph, edge_law=edge_law)
         self._manager = GraphManager(graph, walk or preset_walk)
         self._like: Array | None = None
         self._keys_rank = 4

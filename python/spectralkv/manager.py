@@ -451,7 +451,7 @@ class GraphManager:
         """Neighbours int32 and probabilities float32, both (B, G, length, K).
 
         G is the number of graphs a sequence. Absent and stale edges are -1 and 0; the others are as
-        walks follow them.
+        walks follow them: a row sums to 1, or to less with ``edge_law="attention"``.
         """
         batch, _, length = self._slot_shape(layer)
         shape = (
@@ -495,7 +495,7 @@ class GraphManager:
             int32 (B, G, S), unique in a graph where not -1.
         neighbors, probabilities
             int32 and float32 (B, G, S, K): edges to slots with older tokens; a row's probabilities
-            sum to 1, or to 0 where it has no edges.
+            sum to 1, or to 0 where it has no edges; with ``edge_law="attention"`` to 1 at most.
         stream
             See the class; the call waits.
         """

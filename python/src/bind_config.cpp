@@ -1,4 +1,5 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -14,7 +15,8 @@ namespace skv = spectralkv;
 void init_config(nb::module_& m) {
   nb::enum_<skv::EdgeLaw>(m, "EdgeLaw", "How a token's row stores its neighbours.")
       .value("uniform", skv::EdgeLaw::uniform)
-      .value("weighted", skv::EdgeLaw::weighted);
+      .value("weighted", skv::EdgeLaw::weighted)
+      .value("attention", skv::EdgeLaw::attention);
   nb::enum_<skv::GraphScope>(m, "GraphScope", "Which heads share a graph.")
       .value("head", skv::GraphScope::head)
       .value("layer", skv::GraphScope::layer);
@@ -68,7 +70,8 @@ void init_config(nb::module_& m) {
       .def_rw("count", &skv::Population::count)
       .def_rw("share", &skv::Population::share)
       .def_rw("recent_fraction", &skv::Population::recent_fraction)
-      .def_rw("recent_tokens", &skv::Population::recent_tokens);
+      .def_rw("recent_tokens", &skv::Population::recent_tokens)
+      .def_rw("decay", &skv::Population::decay);
 
   nb::class_<skv::WalkConfig>(m, "WalkConfig", "Personalized PageRank by random walks.")
       .def(nb::init<>())

@@ -307,7 +307,8 @@ class CpuBackend final : public Backend {
           std::fill_n(to, graph_.top_k, -1);
           std::fill_n(weight, graph_.top_k, 0.0F);
           if (memory.positions(b, g)[slot] < 0) continue;
-          for_each_live_edge(memory.row(b, g, slot), graph_.top_k, memory.positions(b, g), slot,
+          for_each_live_edge(memory.row(b, g, slot), graph_.edge_law, graph_.top_k,
+                             memory.positions(b, g), slot,
                              [&](std::int32_t neighbor, double probability) {
                                *to++ = neighbor;
                                *weight++ = static_cast<float>(probability);

@@ -91,7 +91,8 @@ void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std:
   }
   // Rows are rewritten on their way, before positions move: these tell which edges live.
   const auto rewrite = [&](std::int64_t to, std::int64_t from) {
-    remap_row(layer.row(b, g, from), layer.row(b, g, to), top_k, positions, from, new_slot.data());
+    remap_row(layer.row(b, g, from), layer.row(b, g, to), context.graph.edge_law, top_k, positions,
+              from, new_slot.data());
   };
   for (std::int64_t i = 0; i < count; ++i) {
     if (keep[i] == i) rewrite(i, i);

@@ -1,4 +1,4 @@
-// How a token's edges are stored: the two edge laws.
+// How a token's edges are stored: the edge laws.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,11 +13,22 @@ constexpr std::uint32_t kAllOnes = std::numeric_limits<std::uint32_t>::max();
 
 }  // namespace
 
-void write_row(Row row, int top_k, const std::int32_t* neighbors, const double* probabilities,
-               int count) {
+void write_row(Row row, EdgeLaw law, int top_k, const std::int32_t* neighbors,
+               const double* probabilities, int count) {
   std::fill_n(row.neighbors, top_k, -1);
   std::copy_n(neighbors, count, row.neighbors);
-  if (row.thresholds == nullptr) return;
+  if (law == EdgeLaw::uniform) return;
+  if (law == EdgeLaw::attention) {
+    // Each width is rounded by itself: sums of integers ascend and depend on no order.
+    std::uint64_t sum = 0;
+    for (int k = 0; k < top_k; ++k) {
+      if (k < count) {
+        sum += static_cast<std::uint64_t>(std::floor(probabilities[k] * 0x1p32 + 0.5));
+      }
+      row.thresholds[k] = static_cast<std::uint32_t>(std::min<std::uint64_t>(sum, kAllOnes));
+    }
+    return;
+  }
   double total = 0.0;
   for (int k = 0; k < count; ++k) total += probabilities[k];
   double sum = 0.0;
@@ -32,13 +43,13 @@ void write_row(Row row, int top_k, const std::int32_t* neighbors, const double* 
   std::fill(row.thresholds + count, row.thresholds + top_k, threshold);
 }
 
-void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, std::int64_t slot,
-               const std::int32_t* new_slot) {
+void remap_row(ConstRow from, Row to, EdgeLaw law, int top_k, const std::int32_t* positions,
+               std::int64_t slot, const std::int32_t* new_slot) {
   const auto target = [&](std::int32_t neighbor) {
     return is_live_edge(positions, slot, neighbor) ? new_slot[neighbor] : -1;
   };
   int count = 0;
-  if (from.thresholds == nullptr) {
+  if (law == EdgeLaw::uniform) {
     for (int k = 0; k < top_k; ++k) {
       const std::int32_t neighbor = target(from.neighbors[k]);
       if (neighbor >= 0) to.neighbors[count++] = neighbor;
@@ -61,6 +72,11 @@ void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, 
     to.neighbors[count] = neighbor;
     to.thresholds[count++] = sum;
   }
+  std::fill(to.neighbors + count, to.neighbors + top_k, -1);
+  if (law == EdgeLaw::attention) {
+    std::fill(to.thresholds + count, to.thresholds + top_k, sum);
+    return;
+  }
   const std::uint32_t total = sum;
   if (total != kAllOnes) {
     for (int k = 0; k + 1 < count; ++k) {
@@ -69,7 +85,6 @@ void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, 
     }
     if (count > 0) to.thresholds[count - 1] = kAllOnes;
   }
-  std::fill(to.neighbors + count, to.neighbors + top_k, -1);
   std::fill(to.thresholds + count, to.thresholds + top_k, count > 0 ? kAllOnes : 0U);
 }
 

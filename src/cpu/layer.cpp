@@ -3,16 +3,6 @@
 #include <algorithm>
 
 namespace spectralkv::detail {
-namespace {
-
-// f32 holds every integer up to here.
-constexpr std::int64_t kExactCounts = std::int64_t{1} << 24;
-
-bool needs_visits(const WalkConfig& walk) {
-  return walk.decay != 0.0 || walk.num_walkers * walk.walk_length > kExactCounts;
-}
-
-}  // namespace
 
 CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t batch,
                    std::int64_t capacity)
@@ -20,9 +10,9 @@ CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_
       graphs_(graph.scope == GraphScope::head ? graph.num_kv_heads : 1),
       capacity_(capacity),
       top_k_(graph.top_k),
-      row_words_(graph.edge_law == EdgeLaw::weighted ? 2 * graph.top_k : graph.top_k),
+      row_words_(words_of_row(graph)),
       populations_(static_cast<std::int64_t>(walk.populations.size())),
-      weighted_(graph.edge_law == EdgeLaw::weighted),
+      has_thresholds_(graph.edge_law != EdgeLaw::uniform),
       positions_(batch * graphs_ * capacity, -1),
       rows_(batch * graphs_ * capacity * row_words_, 0),
       scores_(batch * graphs_ * capacity * populations_, 0.0F),

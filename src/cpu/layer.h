@@ -49,10 +49,11 @@ class AlignedBuffer {
   std::unique_ptr<T[], Free> data_;
 };
 
-/// A row is top_k neighbours (slots, -1 where there are none) and, under EdgeLaw::weighted, top_k
+/// A row is top_k neighbours (slots, -1 where there are none) and, unless EdgeLaw::uniform, top_k
 /// thresholds: the cumulative probabilities in units of 2^-32, so that a 32-bit random number r
-/// takes the first edge with r < threshold. The last edge's threshold is 2^32 - 1, not 2^32: a
-/// number above it is drawn again, as one that hits a stale edge is.
+/// takes the first edge with r < threshold. Under EdgeLaw::weighted the last edge's threshold is
+/// 2^32 - 1, not 2^32: a number above it is drawn again, as one that hits a stale edge is. Under
+/// EdgeLaw::attention it may be anything: a number above it is a restart.
 struct ConstRow {
   const std::int32_t* neighbors;
   const std::uint32_t* thresholds;  ///< null under EdgeLaw::uniform
@@ -82,11 +83,12 @@ class CpuLayer {
   }
   Row row(std::int64_t b, std::int64_t g, std::int64_t slot) {
     std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
-    return {words, weighted_ ? reinterpret_cast<std::uint32_t*>(words + top_k_) : nullptr};
+    return {words, has_thresholds_ ? reinterpret_cast<std::uint32_t*>(words + top_k_) : nullptr};
   }
   ConstRow row(std::int64_t b, std::int64_t g, std::int64_t slot) const {
     const std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
-    return {words, weighted_ ? reinterpret_cast<const std::uint32_t*>(words + top_k_) : nullptr};
+    return {words,
+            has_thresholds_ ? reinterpret_cast<const std::uint32_t*>(words + top_k_) : nullptr};
   }
   float* scores(std::int64_t b, std::int64_t g, int population) {
     return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
@@ -140,7 +142,7 @@ class CpuLayer {
   std::int64_t top_k_;
   std::int64_t row_words_;
   std::int64_t populations_;
-  bool weighted_;
+  bool has_thresholds_;
   AlignedBuffer<std::int32_t> positions_;
   AlignedBuffer<std::int32_t> rows_;
   AlignedBuffer<float> scores_;
@@ -222,8 +224,11 @@ void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::i
 bool all_finite(const float* values, std::int64_t n);
 
 /// graph_rows.cpp
-void write_row(Row row, int top_k, const std::int32_t* neighbors, const double* probabilities,
-               int count);
+
+/// Stores `count` neighbours with their probabilities, which need not sum to 1: EdgeLaw::weighted
+/// makes them.
+void write_row(Row row, EdgeLaw law, int top_k, const std::int32_t* neighbors,
+               const double* probabilities, int count);
 inline bool is_live_edge(const std::int32_t* positions, std::int64_t from, std::int32_t to) {
   return to >= 0 && positions[to] >= 0 && positions[to] < positions[from];
 }
@@ -232,13 +237,18 @@ inline std::uint32_t edge_width(ConstRow row, int k) {
   if (row.thresholds == nullptr) return 1;
   return row.thresholds[k] - (k == 0 ? 0 : row.thresholds[k - 1]);
 }
-/// Calls function(neighbor, probability) for each live edge; the probabilities sum to 1.
+/// Calls function(neighbor, probability) for each live edge. The probabilities sum to 1; under
+/// EdgeLaw::attention to less, and the rest is a restart.
 template <class Function>
-void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, std::int64_t slot,
-                        Function&& function) {
+void for_each_live_edge(ConstRow row, EdgeLaw law, int top_k, const std::int32_t* positions,
+                        std::int64_t slot, Function&& function) {
   std::uint64_t total = 0;
-  for (int k = 0; k < top_k; ++k) {
-    if (is_live_edge(positions, slot, row.neighbors[k])) total += edge_width(row, k);
+  if (law == EdgeLaw::attention) {
+    total = std::uint64_t{1} << 32U;
+  } else {
+    for (int k = 0; k < top_k; ++k) {
+      if (is_live_edge(positions, slot, row.neighbors[k])) total += edge_width(row, k);
+    }
   }
   if (total == 0) return;
   const double unit = 1.0 / static_cast<double>(total);
@@ -250,9 +260,9 @@ void for_each_live_edge(ConstRow row, int top_k, const std::int32_t* positions, 
 }
 /// Rewrites the row of `slot` for slots that move, into `to`, which may be the row itself:
 /// new_slot[j] is where slot j goes, -1 where its token does not stay. Edges to tokens that go are
-/// dropped, the others keep their proportions.
-void remap_row(ConstRow from, Row to, int top_k, const std::int32_t* positions, std::int64_t slot,
-               const std::int32_t* new_slot);
+/// dropped, the others keep their proportions, or under EdgeLaw::attention their probabilities.
+void remap_row(ConstRow from, Row to, EdgeLaw law, int top_k, const std::int32_t* positions,
+               std::int64_t slot, const std::int32_t* new_slot);
 
 /// load_rows.cpp: fills an empty layer; throws InvalidArgument where the tables are no graphs.
 LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTensorView& positions,

@@ -11,6 +11,9 @@
 namespace spectralkv::detail {
 namespace {
 
+/// Sums of probabilities are those of rounded numbers.
+constexpr double kSlack = 1e-3;
+
 std::int64_t row_offset(const ConstTensorView& view, std::int64_t b, std::int64_t g,
                         std::int64_t slot) {
   return b * view.stride(0) + g * view.stride(1) + slot * view.stride(2);
@@ -75,11 +78,13 @@ LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTens
           weights.push_back(weight[k]);
           total += weight[k];
         }
-        if (!edges.empty() && std::abs(total - 1.0) > 1e-3) {
-          throw_invalid("load_rows", "the sum of a row's probabilities", "1 or 0",
-                        std::to_string(total));
+        const bool all_to_neighbors = graph.edge_law != EdgeLaw::attention;
+        const double least = edges.empty() || !all_to_neighbors ? 0.0 : 1.0;
+        if (total < least - kSlack || total > 1.0 + kSlack) {
+          throw_invalid("load_rows", "the sum of a row's probabilities",
+                        all_to_neighbors ? "1 or 0" : "in [0, 1]", std::to_string(total));
         }
-        write_row(next.row(b, g, slot), graph.top_k, edges.data(), weights.data(),
+        write_row(next.row(b, g, slot), graph.edge_law, graph.top_k, edges.data(), weights.data(),
                   static_cast<int>(edges.size()));
       }
     }

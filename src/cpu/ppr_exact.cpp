@@ -1,7 +1,7 @@
 // Personalized PageRank without noise. Edges point to older tokens only, so one sweep from the
 // newest token to the oldest sums all paths: y(v) = r(v) + (1 - restart_prob) * sum over u -> v of
-// y(u) p(u, v), with r the restart distribution. Restarts, dead ends included, all return to r, so
-// y is PageRank up to its sum.
+// y(u) p(u, v), with r the restart distribution. Restarts, dead ends and what rows leave over
+// included, all return to r, so y is PageRank up to its sum.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -59,12 +59,13 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
       if (mass == 0.0) continue;
       total += mass;
       const double sent = mass * (1.0 - config.restart_prob);
-      for_each_live_edge(layer.row(b, g, slot), top_k, positions, slot,
+      for_each_live_edge(layer.row(b, g, slot), context.graph.edge_law, top_k, positions, slot,
                          [&](std::int32_t neighbor, double probability) {
                            arriving[static_cast<std::size_t>(neighbor)] += sent * probability;
                          });
     }
 
+    const double decay = decay_of(config, p);
     const bool all = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all;
     const double steps = static_cast<double>(walkers_of(config, p).count * config.walk_length);
     float* const scores = layer.scores(b, g, p);
@@ -74,7 +75,7 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
       if (layer.has_visits()) {
         layer.visits(b, g, p)[i] = static_cast<std::uint32_t>(std::lround(visits));
       }
-      scores[i] = static_cast<float>(config.decay * static_cast<double>(scores[i]) + visits);
+      scores[i] = static_cast<float>(decay * static_cast<double>(scores[i]) + visits);
     }
   });
 }

@@ -28,15 +28,17 @@ inline std::uint32_t scaled(std::uint64_t total, std::uint32_t random) {
   return static_cast<std::uint32_t>((total * random) >> 32U);
 }
 
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 struct Edges {
-  static constexpr std::int64_t kRowWords = kWeighted ? 2 * kTopK : kTopK;
+  static constexpr bool kHasThresholds = kLaw != EdgeLaw::uniform;
+  static constexpr std::int64_t kRowWords = kHasThresholds ? 2 * kTopK : kTopK;
 
   const Graph graph;
 
   ConstRow row(std::int32_t slot) const {
     const std::int32_t* words = graph.rows + slot * kRowWords;
-    return {words, kWeighted ? reinterpret_cast<const std::uint32_t*>(words + kTopK) : nullptr};
+    return {words,
+            kHasThresholds ? reinterpret_cast<const std::uint32_t*>(words + kTopK) : nullptr};
   }
 
   void prefetch(std::int32_t slot) const {
@@ -47,7 +49,7 @@ struct Edges {
   /// The edge that a number means, stale or not; kNone: the number lies above all edges.
   std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
     const ConstRow edges = row(slot);
-    if constexpr (kWeighted) {
+    if constexpr (kHasThresholds) {
       int k = 0;
       for (int i = 0; i < kTopK; ++i) k += random >= edges.thresholds[i] ? 1 : 0;
       return k < kTopK ? edges.neighbors[k] : kNone;
@@ -86,8 +88,8 @@ struct WalkRules {
 /// Walks kWalkerLanes walkers side by side, so that their memory accesses overlap; `active` of them
 /// are counted. A step first parts the walkers that follow an edge from those that restart: a
 /// branch on a fair coin would be mispredicted half the time.
-template <int kTopK, bool kWeighted>
-void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restarts,
+template <int kTopK, EdgeLaw kLaw>
+void walk_lanes(const Edges<kTopK, kLaw>& edges, const RestartTable& restarts,
                 const WalkRules& rules, const std::uint32_t* random, int active,
                 std::uint32_t* visits) {
   std::array<std::int32_t, kWalkerLanes> node;
@@ -98,6 +100,11 @@ void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restar
     edges.prefetch(node[static_cast<std::size_t>(lane)]);
   }
   const std::uint64_t follow_range = (std::uint64_t{1} << 32U) - rules.restart_threshold;
+  // What decided to follow an edge is, rescaled, uniform again.
+  const auto again = [&](std::uint32_t number) {
+    const std::uint64_t above = number - rules.restart_threshold;
+    return static_cast<std::uint32_t>((above << 32U) / follow_range);
+  };
   const std::uint32_t restart_visit = rules.count_restarts ? 1 : 0;
   for (std::int64_t step = 0; step < rules.walk_length; ++step) {
     const std::uint32_t* const first = random + (2 + 2 * step) * kWalkerLanes;
@@ -111,14 +118,15 @@ void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restar
       num_following += follows ? 1 : 0;
       num_restarting += follows ? 0 : 1;
     }
+    const std::size_t num_decided = num_restarting;  // whose second number is unused
     for (std::size_t i = 0; i < num_following; ++i) {
       const std::size_t lane = following[i];
       std::int32_t next = edges.draw(node[lane], second[lane]);
       if (!is_live_edge(edges.graph.positions, node[lane], next)) {
-        // What decided to follow an edge is, rescaled, uniform again.
-        const std::uint64_t again = first[lane] - rules.restart_threshold;
-        next =
-            edges.draw_live(node[lane], static_cast<std::uint32_t>((again << 32U) / follow_range));
+        next = kNone;
+        if constexpr (kLaw != EdgeLaw::attention) {
+          next = edges.draw_live(node[lane], again(first[lane]));
+        }
         if (next == kNone) {
           restarting[num_restarting++] = static_cast<std::uint8_t>(lane);
           continue;
@@ -130,7 +138,12 @@ void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restar
     }
     for (std::size_t i = 0; i < num_restarting; ++i) {
       const std::size_t lane = restarting[i];
-      const std::int32_t next = restarts.draw(second[lane]);
+      std::uint32_t number = second[lane];
+      // It has said that the walker restarts, so it is not free to say where.
+      if constexpr (kLaw == EdgeLaw::attention) {
+        if (i >= num_decided) number = again(first[lane]);
+      }
+      const std::int32_t next = restarts.draw(number);
       visits[next] += restart_visit;
       node[lane] = next;
       edges.prefetch(next);
@@ -138,11 +151,11 @@ void walk_lanes(const Edges<kTopK, kWeighted>& edges, const RestartTable& restar
   }
 }
 
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 void walk_graph(const CpuContext& context, const Graph& graph, const RestartTable& restarts,
                 const WalkRules& rules, std::uint64_t first_stream, std::int64_t num_walkers,
                 std::uint32_t* random, std::uint32_t* visits) {
-  const Edges<kTopK, kWeighted> edges{graph};
+  const Edges<kTopK, kLaw> edges{graph};
   const auto blocks = static_cast<std::int64_t>(blocks_of_walk(rules.walk_length));
   for (std::int64_t w = 0; w < num_walkers; w += kWalkerLanes) {
     context.simd.philox_lanes(rules.seed, first_stream + static_cast<std::uint64_t>(w),
@@ -155,17 +168,28 @@ void walk_graph(const CpuContext& context, const Graph& graph, const RestartTabl
 using WalkGraph = void (*)(const CpuContext&, const Graph&, const RestartTable&, const WalkRules&,
                            std::uint64_t, std::int64_t, std::uint32_t*, std::uint32_t*);
 
+template <int kTopK>
+WalkGraph walk_graph_for(EdgeLaw law) {
+  switch (law) {
+    case EdgeLaw::uniform:
+      return walk_graph<kTopK, EdgeLaw::uniform>;
+    case EdgeLaw::weighted:
+      return walk_graph<kTopK, EdgeLaw::weighted>;
+    default:
+      return walk_graph<kTopK, EdgeLaw::attention>;
+  }
+}
+
 WalkGraph walk_graph_for(const GraphConfig& graph) {
-  const bool weighted = graph.edge_law == EdgeLaw::weighted;
   switch (graph.top_k) {
     case 4:
-      return weighted ? walk_graph<4, true> : walk_graph<4, false>;
+      return walk_graph_for<4>(graph.edge_law);
     case 8:
-      return weighted ? walk_graph<8, true> : walk_graph<8, false>;
+      return walk_graph_for<8>(graph.edge_law);
     case 16:
-      return weighted ? walk_graph<16, true> : walk_graph<16, false>;
+      return walk_graph_for<16>(graph.edge_law);
     default:
-      return weighted ? walk_graph<32, true> : walk_graph<32, false>;
+      return walk_graph_for<32>(graph.edge_law);
   }
 }
 
@@ -232,7 +256,7 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
 
     if (layer.has_visits()) std::copy_n(visits, state.length, layer.visits(b, g, p));
     float* const scores = layer.scores(b, g, p);
-    const auto decay = static_cast<float>(config.decay);
+    const auto decay = static_cast<float>(decay_of(config, p));
     for (std::int64_t j = 0; j < state.length; ++j) {
       scores[j] = (decay == 0.0F ? 0.0F : decay * scores[j]) + static_cast<float>(visits[j]);
     }

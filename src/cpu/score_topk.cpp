@@ -52,7 +52,8 @@ void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::i
                                        static_cast<std::int32_t>(context.graph.num_sinks), slot,
                                        neighbors.data(), best.data());
   std::copy_n(best.begin(), count, weights.begin());
-  write_row(layer.row(b, g, slot), context.graph.top_k, neighbors.data(), weights.data(), count);
+  write_row(layer.row(b, g, slot), context.graph.edge_law, context.graph.top_k, neighbors.data(),
+            weights.data(), count);
 }
 
 UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const UpdateArgs& args,

@@ -888,7 +888,6 @@ class CudaBackend final : public Backend {
     rules.seed = graph_.seed;
     rules.walk_length = walk_.walk_length;
     rules.restart_threshold = static_cast<std::uint64_t>(walk_.restart_prob * 0x1p32);
-    rules.decay = static_cast<float>(walk_.decay);
     rules.populations = static_cast<std::int32_t>(walk_.populations.size());
     rules.first_stream_of_layer = graph_.total_kv_heads;
     rules.head_offset = graph_.scope == GraphScope::head ? graph_.head_offset : 0;
@@ -900,7 +899,8 @@ class CudaBackend final : public Backend {
                              .restart = static_cast<std::int32_t>(population.restart),
                              .count_restarts = population.count == VisitCount::all ? 1 : 0,
                              .recent_fraction = population.recent_fraction,
-                             .recent_tokens = population.recent_tokens};
+                             .recent_tokens = population.recent_tokens,
+                             .decay = decay_of(walk_, static_cast<int>(p))};
     }
     return rules;
   }

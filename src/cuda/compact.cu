@@ -228,6 +228,7 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
                           std::int32_t kept_length, const std::int32_t* new_slots,
                           std::int32_t position, std::int32_t* row) {
   const int top_k = layer.top_k;
+  const bool has_thresholds = layer.law != EdgeLaw::uniform;
   auto* const thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
   // Kept edges are pushed together first; writing never overtakes reading. A few edges are read
   // ahead, so that their loads do not wait for each other.
@@ -241,7 +242,7 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
 #pragma unroll
     for (int e = 0; e < kAhead; ++e) {
       const std::int32_t neighbor = k + e < top_k ? row[k + e] : -1;
-      uppers[e] = layer.weighted && k + e < top_k ? thresholds[k + e] : 0U;
+      uppers[e] = has_thresholds && k + e < top_k ? thresholds[k + e] : 0U;
       targets[e] = -1;
       if (neighbor >= 0) {
         const std::int32_t its = positions[neighbor];
@@ -254,7 +255,7 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
 #pragma unroll
     for (int e = 0; e < kAhead; ++e) {
       if (k + e >= top_k) break;
-      if (layer.weighted) {
+      if (has_thresholds) {
         const std::uint32_t width = uppers[e] - before;
         before = uppers[e];
         if (width == 0 || targets[e] < 0) continue;
@@ -267,7 +268,11 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
     }
   }
   for (int k = count; k < top_k; ++k) row[k] = -1;
-  if (!layer.weighted) return;
+  if (!has_thresholds) return;
+  if (layer.law == EdgeLaw::attention) {
+    for (int k = count; k < top_k; ++k) thresholds[k] = sum;
+    return;
+  }
   const std::uint32_t total = sum;
   if (total != kAllOnes) {
     for (int k = 0; k + 1 < count; ++k) {

@@ -64,16 +64,20 @@ __global__ void __launch_bounds__(kThreads)
     const std::int32_t* const row = row_of(layer, b, g, slot);
     const auto* const thresholds = reinterpret_cast<const std::uint32_t*>(row + top_k);
     const auto width_of = [&](int k) {
-      return layer.weighted ? thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]) : 1U;
+      if (layer.law == EdgeLaw::uniform) return 1U;
+      return thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]);
     };
     std::int32_t* const to = &at(neighbors, b, g, slot);
     float* const weight = &at(probabilities, b, g, slot);
     const std::int32_t position = positions[slot];
     int count = 0;
     if (position >= 0) {
-      std::uint64_t total = 0;
-      for (int k = 0; k < top_k; ++k) {
-        if (is_live(positions, position, row[k])) total += width_of(k);
+      std::uint64_t total = std::uint64_t{1} << 32U;
+      if (layer.law != EdgeLaw::attention) {
+        total = 0;
+        for (int k = 0; k < top_k; ++k) {
+          if (is_live(positions, position, row[k])) total += width_of(k);
+        }
       }
       const double unit = 1.0 / static_cast<double>(total);
       for (int k = 0; total != 0 && k < top_k; ++k) {

@@ -137,7 +137,6 @@ struct WalkRules {
   std::uint64_t seed;
   std::int64_t walk_length;
   std::uint64_t restart_threshold;  ///< restart_prob in units of 2^-32
-  float decay;
   std::int32_t populations;
   std::int64_t first_stream_of_layer;  ///< total_kv_heads: graphs counted a layer
   std::int64_t head_offset;  ///< added to the graph's number in its sequence; see GraphScope
@@ -148,6 +147,7 @@ struct WalkRules {
     std::int32_t count_restarts;
     double recent_fraction;
     std::int64_t recent_tokens;
+    double decay;
   } population[kMaxPopulations];
 };
 

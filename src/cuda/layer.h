@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "spectralkv/config.h"
 #include "spectralkv/tensor.h"
 
 namespace spectralkv::cuda {
@@ -66,10 +67,10 @@ struct LayerView {
   std::int32_t group;            ///< query heads of a KV head
   std::int32_t head_dim;
   std::int32_t top_k;
-  std::int32_t row_words;  ///< of a row: top_k neighbours and, if weighted, top_k thresholds
+  std::int32_t row_words;  ///< of a row: top_k neighbours and, unless uniform, top_k thresholds
   std::int32_t populations;
   std::int32_t num_sinks;
-  bool weighted;
+  EdgeLaw law;
   std::int64_t capacity;
 
   std::int32_t* positions;  ///< (B, G, capacity), -1: empty

@@ -3,15 +3,17 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "backend.h"
 #include "cuda/cuda_check.h"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
 namespace {
 
+using detail::needs_visits;
+using detail::words_of_row;
+
 constexpr std::int64_t kAlignment = 256;
-// f32 holds every integer up to here.
-constexpr std::int64_t kExactCounts = std::int64_t{1} << 24;
 
 std::int64_t aligned(std::int64_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -36,7 +38,6 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
                          std::int64_t capacity, cudaStream_t stream) {
   const std::int64_t graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1;
   const auto populations = static_cast<std::int64_t>(walk.populations.size());
-  const bool weighted = graph.edge_law == EdgeLaw::weighted;
   view_.index = static_cast<std::int32_t>(index);
   view_.batch = static_cast<std::int32_t>(batch);
   view_.heads = static_cast<std::int32_t>(graph.num_kv_heads);
@@ -45,10 +46,10 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.group = static_cast<std::int32_t>(graph.num_query_heads / graph.num_kv_heads);
   view_.head_dim = static_cast<std::int32_t>(graph.head_dim);
   view_.top_k = graph.top_k;
-  view_.row_words = weighted ? 2 * graph.top_k : graph.top_k;
+  view_.row_words = words_of_row(graph);
   view_.populations = static_cast<std::int32_t>(populations);
   view_.num_sinks = static_cast<std::int32_t>(graph.num_sinks);
-  view_.weighted = weighted;
+  view_.law = graph.edge_law;
   view_.capacity = capacity;
   const std::int64_t restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
   view_.restart_group = 1;
@@ -60,7 +61,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.statistics = shared.statistics;
 
   const std::int64_t slots = batch * graphs * capacity;
-  const bool has_visits = walk.decay != 0.0 || walk.num_walkers * walk.walk_length > kExactCounts;
+  const bool has_visits = needs_visits(walk);
   std::int64_t size = 0;
   const auto take = [&size](std::int64_t bytes) {
     const std::int64_t offset = size;

@@ -30,7 +30,6 @@ constexpr int kDigits = 1 << kDigitBits;
 struct SolveRules {
   double restart_prob;
   double unit;  ///< what a mass of 1 is
-  double decay;
   std::int64_t scratch_slots;
   std::int64_t steps[kMaxPopulations];
 };
@@ -141,11 +140,12 @@ __device__ void add_mass(Shared<kThreads>& shared, int turn, int to, unsigned lo
   if (high != 0) atomicAdd(&shared.masses.high[turn][to], high);
 }
 
-template <int kTopK, bool kWeighted, int kThreads>
+template <int kTopK, EdgeLaw kLaw, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     solve_kernel(Launch launch, LayerView shape, WalkRules rules, SolveRules solve, unsigned tasks,
                  std::byte* scratch_bytes) {
-  constexpr int kRowWords = kWeighted ? 2 * kTopK : kTopK;
+  constexpr bool kHasThresholds = kLaw != EdgeLaw::uniform;
+  constexpr int kRowWords = kHasThresholds ? 2 * kTopK : kTopK;
   __shared__ Shared<kThreads> shared;
   __shared__ unsigned long long sum;
   const int thread = static_cast<int>(threadIdx.x);
@@ -205,12 +205,12 @@ __global__ void __launch_bounds__(kThreads)
           target[k + 2] = static_cast<std::int32_t>(to.z);
           target[k + 3] = static_cast<std::int32_t>(to.w);
           uint4 thresholds{1, 2, 3, 4};
-          if constexpr (kWeighted) thresholds = __ldg(row + (kTopK + k) / 4);
+          if constexpr (kHasThresholds) thresholds = __ldg(row + (kTopK + k) / 4);
           width[k] = thresholds.x - before;
           width[k + 1] = thresholds.y - thresholds.x;
           width[k + 2] = thresholds.z - thresholds.y;
           width[k + 3] = thresholds.w - thresholds.z;
-          if constexpr (kWeighted) before = thresholds.w;
+          if constexpr (kHasThresholds) before = thresholds.w;
         }
         from_restart = restart(slot);
         mass = from_restart + __ldcg(scratch.arrived + slot);
@@ -224,6 +224,8 @@ __global__ void __launch_bounds__(kThreads)
           target[k] = to < kThreads ? static_cast<std::int32_t>(to) : ~target[k];
         }
       }
+      // What a row leaves over, or its stale edges held, is a restart.
+      if constexpr (kLaw == EdgeLaw::attention) widths = std::uint64_t{1} << 32U;
       const double share =
           widths == 0 ? 0.0 : (1.0 - solve.restart_prob) / static_cast<double>(widths);
       const auto part = [&](unsigned long long sent, std::uint32_t of) {
@@ -281,6 +283,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const auto all_mass = static_cast<double>(sum);
     const bool all = rules.population[p].count_restarts != 0;
+    const double decay = rules.population[p].decay;
     float* const scores = scores_of(layer, b, g, p);
     for (std::int64_t j = thread; j < length; j += kThreads) {
       const auto mass =
@@ -290,7 +293,7 @@ __global__ void __launch_bounds__(kThreads)
       if (layer.visits != nullptr) {
         visits_of(layer, b, g, p)[j] = static_cast<std::uint32_t>(llround(visits));
       }
-      scores[j] = static_cast<float>(__dadd_rn(__dmul_rn(solve.decay, scores[j]), visits));
+      scores[j] = static_cast<float>(__dadd_rn(__dmul_rn(decay, scores[j]), visits));
     }
     if (g == 0 && p == 0 && thread == 0) {
       layer.sequences[b].walked_at = layer.sequences[b].seen;
@@ -320,7 +323,6 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
   const double most = std::min(1.0 / restart_prob, static_cast<double>(most_capacity) + 1.0);
   SolveRules solve{.restart_prob = restart_prob,
                    .unit = std::exp2(62.0 - std::ceil(std::log2(most))),
-                   .decay = rules.decay,
                    .scratch_slots = scratch_slots(most_capacity),
                    .steps = {}};
   for (int p = 0; p < rules.populations; ++p) {
@@ -334,18 +336,30 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
                           static_cast<std::byte*>(scratch));
     check(cudaGetLastError(), "solve_kernel");
   };
+  const auto launch_by_law = [&]<int kTopK, int kThreads>() {
+    switch (shape.law) {
+      case EdgeLaw::uniform:
+        launch_as(solve_kernel<kTopK, EdgeLaw::uniform, kThreads>, kThreads);
+        break;
+      case EdgeLaw::weighted:
+        launch_as(solve_kernel<kTopK, EdgeLaw::weighted, kThreads>, kThreads);
+        break;
+      default:
+        launch_as(solve_kernel<kTopK, EdgeLaw::attention, kThreads>, kThreads);
+    }
+  };
   switch (shape.top_k) {
     case 4:
-      launch_as(shape.weighted ? solve_kernel<4, true, 1024> : solve_kernel<4, false, 1024>, 1024);
+      launch_by_law.template operator()<4, 1024>();
       break;
     case 8:
-      launch_as(shape.weighted ? solve_kernel<8, true, 1024> : solve_kernel<8, false, 1024>, 1024);
+      launch_by_law.template operator()<8, 1024>();
       break;
     case 16:
-      launch_as(shape.weighted ? solve_kernel<16, true, 512> : solve_kernel<16, false, 512>, 512);
+      launch_by_law.template operator()<16, 512>();
       break;
     default:
-      launch_as(shape.weighted ? solve_kernel<32, true, 512> : solve_kernel<32, false, 512>, 512);
+      launch_by_law.template operator()<32, 512>();
   }
 }
 

@@ -202,9 +202,9 @@ constexpr std::int32_t kNone = -1;   ///< a number that means no edge
 constexpr std::int32_t kEmpty = -2;  ///< a row without edges
 
 /// The edges of one graph.
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 struct Edges {
-  static constexpr int kRowWords = kWeighted ? 2 * kTopK : kTopK;
+  static constexpr int kRowWords = kLaw == EdgeLaw::uniform ? kTopK : 2 * kTopK;
   const std::int32_t* rows;
   const std::int32_t* positions;
 
@@ -217,7 +217,7 @@ struct Edges {
   /// waits for memory once.
   __device__ std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
     const std::int32_t* edges = row(slot);
-    if constexpr (!kWeighted) {
+    if constexpr (kLaw == EdgeLaw::uniform) {
       return __ldg(edges + ((static_cast<std::uint64_t>(kTopK) * random) >> 32U));
     } else {
       constexpr int kFours = kTopK / 4;
@@ -292,16 +292,16 @@ struct Edges {
 
  private:
   __device__ std::uint32_t width(const std::int32_t* edges, int k) const {
-    if constexpr (!kWeighted) return 1U;
+    if constexpr (kLaw == EdgeLaw::uniform) return 1U;
     const auto* thresholds = reinterpret_cast<const std::uint32_t*>(edges + kTopK);
     return __ldg(thresholds + k) - (k == 0 ? 0U : __ldg(thresholds + k - 1));
   }
 };
 
 /// What the thread blocks of one graph and population share.
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 struct Walk {
-  Edges<kTopK, kWeighted> edges;
+  Edges<kTopK, kLaw> edges;
   Restarts restarts;
   std::uint32_t* counts;  ///< or float
   bool counts_integers;
@@ -332,17 +332,22 @@ struct Walk {
         key);
   }
   /// Where a walker goes that drew no live edge. What decided to follow an edge is, rescaled,
-  /// uniform again.
+  /// uniform again; the number that drew the edge is not once it has said that there is a restart.
   __device__ std::int32_t leave(std::int32_t node, std::int32_t position, std::int32_t drawn,
                                 uint2 number, bool& counts) const {
-    std::int32_t next = kNone;
-    if (drawn != kEmpty) {
+    const auto again = [&] {
       const std::uint64_t range = (std::uint64_t{1} << 32U) - threshold;
-      const auto again = static_cast<std::uint32_t>(((number.x - threshold) << 32U) / range);
-      next = edges.draw_live(node, position, again);
+      return static_cast<std::uint32_t>(((number.x - threshold) << 32U) / range);
+    };
+    if constexpr (kLaw == EdgeLaw::attention) {
+      counts = counts_restarts;
+      return restarts.draw(again());
+    } else {
+      std::int32_t next = kNone;
+      if (drawn != kEmpty) next = edges.draw_live(node, position, again());
+      counts = next >= 0 || counts_restarts;
+      return next >= 0 ? next : restarts.draw(number.y);
     }
-    counts = next >= 0 || counts_restarts;
-    return next >= 0 ? next : restarts.draw(number.y);
   }
 };
 
@@ -375,9 +380,9 @@ class Ticket {
 /// nothing to do. `while_waiting` is done once, when Walk::numbers can be asked for; the caller
 /// synchronizes the thread block. That must not count visits before the launch in front is done,
 /// which empties the counts and fills tables by position; all else may come earlier.
-template <int kTopK, bool kWeighted, class Work>
+template <int kTopK, EdgeLaw kLaw, class Work>
 __device__ bool set_up(const LayerView& layer, const GraphTask& task, const WalkRules& rules,
-                       std::uint64_t* coarse, Walk<kTopK, kWeighted>& walk, Work&& while_waiting) {
+                       std::uint64_t* coarse, Walk<kTopK, kLaw>& walk, Work&& while_waiting) {
   const std::int64_t b = task.sequence;
   const std::int64_t g = task.graph;
   const int p = task.population;
@@ -445,7 +450,7 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
 }
 
 /// One thread a walker.
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 __global__ void __launch_bounds__(kWalkThreads, 4)
     walk_kernel(Launch launch, LayerView shape, WalkRules rules, Parts parts) {
   __shared__ __align__(16) std::uint64_t coarse[kMostCoarseSums];
@@ -455,7 +460,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
   const std::int64_t walkers = rules.population[task.population].walkers;
   const std::int64_t first = std::int64_t{blockIdx.x % parts.blocks_a_graph} * kWalkThreads;
   if (first >= walkers) return;
-  Walk<kTopK, kWeighted> walk;
+  Walk<kTopK, kLaw> walk;
   const auto walker = static_cast<std::uint64_t>(first) + threadIdx.x;
   uint4 four;
   if (!set_up(layer, task, rules, coarse, walk, [&] { four = walk.numbers(walker, 0); })) return;
@@ -508,7 +513,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
 /// not depend on what it did before, so every restart that the numbers foretell starts a run of its
 /// own, up to the next such restart: the longest wait is for the longest run of edges, not for all
 /// steps. Restarts where a walker meets a dead end belong to the run that meets it.
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 __global__ void __launch_bounds__(kMostRunThreads)
     walk_runs_kernel(Launch launch, LayerView layer, WalkRules rules, Parts parts) {
   extern __shared__ __align__(16) std::uint64_t coarse[];
@@ -520,7 +525,7 @@ __global__ void __launch_bounds__(kMostRunThreads)
   const std::int64_t walkers = rules.population[task.population].walkers;
   const std::int64_t first = std::int64_t{blockIdx.x} * parts.walkers_a_block;
   if (first >= walkers) return;
-  Walk<kTopK, kWeighted> walk;
+  Walk<kTopK, kLaw> walk;
   const int thread = static_cast<int>(threadIdx.x);
   const int in_block = thread / parts.steps_a_round;
   const int turn = thread - in_block * parts.steps_a_round;
@@ -604,7 +609,7 @@ __global__ void __launch_bounds__(kMostRunThreads)
 }
 
 __global__ void __launch_bounds__(kAddThreads)
-    accumulate_kernel(Launch launch, LayerView shape, float decay, unsigned blocks_a_graph) {
+    accumulate_kernel(Launch launch, LayerView shape, WalkRules rules, unsigned blocks_a_graph) {
   GraphTask task;
   if (!find<false>(launch, shape, blockIdx.x / blocks_a_graph, task)) return;
   const LayerView& layer = layer_of<false>(launch, shape, task);
@@ -613,6 +618,7 @@ __global__ void __launch_bounds__(kAddThreads)
   float* const scores = scores_of(layer, task.sequence, task.graph, task.population);
   const auto visits =
       static_cast<float>(visits_of(layer, task.sequence, task.graph, task.population)[j]);
+  const auto decay = static_cast<float>(rules.population[task.population].decay);
   scores[j] = decay == 0.0F ? visits : __fadd_rn(__fmul_rn(decay, scores[j]), visits);
 }
 
@@ -652,7 +658,7 @@ void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRule
         "prepare_kernel");
 }
 
-template <int kTopK, bool kWeighted>
+template <int kTopK, EdgeLaw kLaw>
 void launch_walkers(const Launch& launch, bool one, const LayerView& shape, const WalkRules& rules,
                     std::int64_t graphs, cudaStream_t stream) {
   std::int64_t most = 0;
@@ -688,9 +694,9 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  auto* kernel = walk_kernel<kTopK, kWeighted>;
+  auto* kernel = walk_kernel<kTopK, kLaw>;
   if (few) {
-    kernel = walk_runs_kernel<kTopK, kWeighted>;
+    kernel = walk_runs_kernel<kTopK, kLaw>;
     config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(graphs));
     config.blockDim = dim3(static_cast<unsigned>((a_block * steps + 31) / 32 * 32));
     config.dynamicSmemBytes = kMostCoarseSums * sizeof(std::uint64_t) +
@@ -703,10 +709,15 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
 template <int kTopK>
 void launch_walkers_by_law(const Launch& launch, bool one, const LayerView& shape,
                            const WalkRules& rules, std::int64_t graphs, cudaStream_t stream) {
-  if (shape.weighted) {
-    launch_walkers<kTopK, true>(launch, one, shape, rules, graphs, stream);
-  } else {
-    launch_walkers<kTopK, false>(launch, one, shape, rules, graphs, stream);
+  switch (shape.law) {
+    case EdgeLaw::uniform:
+      launch_walkers<kTopK, EdgeLaw::uniform>(launch, one, shape, rules, graphs, stream);
+      break;
+    case EdgeLaw::weighted:
+      launch_walkers<kTopK, EdgeLaw::weighted>(launch, one, shape, rules, graphs, stream);
+      break;
+    default:
+      launch_walkers<kTopK, EdgeLaw::attention>(launch, one, shape, rules, graphs, stream);
   }
 }
 
@@ -738,7 +749,7 @@ void launch_walk(const LayerView* layers, int count, const LayerView& shape, con
   if (shape.visits == nullptr || most_extent == 0) return;
   const std::int64_t blocks = (most_extent + kAddThreads - 1) / kAddThreads;
   accumulate_kernel<<<static_cast<unsigned>(graphs * blocks), kAddThreads, 0, stream>>>(
-      launch, shape, rules.decay, static_cast<unsigned>(blocks));
+      launch, shape, rules, static_cast<unsigned>(blocks));
   check(cudaGetLastError(), "accumulate_kernel");
 }
 

@@ -143,13 +143,25 @@ __device__ inline SequenceCounters counters_of_lane(const LayerView& layer) {
   return counters;
 }
 
-/// write_row by one warp: `best` has 32 candidates in descending order, 0 behind the last.
+/// write_row by one warp: `best` has 32 candidates in descending order, 0 behind the last, with
+/// their probabilities among all tokens.
 __device__ void write_row(const LayerView& layer, std::int32_t* row, const std::uint64_t* best) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::uint64_t own = best[lane];
   const int count = __popc(__ballot_sync(0xffffffffU, own != 0));
   if (lane < layer.top_k) row[lane] = own != 0 ? slot_of(own) : -1;
-  if (!layer.weighted) return;
+  if (layer.law == EdgeLaw::uniform) return;
+  if (layer.law == EdgeLaw::attention) {
+    std::uint64_t widths = own != 0 ? attention_width(static_cast<double>(value_of(own))) : 0U;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const std::uint64_t before = __shfl_up_sync(0xffffffffU, widths, offset);
+      if (lane >= offset) widths += before;
+    }
+    if (lane < layer.top_k) {
+      row[layer.top_k + lane] = static_cast<std::int32_t>(attention_threshold(widths));
+    }
+    return;
+  }
   double total = 0.0;
   double sum = 0.0;
 #pragma unroll 4

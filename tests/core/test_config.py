@@ -22,7 +22,7 @@ import spectralkv
         (lambda: spectralkv.GraphConfig(capacity=-1), r"capacity must be .* got -1"),
         (
             lambda: spectralkv.GraphConfig(edge_law="heavy"),
-            r"edge_law must be one of 'uniform', 'weighted', got 'heavy'",
+            r"edge_law must be one of 'attention', 'uniform', 'weighted', got 'heavy'",
         ),
         (
             lambda: spectralkv.GraphConfig(scope="model"),
@@ -34,6 +34,10 @@ import spectralkv
         ),
         (lambda: spectralkv.WalkConfig(restart_prob=0), r"restart_prob must be in \(0, 1\], got 0"),
         (lambda: spectralkv.WalkConfig(decay=1.5), r"decay must be in \[0, 1\], got 1\.5"),
+        (
+            lambda: spectralkv.WalkConfig(populations=[spectralkv.Population(decay=-0.5)]),
+            r"a population's decay must be in \[0, 1\], got -0\.5",
+        ),
         (lambda: spectralkv.WalkConfig(populations=()), r"number of populations must be in \[1, 4"),
         (
             lambda: spectralkv.WalkConfig(populations=[spectralkv.Population(share=0.5)]),

@@ -34,6 +34,22 @@ def test_update_and_step_returns_nothing_and_scores_are_of_the_callers_framework
     np.testing.assert_array_equal(torch_scores.numpy(), scores)
 
 
+def test_the_edge_law_overrides_the_preset(arrays: Arrays) -> None:
+    keys = arrays(_random((40, 32)))
+
+    def scores(edge_law: str | None) -> np.ndarray:
+        graph = spectralkv.SpectralGraph(
+            capacity=40, head_dim=32, edge_law=edge_law, device=arrays.device
+        )
+        for i in range(40):
+            graph.update_and_step(arrays(_random((1, 32), i)), keys, i)
+        return arrays.host(graph.get_scores())
+
+    np.testing.assert_array_equal(scores(None), scores("weighted"))
+    assert (scores("attention") != scores("weighted")).any()
+    assert (scores("uniform") != scores("weighted")).any()
+
+
 def test_ranks_of_shapes_agree(arrays: Arrays) -> None:
     query, keys = arrays(_random((2, 4, 16))), arrays(_random((2, 2, 20, 16), 1))
     shape = {

@@ -13,7 +13,7 @@ from arrays import Arrays
 
 
 def _random_graph(
-    rng: np.random.Generator, length: int, top_k: int
+    rng: np.random.Generator, length: int, top_k: int, edge_law: str = "weighted"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Edges to older slots: neighbors int32 and probabilities float32, both (length, top_k)."""
     neighbors = np.full((length, top_k), -1, dtype=np.int32)
@@ -24,6 +24,8 @@ def _random_graph(
         weights = rng.exponential(size=count)
         if count:
             probabilities[slot, :count] = weights / weights.sum()
+        if edge_law == "attention":
+            probabilities[slot] *= rng.uniform()
     return neighbors, probabilities
 
 
@@ -58,24 +60,38 @@ def _scores(manager: spectralkv.GraphManager, arrays: Arrays) -> np.ndarray:
     top_k=st.sampled_from([4, 8, 16, 32]),
     restart_prob=st.floats(0.05, 0.95),
     restart=st.sampled_from(["current", "recent"]),
+    edge_law=st.sampled_from(["weighted", "attention"]),
 )
 def test_solver_equals_networkx(
-    arrays: Arrays, seed: int, length: int, top_k: int, restart_prob: float, restart: str
+    arrays: Arrays,
+    seed: int,
+    length: int,
+    top_k: int,
+    restart_prob: float,
+    restart: str,
+    edge_law: str,
 ) -> None:
-    neighbors, probabilities = _random_graph(np.random.default_rng(seed), length, top_k)
+    rng = np.random.default_rng(seed)
+    neighbors, probabilities = _random_graph(rng, length, top_k, edge_law)
     population = spectralkv.Population(restart=restart, count="all", recent_fraction=0.3)
     walk = spectralkv.WalkConfig(restart_prob=restart_prob, populations=(population,))
-    manager = _manager(arrays, neighbors, probabilities, walk)
+    manager = _manager(arrays, neighbors, probabilities, walk, edge_law=edge_law)
     manager.solve(0)
 
+    distribution = arrays.host(manager.restart_distribution(0, 0, like=arrays(np.empty(0))))[0, 0]
+    restarts = dict(enumerate(distribution.astype(float)))
     graph = nx.DiGraph()
     graph.add_nodes_from(range(length))
     for slot in range(length):
         for neighbor, probability in zip(neighbors[slot], probabilities[slot], strict=True):
             if probability > 0:
                 graph.add_edge(slot, int(neighbor), weight=float(probability))
-    distribution = arrays.host(manager.restart_distribution(0, 0, like=arrays(np.empty(0))))[0, 0]
-    restarts = dict(enumerate(distribution.astype(float)))
+        left_over = 1 - float(probabilities[slot].sum())
+        if edge_law == "attention" and left_over < 1:  # what a row leaves over is a restart
+            for token, probability in restarts.items():
+                if probability > 0:
+                    weight = graph.get_edge_data(slot, token, {"weight": 0})["weight"]
+                    graph.add_edge(slot, token, weight=weight + left_over * probability)
     expected = nx.pagerank(
         graph,
         alpha=1 - restart_prob,
@@ -93,14 +109,20 @@ def test_solver_equals_networkx(
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(seed=st.integers(0, 2**32 - 1), restart_prob=st.floats(0.2, 0.9))
-def test_long_walks_approach_the_solver(arrays: Arrays, seed: int, restart_prob: float) -> None:
-    neighbors, probabilities = _random_graph(np.random.default_rng(seed), 50, 8)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    restart_prob=st.floats(0.2, 0.9),
+    edge_law=st.sampled_from(["weighted", "attention"]),
+)
+def test_long_walks_approach_the_solver(
+    arrays: Arrays, seed: int, restart_prob: float, edge_law: str
+) -> None:
+    neighbors, probabilities = _random_graph(np.random.default_rng(seed), 50, 8, edge_law)
     population = spectralkv.Population(restart="recent", count="all", recent_fraction=0.2)
     walk = spectralkv.WalkConfig(
         restart_prob=restart_prob, num_walkers=2048, walk_length=400, populations=(population,)
     )
-    manager = _manager(arrays, neighbors, probabilities, walk, seed=seed % 1000)
+    manager = _manager(arrays, neighbors, probabilities, walk, seed=seed % 1000, edge_law=edge_law)
     manager.walk(0)
     walked = _scores(manager, arrays) / (2048 * 400)
     manager.solve(0)
@@ -139,10 +161,11 @@ def test_the_same_seed_walks_the_same_way_and_streams_advance(arrays: Arrays) ->
     assert (once != _scores(first, arrays)).any()
 
 
-def test_decay_accumulates(arrays: Arrays) -> None:
+@pytest.mark.parametrize(("decay", "own"), [(0.5, None), (0.9, 0.5), (0.0, 0.5)])
+def test_decay_accumulates(arrays: Arrays, decay: float, own: float | None) -> None:
     graph = _random_graph(np.random.default_rng(0), 80, 8)
-    population = spectralkv.Population(restart="recent")
-    walk = spectralkv.WalkConfig(populations=(population,), decay=0.5)
+    population = spectralkv.Population(restart="recent", decay=own)
+    walk = spectralkv.WalkConfig(populations=(population,), decay=decay)
     manager = _manager(arrays, *graph, walk)
     manager.walk(0)
     once = _scores(manager, arrays)
@@ -167,3 +190,36 @@ def test_uniform_rows_are_followed_alike(arrays: Arrays) -> None:
     assert visits[[1, 3, 5]].sum() == 0
     # Three equal shares of about 5,000 arrivals; six standard deviations are 200.
     assert np.ptp(visits[[0, 2, 4]]) < 300
+
+
+def test_attention_rows_hold_the_softmax_over_all_tokens(arrays: Arrays) -> None:
+    # Two sinks draw most of the attention: their part and the token's own are left over.
+    rng = np.random.default_rng(0)
+    config = spectralkv.GraphConfig(
+        num_query_heads=2,
+        head_dim=16,
+        capacity=40,
+        top_k=4,
+        num_sinks=2,
+        edge_law="attention",
+        device=arrays.device,
+    )
+    manager = spectralkv.GraphManager(config, spectralkv.WalkConfig())
+    keys = rng.normal(size=(1, 1, 40, 16)).astype(np.float32)
+    queries = rng.normal(size=(1, 2, 40, 16)).astype(np.float32)
+    keys[..., 0] = 0
+    keys[:, :, :2, 0] = 4
+    queries[..., 0] = 4
+    manager.update_rows(0, arrays(queries), arrays(keys))
+    neighbors, probabilities = map(arrays.host, manager.rows(0, like=arrays(np.empty(0))))
+    for slot in range(40):
+        scores = queries[0, :, slot].astype(float) @ keys[0, 0, : slot + 1].T / 4
+        softmax = np.exp(scores - scores.max(axis=1, keepdims=True))
+        attention = (softmax / softmax.sum(axis=1, keepdims=True)).mean(axis=0)
+        older = np.arange(2, slot)
+        best = older[np.argsort(-attention[older])][:4]
+        np.testing.assert_array_equal(neighbors[0, 0, slot, : len(best)], best)
+        np.testing.assert_allclose(
+            probabilities[0, 0, slot, : len(best)], attention[best], atol=5e-6
+        )
+        assert probabilities[0, 0, slot].sum() < 0.5

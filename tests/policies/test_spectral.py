@@ -53,8 +53,11 @@ def test_it_keeps_what_the_monitor_keeps(device: str) -> None:
 
 @pytest.mark.parametrize("preset", ["default", "uniform32", "weighted4"])
 @pytest.mark.parametrize("scope", ["head", "layer"])
-def test_presets_and_scopes(preset: str, scope: str, device: str) -> None:
-    policy = policies.Spectral(**OPTIONS, preset=preset, scope=scope)
+@pytest.mark.parametrize("edge_law", [None, "attention"])
+def test_presets_scopes_and_laws(
+    preset: str, scope: str, edge_law: str | None, device: str
+) -> None:
+    policy = policies.Spectral(**OPTIONS, preset=preset, scope=scope, edge_law=edge_law)
     query, keys = tokens(2, 40, device=device)
     (tracker,) = policy.trackers(1)
     observe(tracker, query, keys, 0, 40)
@@ -71,17 +74,24 @@ def test_presets_and_scopes(preset: str, scope: str, device: str) -> None:
 
 
 def test_options_override_the_preset() -> None:
-    populations = (spectralkv.Population(restart="current", count="all"),)
+    populations = (spectralkv.Population(restart="current", count="all", decay=0.9),)
     policy = policies.Spectral(
-        **OPTIONS, preset="weighted4", top_k=16, restart_prob=0.3, populations=populations, seed=4
+        **OPTIONS,
+        preset="weighted4",
+        edge_law="attention",
+        top_k=16,
+        restart_prob=0.3,
+        populations=populations,
+        seed=4,
     )
     graph, walk = policy._graph_and_walk(spectralkv.GraphConfig())
-    assert (graph.top_k, graph.edge_law, graph.seed, graph.num_sinks) == (16, "weighted", 4, 2)
+    assert (graph.top_k, graph.edge_law, graph.seed, graph.num_sinks) == (16, "attention", 4, 2)
     assert (walk.restart_prob, walk.populations) == (0.3, populations)
     untouched = policies.Spectral(**OPTIONS, preset="weighted4")._graph_and_walk(
         spectralkv.GraphConfig()
     )
     assert (untouched[0].top_k, untouched[1].restart_prob) == (4, 0.15)
+    assert untouched[0].edge_law == "weighted"
 
 
 def test_walks_follow_the_seed(device: str) -> None:

@@ -116,7 +116,7 @@ struct Prompt {
     layer.group = shape.group;
     layer.head_dim = shape.dim;
     layer.top_k = shape.top_k;
-    layer.weighted = true;
+    layer.law = EdgeLaw::weighted;
     layer.row_words = 2 * shape.top_k;
     layer.num_sinks = 4;
     layer.capacity = shape.slots;

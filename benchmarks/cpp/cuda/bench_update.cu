@@ -114,7 +114,7 @@ class Layer {
     view_.row_words = 2 * shape.top_k;
     view_.populations = 1;
     view_.num_sinks = 4;
-    view_.weighted = true;
+    view_.law = EdgeLaw::weighted;
     view_.capacity = capacity_;
     view_.positions = positions_.as<std::int32_t>();
     view_.rows = rows_.as<std::int32_t>();

@@ -32,9 +32,6 @@ BASE = "base"
 
 Value = int | float | str
 
-_EDGE_LAW = "edge_law"
-_PRESET_OF_LAW = {"uniform": "uniform32", "weighted": "default"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
@@ -149,15 +146,6 @@ def ablation_jobs(
 def _varied(base: PolicySpec, options: Mapping[str, Any]) -> PolicySpec:
     """Return the base with some options changed."""
     merged = dict(base.options) | dict(options)
-    law = merged.pop(_EDGE_LAW, None)
-    if law is not None:
-        # A preset is the only way to the edge law; what else it sets is set back to the base's.
-        from spectralkv.config import GraphConfig, apply_preset
-
-        graph, walk = apply_preset(merged.get("preset", "default"), GraphConfig())
-        if law != graph.edge_law:
-            rest = {entry.name: getattr(walk, entry.name) for entry in fields(walk)}
-            merged = {"top_k": graph.top_k, **rest, **merged, "preset": _PRESET_OF_LAW[law]}
     return PolicySpec(name=SPECTRAL, options=tuple(sorted(merged.items())))
 
 
@@ -167,7 +155,7 @@ def _effective(spec: PolicySpec, budget: int, settings: CacheSettings) -> tuple[
 
     policy: Spectral = create_policy(spec, budget, settings)  # type: ignore[assignment]
     graph, walk = policy._graph_and_walk(GraphConfig())
-    folded = {"preset", "top_k", *(entry.name for entry in fields(walk))}
+    folded = {"preset", "edge_law", "top_k", *(entry.name for entry in fields(walk))}
     rest = [getattr(policy, one.name) for one in fields(policy) if one.name not in folded]
     return (graph, walk, *rest)
 
@@ -186,14 +174,6 @@ def _hops() -> Axis:
         name="hops",
         title="steps of a walk",
         values=tuple((n, {"walk_length": n, "num_walkers": steps // n}) for n in (1, 2, 5, 20)),
-    )
-
-
-def _edges() -> Axis:
-    return Axis(
-        name="edges",
-        title="edge law",
-        values=tuple((law, {_EDGE_LAW: law}) for law in ("weighted", "uniform")),
     )
 
 
@@ -249,7 +229,7 @@ def _walkers() -> Axis:
 _AXES: tuple[Callable[[], Axis], ...] = (
     _hops,
     _one_option("top_k", "neighbours of a token", "top_k", 4, 8, 16, 32),
-    _edges,
+    _one_option("edges", "edge law", "edge_law", "weighted", "uniform", "attention"),
     _one_option("restart_prob", "restart probability", "restart_prob", 0.05, 0.15, 0.3, 0.5, 0.7),
     _restart,
     _quota,

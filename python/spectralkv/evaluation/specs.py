@@ -38,7 +38,8 @@ class PolicySpec:
         The populations of Spectral are written ``restart:count:share``, joined by ``+``, as in
         ``spectral:populations=recent:edges:0.5+novelty:all:0.5``. A fourth field says how many
         tokens are recent: a part of those seen (``recent:edges:0.5:0.2``) or, without a point, so
-        many (``recent:edges:0.5:128``).
+        many (``recent:edges:0.5:128``). A fifth is the decay of the population's scores, where the
+        fourth may be empty: ``recent:edges:0.5:32:0.9+novelty:all:0.5::0``.
 
         Raises
         ------
@@ -164,14 +165,15 @@ def _parse_populations(text: str) -> tuple[Population, ...]:
     from spectralkv.config import Population
 
     def population(item: str) -> Population:
-        restart, count, share, *recent = item.split(":")
+        restart, count, share, *rest = item.split(":")
+        recent, decay = [*rest, *[""] * (2 - len(rest))]
         options: dict[str, Any] = {}
-        if recent:
-            (size,) = recent
-            if size.isdigit():
-                options["recent_tokens"] = int(size)
-            else:
-                options["recent_fraction"] = float(size)
+        if recent.isdigit():
+            options["recent_tokens"] = int(recent)
+        elif recent:
+            options["recent_fraction"] = float(recent)
+        if decay:
+            options["decay"] = float(decay)
         return Population(restart=restart, count=count, share=float(share), **options)  # type: ignore[arg-type]
 
     try:
@@ -180,8 +182,8 @@ def _parse_populations(text: str) -> tuple[Population, ...]:
         raise EvaluationError(f"populations {text!r}: {error}") from None
     except ValueError:
         raise EvaluationError(
-            "populations are written restart:count:share or restart:count:share:recent, joined by "
-            f"+, such as recent:edges:0.5+novelty:all:0.5; got {text!r}"
+            "populations are written restart:count:share or with :recent or :recent:decay behind, "
+            f"joined by +, such as recent:edges:0.5+novelty:all:0.5; got {text!r}"
         ) from None
 
 
@@ -197,4 +199,8 @@ def _format_population(population: Population) -> str:
         fields.append(str(population.recent_tokens))
     elif population.recent_fraction != type(population)().recent_fraction:
         fields.append(str(float(population.recent_fraction)))
+    elif population.decay is not None:
+        fields.append("")
+    if population.decay is not None:
+        fields.append(str(float(population.decay)))
     return ":".join(fields)

@@ -36,6 +36,9 @@ class Spectral(Policy):
     ----------
     preset : {"default", "uniform32", "weighted4"}
         Edge law, `top_k` and walks by name; the options below override it where they are not None.
+    edge_law : {"uniform", "weighted", "attention"} or None
+        How neighbours are followed: alike, by their part of the attention to all neighbours, or by
+        their attention, with a restart for what goes to other tokens.
     top_k : int or None
         Neighbours of a token: 4, 8, 16 or 32.
     restart_prob : float or None
@@ -43,9 +46,11 @@ class Spectral(Policy):
     num_walkers, walk_length : int or None
         Walkers of a graph and steps of a walker.
     decay : float or None
-        Factor of the former scores at each walk. 0: each walk anew, 1: never forget.
+        Factor of the former scores at each walk. 0: each walk anew, 1: never forget. A population's
+        own comes first.
     populations : tuple of Population or None
-        Where walkers restart, what counts, and the share of walkers and budget.
+        Where walkers restart, what counts, how fast it is forgotten, and the share of walkers and
+        budget.
     scope : {"head", "layer"}
         Whether each KV head has a graph or a layer's heads share one.
     solver : {"walk", "exact"}
@@ -73,6 +78,7 @@ class Spectral(Policy):
     name: ClassVar[str] = "spectral"
 
     preset: Literal["default", "uniform32", "weighted4"] = "default"
+    edge_law: Literal["uniform", "weighted", "attention"] | None = None
     top_k: int | None = None
     restart_prob: float | None = None
     num_walkers: int | None = None
@@ -104,6 +110,8 @@ class Spectral(Policy):
         graph, walk = apply_preset(self.preset, graph)
         if self.top_k is not None:
             graph = replace(graph, top_k=self.top_k)
+        if self.edge_law is not None:
+            graph = replace(graph, edge_law=self.edge_law)
         graph = replace(graph, scope=self.scope, num_sinks=self.sinks, seed=self.seed)
         options: dict[str, Any] = {
             "restart_prob": self.restart_prob,

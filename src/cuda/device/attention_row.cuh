@@ -219,7 +219,7 @@ __device__ void draw_row(const LayerView& layer, const TokensView& queries, cons
     neighbors[count] = slot;
     best[count++] = value;
   }
-  if (mine == 0) write_row(row, layer.top_k, layer.weighted, neighbors, best, count);
+  if (mine == 0) write_row(row, layer.top_k, layer.law, neighbors, best, count);
 }
 
 }  // namespace spectralkv::cuda

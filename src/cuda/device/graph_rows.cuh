@@ -74,13 +74,30 @@ __device__ inline void clear_slot(const LayerView& layer, std::int64_t b, std::i
   if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
 }
 
-/// `count` neighbours with their (unnormalised) probabilities, descending.
-__device__ inline void write_row(std::int32_t* row, int top_k, bool weighted,
+/// EdgeLaw::attention: the width of an edge, which is rounded by itself. Thresholds are their sums,
+/// at most kAllOnes.
+__device__ inline std::uint64_t attention_width(double probability) {
+  return static_cast<std::uint64_t>(floor(__dadd_rn(__dmul_rn(probability, 0x1p32), 0.5)));
+}
+__device__ inline std::uint32_t attention_threshold(std::uint64_t widths) {
+  return widths < kAllOnes ? static_cast<std::uint32_t>(widths) : kAllOnes;
+}
+
+/// `count` neighbours with their probabilities among all tokens, descending.
+__device__ inline void write_row(std::int32_t* row, int top_k, EdgeLaw law,
                                  const std::int32_t* neighbors, const float* probabilities,
                                  int count) {
   for (int k = 0; k < top_k; ++k) row[k] = k < count ? neighbors[k] : -1;
-  if (!weighted) return;
+  if (law == EdgeLaw::uniform) return;
   auto* thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
+  if (law == EdgeLaw::attention) {
+    std::uint64_t widths = 0;
+    for (int k = 0; k < top_k; ++k) {
+      if (k < count) widths += attention_width(static_cast<double>(probabilities[k]));
+      thresholds[k] = attention_threshold(widths);
+    }
+    return;
+  }
   double total = 0.0;
   for (int k = 0; k < count; ++k) total += static_cast<double>(probabilities[k]);
   double sum = 0.0;

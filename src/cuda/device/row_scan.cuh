@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads)
     __syncthreads();
     if (thread >= 32) continue;
     const Neighbor best = rank_entries(entries, found, layer.top_k, thread);
-    write_row_by_warp(row_of(layer, b, g, slot), layer.top_k, layer.weighted, thread, best);
+    write_row_by_warp(layer, row_of(layer, b, g, slot), thread, best);
     if (thread == 0) atomicAdd(&layer.statistics->rows_written, 1ULL);
   }
 #endif

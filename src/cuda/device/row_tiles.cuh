@@ -296,13 +296,26 @@ __device__ inline Neighbor rank_entries(unsigned long long* entries, int count, 
           __uint_as_float(static_cast<std::uint32_t>(best >> 32U))};
 }
 
-/// Like write_row, by a warp whose lane k has neighbour k.
-__device__ inline void write_row_by_warp(std::int32_t* row, int top_k, bool weighted, int lane,
+/// Like write_row, by a warp whose lane k has neighbour k with the sum of its probabilities over
+/// the query heads of the group.
+__device__ inline void write_row_by_warp(const LayerView& layer, std::int32_t* row, int lane,
                                          const Neighbor& neighbor) {
+  const int top_k = layer.top_k;
   const bool is_neighbor = neighbor.probability > 0.0F;
   const int count = __popc(__ballot_sync(kAllOnes, is_neighbor));
   if (lane < top_k) row[lane] = is_neighbor ? neighbor.slot : -1;
-  if (!weighted || count == 0) return;
+  if (layer.law == EdgeLaw::uniform || count == 0) return;
+  if (layer.law == EdgeLaw::attention) {
+    const double heads = layer.group;
+    std::uint64_t widths =
+        is_neighbor ? attention_width(static_cast<double>(neighbor.probability) / heads) : 0U;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const std::uint64_t before = __shfl_up_sync(kAllOnes, widths, offset);
+      if (lane >= offset) widths += before;
+    }
+    if (lane < top_k) row[top_k + lane] = static_cast<std::int32_t>(attention_threshold(widths));
+    return;
+  }
   double sum = is_neighbor ? static_cast<double>(neighbor.probability) : 0.0;
   for (int offset = 1; offset < 32; offset *= 2) {
     const double before = __shfl_up_sync(kAllOnes, sum, offset);
@@ -848,8 +861,7 @@ struct RowTiles {
     last = __shfl_sync(kAllOnes, best.probability, layer.top_k - 1);
     const float limit = own.bound[token];
     if (limit >= 0.0F && !(last > fmaf(limit, kSlack, kLeast))) return false;
-    write_row_by_warp(row_of(layer, b, g, own.slot[token]), layer.top_k, layer.weighted, lane,
-                      best);
+    write_row_by_warp(layer, row_of(layer, b, g, own.slot[token]), lane, best);
     return true;
   }
 
