@@ -155,8 +155,9 @@ def _draw_strip(axis: Any, story: Story, policy: PolicyStory, end: int) -> Any:
     )
     said = _drawable(" ".join(policy.answer.split()))
     said = said if len(said) <= 28 else said[:27] + "\N{HORIZONTAL ELLIPSIS}"
+    more = ", and more" if policy.digits == 1.0 and not policy.exact else ""
     axis.set_title(
-        f"answer: {said or '(nothing)'}  ({policy.digits:.0%} of digits)",
+        f"answer: {said or '(nothing)'}  ({policy.digits:.0%} of digits{more})",
         loc="right",
         fontsize=9.5,
         color=_RIGHT if policy.exact else _WRONG,
