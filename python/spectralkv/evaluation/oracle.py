@@ -88,6 +88,10 @@ BLOCK = 64
 #: Ranks of the same graph must agree better than this.
 LEAST_AGREEMENT = 0.999
 
+#: Longest context whose whole graph networkx takes: it needs some 250 bytes an edge, of which there
+#: are half as many as the square of the tokens.
+MOST_DENSE_TOKENS = 4096
+
 # Elements of attention that are ranked at a time.
 _BLOCK_ELEMENTS = 1 << 24
 # networkx stops when an entry changes by less than this on average; a millionth of a visit's share.
@@ -149,6 +153,12 @@ class OracleConfig:
         ):
             if getattr(self, name) < least:
                 raise EvaluationError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.dense_heads and self.context > MOST_DENSE_TOKENS:
+            raise EvaluationError(
+                f"dense_heads must be 0 for a context above {MOST_DENSE_TOKENS:,} tokens, whose "
+                f"whole graph is too large for networkx, got {self.dense_heads} for "
+                f"{self.context:,}"
+            )
         least = self.sinks + self.window + 1
         if not least <= self.kept < self.context:
             raise EvaluationError(

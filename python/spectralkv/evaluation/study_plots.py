@@ -7,6 +7,7 @@ of their own, and all others are grey: what is not a finding stays in the backgr
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.oracle import CLAIRVOYANT
@@ -30,12 +31,13 @@ _INK = "#222222"
 _MUTED = "#6E6E6E"
 #: Curves that are all labelled; of more only those with a colour are.
 _MOST_LABELS = 16
-#: Policies of a picture of intervals.
+#: Policies in a picture of intervals.
 _MOST_INTERVALS = 24
-#: Policies a row of needle grids.
+#: Policies in a row of needle grids.
 _MOST_GRIDS = 7
 # Cells between two of them.
 _GAP = 0.25
+_POPULATIONS = re.compile(r"populations=([^,]+)")
 #: Bars and titles that a picture of ablations has below each other; more are put in two columns.
 _ONE_COLUMN = 30
 
@@ -63,7 +65,7 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
             lines.setdefault(row.policy, []).append(row)
     budgets = sorted({row.budget for line in lines.values() for row in line if row.budget})
     names = {row.budget: budget_name(row.budget, row.fraction) for row in rows}
-    figure, (axis,) = _figure(8.6, 5.4)
+    figure, (axis,) = _figure(9.2, 5.4)
     colours = _colours(lines)
     ends: list[tuple[float, str, str, bool]] = []
     dropped = 0
@@ -143,7 +145,7 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
         plain = [row for row in shown if colours[row.policy] == _REST]
         hidden = {row.policy for row in plain[-left_out:]}
         shown = [row for row in shown if row.policy not in hidden]
-    figure, (axis,) = _figure(8.6, 1.4 + 0.3 * len(shown))
+    figure, (axis,) = _figure(9.2, 1.4 + 0.3 * len(shown))
     for place, row in enumerate(shown):
         pair, colour = row.above_full, colours[row.policy]
         if pair is None:
@@ -178,7 +180,7 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
         color=_MUTED,
     )
     axis.axvline(0.0, color=_INK, linewidth=1.0, linestyle="--")
-    axis.set_yticks(range(len(shown)), [_short(_spoken(row.policy), 44) for row in shown])
+    axis.set_yticks(range(len(shown)), [_short(_spoken(row.policy), 50) for row in shown])
     for label, row in zip(axis.get_yticklabels(), shown, strict=True):
         label.set_color(_text_colour(colours[row.policy]))
         label.set_fontweight("bold" if row.policy == DEFAULT else "normal")
@@ -189,7 +191,7 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
     axis.set_axisbelow(True)
     axis.set_xlabel("nats a token above the full cache (lower is better)")
     axis.set_title(title, loc="left", fontsize=11)
-    rest = f" {left_out} policies that lose more are in the table alone." if left_out > 0 else ""
+    rest = f" In the table alone, {left_out} that lose more." if left_out > 0 else ""
     _footnote(figure, f"Lines: 95 % bootstrap, paired. Diamonds: clairvoyant limits. {note}{rest}")
     _save(figure, path)
 
@@ -283,7 +285,7 @@ def plot_needle_grids(
                 axis.text(
                     left + len(lengths) / 2,
                     -0.62,
-                    _wrapped(policy, 16),
+                    _wrapped(_spoken(policy), 16),
                     ha="center",
                     va="bottom",
                     fontsize=8,
@@ -304,7 +306,7 @@ def plot_needle_grids(
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    rest = f" {left_out} more policies are in the tables alone." if left_out > 0 else ""
+    rest = f" In the tables alone: {left_out} more." if left_out > 0 else ""
     _footnote(figure, f"{note}{rest}")
     _save(figure, path)
 
@@ -502,7 +504,7 @@ def _label_ends(
             break
     for place, (value, name, colour, is_grey) in zip(places, ordered, strict=True):
         axis.annotate(
-            _short(_spoken(name), 34),
+            _short(_spoken(name), 40),
             xy=(at, value),
             xytext=(1.035, math.exp(place)),
             textcoords=("axes fraction", "data"),
@@ -537,11 +539,20 @@ def _score_colours() -> Any:
 
 
 def _spoken(policy: str) -> str:
-    """Return what a label is called in a picture: limits say what they know."""
+    """Return what a label is called in a picture.
+
+    Limits say what they know; populations are told by restart and share, which is what they differ
+    in where a picture has several.
+    """
     name, _, ahead = policy.partition(":ahead=")
-    if name != CLAIRVOYANT:
+    if name == CLAIRVOYANT:
+        return "limit: sees all that comes" if ahead == "all" else f"limit: sees {ahead} tokens"
+    found = _POPULATIONS.search(policy)
+    if found is None:
         return policy
-    return "limit: sees all that comes" if ahead == "all" else f"limit: sees {ahead} tokens"
+    parts = [item.split(":") for item in found[1].split("+")]
+    told = " + ".join(f"{item[0]} {item[2]}" for item in parts if len(item) > 2)
+    return policy[: found.start()] + told + policy[found.end() :]
 
 
 def _mean(values: Sequence[float] | None) -> float:

@@ -266,7 +266,7 @@ def _sample_note(group: Group, rows: Sequence[PerplexityRow]) -> str:
         f"{number} {'sequence' if most == 1 else 'sequences'} of {_range(lengths)} tokens "
         f"({', '.join(parts)})" + (f", {scored:,} scored tokens" if scored else "")
     )
-    return text + _smallness(fewest, "sequence" if fewest == 1 else "sequences")
+    return text + _smallness(fewest, "sequence")
 
 
 # -- ablations
@@ -281,7 +281,7 @@ def _ablations(group: Group, report: _Report) -> None:
     pairs = [row.above_base for row in rows]
     counts = sorted({pair.units for pair in pairs})
     note = f"Paired with `{group.base}` over {_range(counts)} {pairs[0].unit}" + _smallness(
-        counts[0], pairs[0].unit
+        counts[0], pairs[0].unit.removesuffix("s")
     )
     for row in rows:
         report.record(
@@ -491,7 +491,7 @@ def _case_note(cases: Sequence[Case]) -> str:
     text = f"{each} {'text' if each == 1 else 'texts'} for each task and length"
     text += f" ({_range(lengths)} tokens)"
     text += f", each at {len(depths)} depths" if len(depths) > 1 else ""
-    return text + _smallness(each * len(lengths), "texts a task")
+    return text + _smallness(each * len(lengths), "text")
 
 
 # -- oracle
@@ -506,7 +506,7 @@ def _oracle(group: Group, report: _Report) -> None:
         f"{len(sequences)} {'sequence' if len(sequences) == 1 else 'sequences'}, "
         f"{config.get('length', '?')} tokens judged and {config.get('continuation', '?')} scored "
         f"in each, {config.get('budget', '?')} kept a head"
-    ) + _smallness(len(sequences), "sequences")
+    ) + _smallness(len(sequences), "sequence")
     _head(group, report, note)
     report.say(*(f"- {line}" for line in oracle.verdict_lines(results, found)))
     for result in results:
@@ -644,7 +644,7 @@ def _perplexity_line(rows: Sequence[PerplexityRow], name: str, note: str) -> str
     if ours is None or ours.ratio is None or ours.best_rival is None:
         return f"Streaming perplexity at {name}: {note}"
     ratio = ours.ratio
-    clear = "" if ratio.high < 1 else ", not clear of 100 %"
+    clear = "" if ratio.high < 1 or ratio.low > 1 else ", not clear of 100 %"
     return (
         f"At {name} of the cache `{DEFAULT}` loses {_percent(ratio.ratio)} of what the best rival, "
         f"`{ours.best_rival}`, loses in perplexity (95 % interval {_percent(ratio.low)} to "
@@ -747,10 +747,12 @@ def _identity(group: Group) -> dict[str, Any]:
     }
 
 
-def _smallness(count: int, what: str) -> str:
+def _smallness(count: int, unit: str) -> str:
+    """Return the end of a sentence on a sample, `unit` being one of what it holds."""
     if count >= SMALL_SAMPLE:
         return "."
-    return f": a small sample ({count} {what}); read the intervals, not the last digit."
+    units = f"{count} {unit}{'' if count == 1 else 's'}"
+    return f": a small sample ({units}); read the intervals, not the last digit."
 
 
 def _asked(question: object) -> str:

@@ -40,9 +40,12 @@ def oracle(
         int, typer.Option(help="Heads of each sequence whose graph networkx ranks as well.")
     ] = 6,
     dense_heads: Annotated[
-        int,
-        typer.Option(help="How many of them on all edges, too: some 20 s each at 2,048 tokens."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="How many of them on all edges, too: some 20 s each at 2,048 tokens.",
+            show_default="1, and none in a context above 4,096 tokens",
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="Graph and restarts: default, uniform32 or weighted4.")
     ] = "default",
@@ -81,6 +84,8 @@ def oracle(
     from spectralkv.evaluation.runs import RunFile
 
     alone = _layers(layers)
+    if dense_heads is None:
+        dense_heads = int(length <= study.MOST_DENSE_TOKENS)
     config = study.OracleConfig(
         context=length,
         continuation=continuation,
