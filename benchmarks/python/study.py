@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OURS = ["spectral"]
+LONG_MEMORY = "spectral:edge_law=attention,top_k=16,window=100"
 CANDIDATES = [
     "spectral",
     "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
     "spectral:window=32,populations=recent:edges:0.25+novelty:all:0.75",
     "spectral:edge_law=attention,populations=recent:edges:0.5:32:0.9+novelty:all:0.5",
-    "spectral:edge_law=attention,top_k=16,window=100,"
-    "populations=recent:edges:0.75:32:0.9+novelty:all:0.25",
+    f"{LONG_MEMORY},populations=recent:edges:0.75:32:0.9+novelty:all:0.25",
 ]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
