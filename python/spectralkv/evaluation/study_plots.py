@@ -10,7 +10,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from spectralkv.evaluation.oracle import CLAIRVOYANT
+from spectralkv.evaluation.oracle_graph import CLAIRVOYANT
 from spectralkv.evaluation.plots import _figure, _footnote, _save
 from spectralkv.evaluation.specs import FULL
 from spectralkv.evaluation.study_tables import DEFAULT, budget_name, is_ours

@@ -17,6 +17,7 @@ from typing import Any
 
 from spectralkv.evaluation import oracle, study_plots
 from spectralkv.evaluation.errors import EvaluationError
+from spectralkv.evaluation.oracle_graph import CLAIRVOYANT, H2O, PAGERANK
 from spectralkv.evaluation.report import make_folder, write_text
 from spectralkv.evaluation.runs import KINDS, load_runs
 from spectralkv.evaluation.specs import FULL
@@ -512,17 +513,17 @@ def _oracle(group: Group, report: _Report) -> None:
     for result in results:
         pair = result.difference
         for policy, value in result.perplexity.items():
-            is_first = policy == oracle.PAGERANK
+            is_first = policy == PAGERANK
             report.record(
                 "oracle",
                 **_identity(group),
                 layer="all" if result.layer is None else result.layer,
                 policy=policy,
                 budget=None if policy == FULL else config.get("budget"),
-                limit=policy == oracle.CLAIRVOYANT,
+                limit=policy == CLAIRVOYANT,
                 sequences=len(sequences),
                 ppl=value,
-                **_pair_figures(f"nats_above_{oracle.H2O}", pair if is_first else None),
+                **_pair_figures(f"nats_above_{H2O}", pair if is_first else None),
             )
     overall = next((result for result in results if result.layer is None), None)
     if overall is not None:
@@ -530,7 +531,7 @@ def _oracle(group: Group, report: _Report) -> None:
         lines = ["| every layer cut | ppl | above full |", "|---|---:|---:|"]
         for policy, value in sorted(ppl.items(), key=lambda item: item[1]):
             above = _signed(value - ppl[FULL]) if FULL in ppl and policy != FULL else ""
-            limit = " (limit, no policy)" if policy == oracle.CLAIRVOYANT else ""
+            limit = " (limit, no policy)" if policy == CLAIRVOYANT else ""
             lines.append(f"| {policy}{limit} | {_number(value)} | {above} |")
         report.say(*lines)
     alone = [result for result in results if result.layer is not None]

@@ -13,6 +13,7 @@ from spectralkv.cli.evaluate.perplexity import run_path
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from spectralkv.config import EdgeLaw
     from spectralkv.evaluation.oracle import Agreement, Verdict
 
 
@@ -49,6 +50,10 @@ def oracle(
     preset: Annotated[
         str, typer.Option(help="Graph and restarts: default, uniform32 or weighted4.")
     ] = "default",
+    edges: Annotated[
+        str,
+        typer.Option(help="Edge law: uniform, weighted or attention.", show_default="the preset's"),
+    ] = "",
     window: Annotated[
         int, typer.Option(help="Newest tokens of the context that stay (H2O has its own).")
     ] = 50,
@@ -94,6 +99,7 @@ def oracle(
         heads=heads,
         dense_heads=dense_heads,
         preset=preset,
+        edge_law=_edge_law(edges),
         window=window,
         sinks=sinks,
         chunk=chunk,
@@ -148,6 +154,20 @@ def oracle(
         raise typer.Exit(1)
 
 
+def _edge_law(text: str) -> EdgeLaw | None:
+    from spectralkv.evaluation import EvaluationError
+
+    laws: dict[str, EdgeLaw | None] = {
+        "": None,
+        "uniform": "uniform",
+        "weighted": "weighted",
+        "attention": "attention",
+    }
+    if text not in laws:
+        raise EvaluationError(f"--edges must be uniform, weighted or attention, got {text!r}")
+    return laws[text]
+
+
 def _layers(text: str) -> tuple[int, ...] | None:
     """Read ``all`` (None), ``none`` or ``0,4-7``."""
     from spectralkv.evaluation import EvaluationError
@@ -175,10 +195,11 @@ def _show(
     from rich.table import Table
 
     from spectralkv.evaluation import oracle as study
+    from spectralkv.evaluation.oracle_graph import H2O, PAGERANK
 
     out = Console(highlight=False)
     scored = [case for case in cases if case["case"] == "perplexity"]
-    budget = next(case for case in scored if case["policy"] == study.PAGERANK)
+    budget = next(case for case in scored if case["policy"] == PAGERANK)
     overall = next((result for result in results if result.layer is None), None)
     alone = [result for result in results if result.layer is not None]
     share = f"{budget['budget']:,} tokens ({budget['budget_fraction']:.0%})"
@@ -207,8 +228,8 @@ def _show(
             said = ("PageRank" if result.is_better else "H2O") if result.is_clear else "-"
             table.add_row(
                 str(result.layer),
-                f"{result.perplexity[study.PAGERANK]:.3f}",
-                f"{result.perplexity[study.H2O]:.3f}",
+                f"{result.perplexity[PAGERANK]:.3f}",
+                f"{result.perplexity[H2O]:.3f}",
                 f"{pair.mean:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})",
                 said,
             )
