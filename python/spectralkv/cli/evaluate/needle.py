@@ -153,8 +153,8 @@ def needle(
                 [case for case in part if asking.said_budget(case) in (asking.WHOLE, share)],
                 files[-1],
                 score="digits",
-                title=f"{loaded.name}: share of digits right, query-{asked}, budget {share}",
-                note=f"Means over {cases} case{'s' if cases > 1 else ''} a cell.",
+                title=f"Digits right, query-{asked}, budget {share}",
+                note=f"{loaded.name}; means over {cases} case{'s' if cases > 1 else ''} a cell.",
             )
     for path in files:
         typer.echo(str(path))
