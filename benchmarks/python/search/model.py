@@ -66,7 +66,7 @@ class Decoder:
             raise EvaluationError(
                 f"the search needs a model of type {', '.join(FAMILIES)}, got {config.model_type!r}"
             )
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
         if getattr(config, "sliding_window", None) is not None and kinds != {"full_attention"}:
             raise EvaluationError("the search needs a model without a sliding window")
         body = model.model

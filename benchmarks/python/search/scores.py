@@ -169,7 +169,8 @@ class View:
         count = live.sum(1, keepdim=True).clamp_min(1)
         mean = rating.masked_fill(~live, 0.0).sum(1, keepdim=True) / count
         away = (rating - mean).masked_fill(~live, 0.0)
-        deviation = (away.square().sum(1, keepdim=True) / count).sqrt().clamp_min(1e-6)
+        square = away.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)
+        deviation = square.sqrt().clamp_min(1e-6)
         return (away / deviation).masked_fill(~live, float("-inf"))
 
     def vectors(self, space: Space) -> torch.Tensor:
@@ -866,19 +867,20 @@ class PageRank(Score):
         if self.direction != "out":
             into = start.new_zeros(start.shape).scatter_add_(1, target, weight.view(rows, -1))
             inflow = 1.0 / into.clamp_min(1.0 if self.graph.law == "absolute" else _TINY)
-        rank = start
+        rank, came = start, torch.zeros_like(start)
+        share = 0.5 if self.direction == "both" else 1.0
         for _ in range(self.steps):
-            arrivals = torch.zeros_like(start)
-            share = 0.5 if self.direction == "both" else 1.0
+            came = torch.zeros_like(start)
             if self.direction != "in":
-                along = (share * rank[..., None] * weight).view(rows, -1)
-                arrivals.scatter_add_(1, target, along)
+                along = (go * share * rank[..., None] * weight).view(rows, -1)
+                came.scatter_add_(1, target, along)
             if inflow is not None:
                 back = (rank * inflow).gather(1, target).view(weight.shape)
-                arrivals = arrivals + share * (back * weight).sum(-1)
-            rank = start + go * arrivals
+                came += go * share * (back * weight).sum(-1)
+            rank = start + came
+        # Not rank - start: few arrivals at many restarts would be lost to rounding.
         total = rank.sum(1, keepdim=True).clamp_min(_TINY)
-        return (rank - start if self.counts == "edges" else rank) / total
+        return (came if self.counts == "edges" else rank) / total
 
 
 # -- combinations

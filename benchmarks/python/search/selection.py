@@ -161,7 +161,7 @@ def choose(view: View, rule: Rule, budget: int) -> torch.Tensor:
         own = count
         if quota.pool:
             own = int(quota.floor * count)
-        elif order == len(rule.quotas) - 1 and order:
+        elif order == len(rule.quotas) - 1 and order and not rule.pool:
             # All that the others left, which may have been more than they got.
             own = (budget - keep.sum(1, keepdim=True)).clamp_min(0)
         elif quota.cover < 1.0:
