@@ -133,7 +133,8 @@ Snapshot rows_of(const GraphConfig& config, Index tokens, Index distinct, DType 
     for (Index h = 0; h < config.num_kv_heads; ++h) {
       for (Index d = 0; d < config.head_dim; ++d) {
         for (Index j = 0; j < tokens; ++j) {
-          keys.set({b, h, j, d}, j < distinct ? random.normal() : keys.get({b, h, j - distinct, d}));
+          keys.set({b, h, j, d},
+                   j < distinct ? random.normal() : keys.get({b, h, j - distinct, d}));
         }
       }
     }
