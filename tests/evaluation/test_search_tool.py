@@ -25,39 +25,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "pyt
 
 from search import __main__ as command
 from search import results, selection, simulate
-from search.model import Decoder
-from search.rules import make_rules
-from search.scores import (
+from search.attention import (
     RKV,
-    Across,
-    Blocks,
     Expected,
     Future,
-    Graph,
-    KeyDiff,
-    Leverage,
-    Nearby,
     Newest,
     Own,
-    PageRank,
-    Pass,
-    Position,
-    Product,
-    Ranks,
-    Rarity,
     Received,
-    Recent,
     Recurrence,
-    Remembered,
     Replayed,
-    Score,
-    Surprise,
-    View,
     Votes,
-    novelty,
 )
+from search.combine import Across, Blocks, Nearby, Product, Ranks, Remembered, novelty
+from search.features import KeyDiff, Leverage, Position, Rarity, Recent, Surprise, Unlike
+from search.model import Decoder
+from search.rules import make_rules
+from search.scores import Pass, Score, View
 from search.selection import Merge, Quota, Rule
 from search.simulate import Simulation
+from search.walks import Graph, PageRank
 
 LENGTH, BUDGET, INTERVAL, CHUNK = 300, 60, 16, 16
 
@@ -474,6 +460,23 @@ def test_what_is_remembered_fades_with_each_cut() -> None:
     torch.testing.assert_close(again, 1.5 * first)
     most = Remembered(novelty(), 1.0, "max")
     torch.testing.assert_close(most.rate(view), most.rate(view))
+
+
+@pytest.mark.parametrize("space", ["key", "plain", "value"])
+def test_novelty_against_all_that_was_seen(space: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy, direction, leverage = Spy(monkeypatch), Unlike(space), Unlike(space, "leverage")
+    quotas = (Quota(direction, 0.5), Quota(leverage, 0.5))
+    simulation = run(Rule("unlike", "", quotas, 8), random_ids(1, BUDGET + INTERVAL + 4))
+    view = spy.view
+    assert view is not None
+    assert simulation.cuts == 1  # all that was seen is still held
+    x = view.vectors(space).double()
+    mean = torch.nn.functional.normalize(x, dim=-1).sum(1)
+    cosine = torch.nn.functional.cosine_similarity(x, mean[:, None], dim=-1)
+    torch.testing.assert_close(view.rate(direction).double(), -cosine, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        view.rate(leverage), 80 * view.rate(Leverage(space)), rtol=1e-2, atol=1e-3
+    )
 
 
 def test_keys_without_their_rotation() -> None:

@@ -5,7 +5,9 @@
 ``model``
     A decoder of Llama's kind, written out so that its cache can be cut in any way.
 ``scores``
-    Features of tokens, and ways to combine them: what a rule ranks by.
+    What a score is, and what it sees.
+``features``, ``attention``, ``walks``, ``combine``
+    Scores of keys and of the text, of attention, by PageRank, and made of others.
 ``selection``
     Rules: quotas of a budget, for each head or pooled over heads, and merging.
 ``simulate``

@@ -84,7 +84,14 @@ class Results:
         """Write the file, all of it or nothing."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f"{self.path.name}.new")
-        new.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        # A line a rule: what a search adds can be read, and compared, line by line.
+        entries = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(entry)}"
+            for name, entry in self.content["rules"].items()
+        )
+        rest = {name: value for name, value in self.content.items() if name != "rules"}
+        head = json.dumps(rest, indent=1).removesuffix("\n}")
+        new.write_text(f'{head},\n "rules": {{\n{entries}\n}}}}\n', encoding="utf-8")
         new.replace(self.path)
 
 

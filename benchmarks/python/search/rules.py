@@ -1,7 +1,7 @@
 """The rules by group, each with the reason to try it.
 
-`make_rules` returns them all. A rule of one's own is one line here: scores from `search.scores`,
-quotas from `search.selection`.
+`make_rules` returns them all. A rule of one's own is one line here: scores from `search.features`,
+`search.attention`, `search.walks` and `search.combine`, quotas from `search.selection`.
 """
 
 from __future__ import annotations
@@ -9,45 +9,49 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from search.scores import (
+from search.attention import (
     RKV,
-    Across,
-    Apart,
-    Blocks,
-    Chance,
-    Even,
     Expected,
     Future,
-    Graph,
     Importance,
+    Newest,
+    Own,
+    Received,
+    Recurrence,
+    Replayed,
+    Votes,
+)
+from search.combine import (
+    Across,
+    Blocks,
+    Nearby,
+    PerChance,
+    Product,
+    Ranks,
+    Remembered,
+    Softmax,
+    Sum,
+    Times,
+    novelty,
+)
+from search.features import (
+    Apart,
+    Chance,
+    Even,
     KeyDiff,
     Leverage,
     Marked,
-    Nearby,
-    Newest,
     Norm,
-    Own,
-    PageRank,
-    PerChance,
     Position,
-    Product,
-    Ranks,
     Rarity,
-    Received,
     Recent,
-    Recurrence,
-    Remembered,
-    Replayed,
-    Score,
-    Softmax,
-    Sum,
     Surprise,
-    Times,
+    Unlike,
     Unrepeated,
-    Votes,
-    novelty,
 )
+from search.scores import Score
 from search.selection import Merge, Quota, Rule
+from search.walks import Graph, PageRank
 
 # Factors for each token that make a sum .8, .9, .95 of itself in 32 tokens.
 FAST, MIDDLE, SLOW = 0.9931, 0.9967, 0.9984
@@ -199,6 +203,22 @@ def restarts() -> list[Rule]:
     return found
 
 
+def redundancy() -> list[Rule]:
+    """Return R-KV's strength, redundancy among keys, beside walks."""
+    seconds: list[tuple[str, Score, str]] = [
+        ("rkv .4", RKV(0.4), "all of R-KV in the other half"),
+        ("unrepeated", Unrepeated(), "its redundancy alone"),
+        ("unrepeated plain", Unrepeated("plain"), "likeness without position"),
+        ("unrepeated values", Unrepeated("value"), "likeness of what is said"),
+        ("unrepeated x novelty", Product(((0.5, Softmax(Unrepeated())), (0.5, novelty()))), "both"),
+    ]
+    found = []
+    for name, second, why in seconds:
+        found.append(Rule(f"recent + {name}", why, two(RECENT, second)))
+        found.append(Rule(f"visits .75 + {name}", why, two(visits(), second, 0.75), 100))
+    return found
+
+
 def edges() -> list[Rule]:
     """Return other graphs under the default."""
     graphs: list[tuple[str, Graph, str]] = [
@@ -224,14 +244,6 @@ def edges() -> list[Rule]:
             distinctive(novelty(), restart_prob=p, steps=16),
         )
         found.append(Rule(f"restart prob {p:g}", "how far walks go", halves))
-    found += [
-        Rule(
-            f"novelty walks {direction}",
-            "from a novel token to who looked at it: digits look back at their name",
-            two(RECENT, distinctive(novelty(), direction=direction)),
-        )
-        for direction in ("in", "both")
-    ]
     return found
 
 
@@ -416,6 +428,7 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
     """Return rules made for phrases that nothing has asked for yet."""
     phrase = Nearby(novelty(), 9)
     agreed = Across(novelty(), "model")
+    common = Softmax(Nearby(agreed, 9))  # a mean over all heads is nearly flat
     value = Softmax(Leverage("value"))
     seconds: list[tuple[str, Score, str]] = [
         ("keydiff", KeyDiff(), "novelty without a walk"),
@@ -425,6 +438,11 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
         ("plain leverage", Leverage("plain"), "the same without position"),
         ("value leverage", Leverage("value"), "what no sum of other values can replace"),
         ("ppr plain leverage", distinctive(Softmax(Leverage("plain"))), "and its phrase"),
+        ("unlike all seen", distinctive(Softmax(Unlike())), "survivors must not move the mean"),
+        ("unlike all seen, plain", distinctive(Softmax(Unlike("plain"))), "without position"),
+        ("unlike all values", distinctive(Softmax(Unlike("value"))), "of what is said"),
+        ("odd for all seen", Unlike("plain", "leverage"), "leverage against all that was seen"),
+        ("odd values", Unlike("value", "leverage"), "the same of what is said"),
         ("apart 65", distinctive(Softmax(Apart(65))), "unlike the text around it"),
         ("apart 257 plain", distinctive(Softmax(Apart(257, "plain"))), "in a wider circle"),
         ("phrases of novelty", phrase, "all seven digits must stay: rate what stands together"),
@@ -437,10 +455,10 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
         ("any head's novelty", Across(novelty(), "layer", "max"), "one head that knows suffices"),
         ("phrases, model", Nearby(agreed, 9), "the whole phrase in all heads, or nowhere"),
         ("phrases of 15, model", Nearby(agreed, 15), "wider"),
-        ("ppr phrases, model", distinctive(Nearby(agreed, 9)), "and whom they look at"),
+        ("ppr phrases, model", distinctive(common), "and whom they look at"),
         (
             "own and model novelty",
-            Sum(((0.5, novelty()), (0.5, Nearby(agreed, 9)))),
+            Sum(((0.5, novelty()), (0.5, common))),
             "a head's own view and the common one",
         ),
         ("surprise", Surprise(), "what the model did not expect it cannot make up again"),
@@ -474,6 +492,7 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
         ("own content", Own("content"), "its head was at work"),
         ("own entropy", Softmax(Own("entropy")), "it knew whom it wanted"),
         ("separators", Marked("separators", marks["separators"]), "SepLLM: they sum up"),
+        ("walks back", distinctive(novelty(), direction="in"), "to who looked at a novel token"),
         ("walks both ways", distinctive(novelty(), direction="both"), "name to digits, too"),
         ("walks both ways, .3", distinctive(novelty(), direction="both", restart_prob=0.3), "far"),
         (
@@ -519,8 +538,10 @@ def both() -> list[Rule]:
     novel: list[tuple[str, Score]] = [
         ("novelty", NOVEL),
         ("plain novelty", distinctive(novelty("plain"))),
+        ("unlike all seen", distinctive(Softmax(Unlike()))),
         ("remembered novelty", distinctive(Remembered(novelty(), 1.0, "max"))),
-        ("common phrases", distinctive(Nearby(agreed, 9))),
+        # A mean over all heads is nearly flat: the softmax makes a restart of it again.
+        ("common phrases", distinctive(Softmax(Nearby(agreed, 9)))),
         ("rare phrases", Nearby(Product(((0.5, Rarity(0.5)), (0.5, agreed))), 9)),
         ("value leverage", distinctive(Softmax(Leverage("value")))),
         ("replayed", distinctive(Replayed())),
@@ -595,6 +616,7 @@ def make_rules(tokenizer: Any) -> dict[str, list[Rule]]:
         "decay": decay(),
         "windows": windows(),
         "restarts": restarts(),
+        "redundancy": redundancy(),
         "edges": edges(),
         "merging": merging(),
     }

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from search.scores import Graph, Score, View, family
+from search.scores import Score, View, family
+from search.walks import Graph
 from spectralkv.evaluation import EvaluationError
 
 # Similarities that one block of rows may fill: 512 MiB in float32.

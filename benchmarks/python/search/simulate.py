@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from search.attention import Replayed
 from search.model import Decoder
-from search.scores import Memory, Pass, Replayed, View
+from search.scores import Memory, Pass, View
 from search.selection import Rule, choose, merge_into
 from spectralkv.evaluation.answering import context_passes
 from spectralkv.evaluation.haystack import encode
@@ -198,8 +199,8 @@ class Simulation:
             values[order, :, :, size - count :] = (
                 layer.value(h).view(batch, count, heads, dim).transpose(1, 2)
             )
-            grouped = query.reshape(batch, heads, group * count, dim)
-            logits = grouped @ (keys[order].transpose(2, 3) * decoder.scaling)
+            grouped = (query * decoder.scaling).reshape(batch, heads, group * count, dim)
+            logits = grouped @ keys[order].transpose(2, 3)
             logits = logits.view(batch, heads, group, count, size)
             if bias is not None:
                 logits = logits + bias[order, :, :, None, None]
@@ -220,6 +221,10 @@ class Simulation:
                 seen["plain_queries"][order] = plain
         if "value_norms" in wants:
             seen["value_norms"] = values.norm(dim=-1)
+        if "new_keys" in wants:
+            seen["new_keys"] = keys[:, :, :, size - count :]
+        if "new_values" in wants:
+            seen["new_values"] = values[:, :, :, size - count :]
         if store:
             self.keys, self.values, self.positions = keys, values, slots
             self.bias = bias
