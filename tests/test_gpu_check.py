@@ -112,6 +112,13 @@ def test_sanitizer_summaries() -> None:
     assert figures["tests"] == 120
     assert figures["skipped"] == 2
     assert len(figures["summaries"]) == 2
+    timed = (
+        "[ RUN      ] A.B\n[       OK ] A.B (12 ms)\n[ RUN      ] A.C\n"
+        "[  SKIPPED ] A.C (3 ms)\n[ RUN      ] A.D\n"
+    )
+    figures = check.parse_sanitizer(timed + clean)
+    assert figures["slowest_ms"] == {"A.B": 12, "A.C": 3}
+    assert figures["unfinished"] == ["A.D"]
     races = "[  PASSED  ] 9 tests.\n========= RACECHECK SUMMARY: 3 hazards displayed (3 errors)"
     with pytest.raises(check.ResultError, match="3 hazards"):
         check.parse_sanitizer(races)
@@ -307,3 +314,14 @@ def test_the_table_goes_between_the_marks() -> None:
 def test_the_performance_page_has_the_marks() -> None:
     page = (ROOT / "docs/performance.md").read_text()
     assert goals.insert(page, "x") != page
+
+
+def test_report_grows_with_each_group(tmp_path: Path) -> None:
+    told: list[list[str]] = []
+    check.run_groups(
+        [[stage("one", "print(1)")], [stage("two", "print(2)")]],
+        30,
+        tmp_path,
+        lambda results: told.append([result.name for result in results]),
+    )
+    assert told == [["one"], ["one", "two"]]
