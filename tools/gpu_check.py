@@ -190,14 +190,14 @@ def parse_junit(text: str) -> Figures:
 
 
 def parse_sanitizer(output: str) -> Figures:
-    """Errors and hazards of compute-sanitizer's summaries; googletest's counts and slowest tests."""
+    """Errors and hazards of compute-sanitizer's summaries; googletest's counts, slowest tests."""
     summaries = re.findall(r"=========\s*((?:ERROR|RACECHECK|LEAK) SUMMARY: .*)", output)
     figures: Figures = {"summaries": summaries}
     passed = re.findall(r"\[  PASSED  \] (\d+) test", output)
     skipped = re.findall(r"\[  SKIPPED \] (\d+) test", output)
     figures["tests"] = sum(map(int, passed))
     figures["skipped"] = sum(map(int, skipped))
-    ended = re.findall(r"\[ (?:      OK|  FAILED|  SKIPPED) \] (\S+) \((\d+) ms\)", output)
+    ended = re.findall(r"\[ +(?:OK|FAILED|SKIPPED) +\] (\S+) \((\d+) ms\)", output)
     slowest = sorted(((int(ms), name) for name, ms in ended), reverse=True)[:5]
     figures["slowest_ms"] = {name: ms for ms, name in slowest}
     begun = re.findall(r"\[ RUN      \] (\S+)", output)
