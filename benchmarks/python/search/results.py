@@ -343,7 +343,10 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
             )
         panel.set_xscale("log")
         ticks = [0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0]
-        low = min((line.excess[text][0] for line in shown), default=0.01) * 0.9
+        low = min((line.excess[text][0] for line in shown), default=0.01)
+        if rival is not None:
+            low = min(low, 0.6 * rival.excess[text][0])
+        low *= 0.9
         high = max((line.excess[text][0] for line in shown), default=1.0) * 1.1
         panel.set_xlim(low, high)
         panel.set_xticks([tick for tick in ticks if low <= tick <= high])
@@ -361,7 +364,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         panel.set_title(f"needles at budget {haystack}")
     panels[0].set_ylabel("whole number right (higher is better)")
     figure.legend(
-        list(groups.values()), list(groups), loc="outside upper center", ncols=len(groups)
+        list(groups.values()), list(groups), loc="outside lower center", ncols=len(groups)
     )
     figure.suptitle(
         "Rules for both aims: numbered ones are beaten by none in both; "
