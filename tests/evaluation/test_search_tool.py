@@ -572,10 +572,14 @@ def test_a_search_is_saved_resumed_and_shown(
     tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "search.json"
+    assert command.main([*tiny_command, "--shard", "0/2", "--task", "needles"]) == 0
+    said = capsys.readouterr().out
+    assert "1/4 default: needles at 0.5" in said
+    assert "no picture" in said
     assert command.main([*tiny_command, "--shard", "0/2"]) == 0
     said = capsys.readouterr().out
     assert "1/4 default: excess at 0.5" in said
-    assert "needles at 0.5" in said
+    assert "needles at 0.5 0" not in said  # was done before
     assert (tmp_path / "search.png").stat().st_size > 10_000
     first = json.loads(output.read_text())
     assert set(first["rules"]) == {

@@ -46,6 +46,7 @@ from spectralkv.evaluation.haystack import Haystack
 from spectralkv.evaluation.needle import Case, CaseMaker
 from spectralkv.evaluation.report import environment
 
+TASKS = (PERPLEXITY, NEEDLES)
 # Tokens that are fed to both forward passes before a search, to see that they agree.
 _CHECKED = 128
 
@@ -74,6 +75,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--needle-budget", action="append", help="repeatable; 0.5 0.25")
     add("--interval", type=int, default=32, help="tokens between two cuts")
     add("--batch", type=int, default=32, help="sequences or cases at a time")
+    add("--task", action="append", choices=TASKS, help="for now this one alone; repeatable")
     add("--only", action="append", default=[], help="groups or names, * and ? allowed; repeatable")
     add("--shard", default="0/1", help="i/n: every n-th rule, from the i-th on")
     add("--limit", type=float, default=0.0, help="seconds after which no rule is begun; 0: none")
@@ -174,7 +176,8 @@ class Judge:
         """Return (task, budget) of all that is asked for."""
         texts = self._options.budget if self._options.sequences else []
         haystacks = self._options.needle_budget if self._cases else []
-        return [(PERPLEXITY, b) for b in texts] + [(NEEDLES, b) for b in haystacks]
+        every = [(PERPLEXITY, b) for b in texts] + [(NEEDLES, b) for b in haystacks]
+        return [(task, b) for task, b in every if task in (self._options.task or TASKS)]
 
     def full(self, task: str, budget: str) -> dict[str, Any]:
         """Return the figures of the full cache on the tokens that count at a budget."""
