@@ -336,7 +336,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 fontweight="bold",
             )
         rival = best_rival(lines, text)
-        if rival is not None:
+        if rival is not None and rival.excess[text][0] > 0:
             panel.axvline(rival.excess[text][0], color="#222222", linestyle=":", linewidth=1.0)
             panel.axvline(
                 0.6 * rival.excess[text][0], color="#D55E00", linestyle="--", linewidth=1.0
@@ -344,7 +344,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         panel.set_xscale("log")
         ticks = [0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0]
         low = min((line.excess[text][0] for line in shown), default=0.01)
-        if rival is not None:
+        if rival is not None and rival.excess[text][0] > 0:
             low = min(low, 0.6 * rival.excess[text][0])
         low *= 0.9
         high = max((line.excess[text][0] for line in shown), default=1.0) * 1.1
