@@ -448,6 +448,7 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
         ("phrases of novelty", phrase, "all seven digits must stay: rate what stands together"),
         ("phrases of 15", Nearby(novelty(), 15), "a needle has about 15 tokens"),
         ("best of phrase", Nearby(novelty(), 9, "max"), "one novel token saves its neighbours"),
+        ("neighbours of the novel", Nearby(novelty(), 3, "max"), "closer ones"),
         ("after the novel", Nearby(novelty(), 9, after=True), "a name, then its number"),
         ("blocks of novelty", Blocks(novelty(), 10), "fixed chunks as ChunkKV has them"),
         ("novelty of the layer", Across(novelty()), "heads of a layer agree"),
@@ -535,28 +536,39 @@ def both() -> list[Rule]:
         ("expected x visits", Product(((0.5, EXPECTED), (0.5, visits(graph=LEAKY_16))))),
     ]
     agreed = Across(novelty(), "model")
-    novel: list[tuple[str, Score]] = [
+    # A head's own view of what is novel, in small and large shares; then what all heads share.
+    own: list[tuple[str, Score]] = [
         ("novelty", NOVEL),
+        ("keydiff", KeyDiff()),
         ("plain novelty", distinctive(novelty("plain"))),
         ("unlike all seen", distinctive(Softmax(Unlike()))),
         ("remembered novelty", distinctive(Remembered(novelty(), 1.0, "max"))),
+        ("value leverage", distinctive(Softmax(Leverage("value")))),
+    ]
+    common: list[tuple[str, Score]] = [
         # A mean over all heads is nearly flat: the softmax makes a restart of it again.
         ("common phrases", distinctive(Softmax(Nearby(agreed, 9)))),
         ("rare phrases", Nearby(Product(((0.5, Rarity(0.5)), (0.5, agreed))), 9)),
-        ("value leverage", distinctive(Softmax(Leverage("value")))),
         ("replayed", distinctive(Replayed())),
     ]
-    found = []
-    for (habit, first), (name, second) in itertools.product(habits, novel):
-        for share, window in ((0.25, 75), (0.4, 32)):
-            found.append(
-                Rule(
-                    f"both: {habit} + {name} {share:g}, w{window}",
-                    "one half for text, one for what nobody asked for yet",
-                    two(second, first, share),
-                    window,
-                )
-            )
+    mixes = [
+        *(
+            (name, score, share, window)
+            for name, score in own
+            for share, window in ((0.25, 75), (0.4, 32), (0.55, 32))
+        ),
+        *((name, score, 0.4, 32) for name, score in common),
+    ]
+    found = [
+        Rule(
+            f"both: {habit} + {name} {share:g}, w{window}",
+            "one part for text, one for what nobody asked for yet",
+            two(second, first, share),
+            window,
+        )
+        for (habit, first), (name, second, share, window) in itertools.product(habits, mixes)
+    ]
+    novel = [*own, *common]
     for name, second in novel:
         found.append(
             Rule(
