@@ -215,3 +215,33 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def check_counts(**counts: int) -> None:
+    """Refuse options below 1.
+
+    Raises
+    ------
+    EvaluationError
+        One of them is.
+    """
+    from spectralkv.evaluation import EvaluationError
+
+    for name, value in counts.items():
+        if value < 1:
+            raise EvaluationError(f"--{name} must be at least 1, got {value}")
+
+
+def run_path(folder: Path, name: str) -> Path:
+    """Return the path of a run file.
+
+    Raises
+    ------
+    EvaluationError
+        The name is not a plain file name.
+    """
+    from spectralkv.evaluation import EvaluationError
+
+    if not name or Path(name).name != name:
+        raise EvaluationError(f"--name must be a file name without a folder, got {name!r}")
+    return folder / f"{name.removesuffix('.json')}.json"

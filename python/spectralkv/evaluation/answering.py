@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from spectralkv.evaluation.caches import CacheSettings, create_cache, create_policy
 from spectralkv.evaluation.errors import EvaluationError
-from spectralkv.evaluation.generation import _eos_token_ids, _last_logits_only
+from spectralkv.evaluation.generation import eos_token_ids, last_logits_only
 from spectralkv.evaluation.haystack import encode
 from spectralkv.evaluation.specs import FULL, Budget, PolicySpec
 
@@ -383,7 +383,7 @@ def _answer(
                 on_pass(end, contexts.shape[1])
         held = _held(cache, policy, prompts)
         logits = feeder.feed(*_padded([prompt.question for prompt in prompts], contexts.device))
-        rows = _decode(feeder, logits, _eos_token_ids(loaded.model), max_new_tokens)
+        rows = _decode(feeder, logits, eos_token_ids(loaded.model), max_new_tokens)
     if audit is not None:
         audit.verify()
     stats, batch = cache.stats(), len(prompts)
@@ -501,7 +501,7 @@ class _Feeder:
 
     def __init__(self, model: Any, cache: EvictingCache) -> None:
         self._model, self._cache = model, cache
-        self._last_only = _last_logits_only(model)
+        self._last_only = last_logits_only(model)
         self._mask: Any = None  # (B, tokens fed); None: there has been no padding
         self._next: Any = None  # (B, 1): position of each sequence's next token
         self._fed = 0

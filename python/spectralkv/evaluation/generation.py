@@ -126,7 +126,7 @@ def prefill(
         raise EvaluationError(f"chunk must be at least 1 token, got {chunk}")
     ids = torch.tensor([list(token_ids)], dtype=torch.long, device=model.device)
     total = ids.shape[1]
-    last_only = _last_logits_only(model)
+    last_only = last_logits_only(model)
     logits = None
     with torch.no_grad():
         for begin in range(0, total, chunk):
@@ -161,9 +161,9 @@ def decode(model: Any, logits: Any, cache: EvictingCache, sampling: Sampling) ->
     """
     import torch
 
-    stop = _eos_token_ids(model) if sampling.stop_at_eos else frozenset()
+    stop = eos_token_ids(model) if sampling.stop_at_eos else frozenset()
     generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
-    last_only = _last_logits_only(model)
+    last_only = last_logits_only(model)
     for step in range(sampling.max_new_tokens):
         token = _choose(logits, sampling, generator)
         if token in stop:
@@ -346,7 +346,8 @@ def _choose(logits: Any, sampling: Sampling, generator: Any) -> int:
     return int(order[drawn])
 
 
-def _eos_token_ids(model: Any) -> frozenset[int]:
+def eos_token_ids(model: Any) -> frozenset[int]:
+    """Return the ids of the tokens that end a text of this model; none if it names none."""
     config = getattr(model, "generation_config", None) or model.config
     eos = config.eos_token_id
     if eos is None:
@@ -354,7 +355,7 @@ def _eos_token_ids(model: Any) -> frozenset[int]:
     return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset((int(eos),))
 
 
-def _last_logits_only(model: Any) -> dict[str, int]:
-    """Spare the (chunk, V) logits where the model can: a prefill needs the last row alone."""
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Return the arguments that spare the (chunk, V) logits but the last row, where a model can."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if known else {}

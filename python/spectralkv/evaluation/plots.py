@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from spectralkv.evaluation.perplexity import PerplexityResult, PolicyRun
 
 # Okabe and Ito's palette: told apart with any colour vision. The full cache is black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
-_FULL = "#222222"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+FULL_COLOUR = "#222222"
 _DPI = 150
 #: Columns of a heat map; longer texts are binned to this many.
 _MAX_COLUMNS = 640
@@ -43,14 +43,16 @@ def plot_budgets(result: PerplexityResult, path: Path) -> None:
     MissingDependencyError
         matplotlib is not installed.
     """
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = new_figure(7.2, 4.6)
     axis = axes[0]
     for colour, (policy, runs) in zip(_cycle(), _by_policy(result).items(), strict=False):
         at = [run.budget for run in runs]
         values = [run.perplexity for run in runs]
         axis.plot(at, values, marker="o", color=colour, label=policy, linewidth=1.8)
     full = result.full.perplexity
-    axis.axhline(full, color=_FULL, linestyle="--", linewidth=1.3, label=f"full cache ({full:.2f})")
+    axis.axhline(
+        full, color=FULL_COLOUR, linestyle="--", linewidth=1.3, label=f"full cache ({full:.2f})"
+    )
     budgets = sorted({run.budget for run in result.runs if run.budget is not None})
     if budgets:
         axis.set_xticks(budgets)
@@ -60,8 +62,8 @@ def plot_budgets(result: PerplexityResult, path: Path) -> None:
     axis.set_ylabel("streaming perplexity (lower is better)")
     axis.set_title(f"{result.model}: perplexity against budget", loc="left", fontsize=11)
     axis.legend(frameon=False)
-    _footnote(figure, result.sample_note)
-    _save(figure, path)
+    add_footnote(figure, result.sample_note)
+    save_figure(figure, path)
 
 
 def plot_running(result: PerplexityResult, path: Path) -> None:
@@ -85,7 +87,7 @@ def plot_running(result: PerplexityResult, path: Path) -> None:
     import numpy as np
 
     first = result.first_scored
-    figure, axes = _figure(8.4, 6.4, rows=2, sharex=True, height_ratios=(3, 2))
+    figure, axes = new_figure(8.4, 6.4, rows=2, sharex=True, height_ratios=(3, 2))
     upper, lower = axes
     full = np.asarray(result.full.sequences[0].scored(first))
     positions = np.arange(first, first + full.size)
@@ -94,12 +96,12 @@ def plot_running(result: PerplexityResult, path: Path) -> None:
     upper.plot(
         positions[settle:],
         np.exp(np.cumsum(full) / counts)[settle:],
-        color=_FULL,
+        color=FULL_COLOUR,
         linestyle="--",
         linewidth=1.4,
         label=f"full cache: {result.full.perplexity:.2f}",
     )
-    lower.axhline(0.0, color=_FULL, linestyle="--", linewidth=1.4)
+    lower.axhline(0.0, color=FULL_COLOUR, linestyle="--", linewidth=1.4)
     for colour, run in zip(_cycle(), result.runs[1:], strict=False):
         nats = np.asarray(run.sequences[0].scored(first))
         name = f"{run.policy} at {run.budget} tokens"
@@ -117,8 +119,8 @@ def plot_running(result: PerplexityResult, path: Path) -> None:
     lower.set_ylabel("nats lost to the\nfull cache, summed")
     lower.set_xlabel("position in the document (tokens)")
     lower.set_xlim(positions[0], positions[-1])
-    _footnote(figure, sample_line(result))
-    _save(figure, path)
+    add_footnote(figure, sample_line(result))
+    save_figure(figure, path)
 
 
 def plot_heat_map(heat: HeatMap, path: Path, *, title: str = "") -> None:
@@ -141,7 +143,7 @@ def plot_heat_map(heat: HeatMap, path: Path, *, title: str = "") -> None:
     import numpy as np
 
     height = min(3.6, 1.4 + 0.11 * heat.layers)
-    figure, axes = _figure(
+    figure, axes = new_figure(
         11.0, 2.0 * height + 1.9, rows=3, sharex=True, height_ratios=(height, height, 1.1)
     )
     standing, kept = _bin(heat.standing), _bin(heat.kept)
@@ -179,12 +181,12 @@ def plot_heat_map(heat: HeatMap, path: Path, *, title: str = "") -> None:
     axes[0].set_title(f"{title}: {what}" if title else what, loc="left", fontsize=11)
     each = -(-heat.tokens // _MAX_COLUMNS)
     binned = f" A column is the mean of {each} tokens." if each > 1 else ""
-    _footnote(
+    add_footnote(
         figure,
         f"Grey: never judged (the first {heat.sinks} and the last {heat.window} tokens always "
         f"stay, and those that came after the last eviction).{binned}",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def sample_line(result: PerplexityResult) -> str:
@@ -204,7 +206,7 @@ def _by_policy(result: PerplexityResult) -> dict[str, list[PolicyRun]]:
 
 
 def _cycle() -> tuple[str, ...]:
-    return _COLOURS * 8
+    return COLOURS * 8
 
 
 def _bin(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -227,7 +229,7 @@ def _colour_map(name: str) -> Any:
     return mpl.colormaps[name].with_extremes(bad="#C9C9C9")
 
 
-def _figure(
+def new_figure(
     width: float,
     height: float,
     *,
@@ -257,14 +259,14 @@ def _figure(
     return figure, axes
 
 
-def _footnote(figure: Any, text: str) -> None:
+def add_footnote(figure: Any, text: str) -> None:
     """Put a line in small print below a figure."""
     # 8 points of the default font are some 17 letters an inch.
     lines = textwrap.fill(text, int(16.5 * figure.get_figwidth()))
     figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left", multialignment="left")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spectralkv.evaluation.plots import _COLOURS, _FULL, _figure, _footnote, _save
+from spectralkv.evaluation.plots import COLOURS, FULL_COLOUR, add_footnote, new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from spectralkv.evaluation.story import PolicyStory, Story
 
-_BLUE, _ORANGE = _COLOURS[0], _COLOURS[1]
+_BLUE, _ORANGE = COLOURS[0], COLOURS[1]
 _RIGHT, _WRONG = "#1B7F4B", "#B3261E"
 _GREY = "#8A8A8A"
 #: Attention below this is drawn as this: the scale is logarithmic.
@@ -37,7 +37,7 @@ def plot_story(story: Story, path: Path) -> None:
     case, (first, last) = story.case, story.case.spans[0]
     walked = [policy for policy in story.policies if policy.label.startswith("spectral")]
     heights = [1.5] + [1.25] * bool(walked) + [0.115 * len(story.pieces)] * len(story.policies)
-    figure, axes = _figure(
+    figure, axes = new_figure(
         11.0,
         1.35 + sum(heights) + 0.32 * len(heights),
         rows=len(heights),
@@ -46,7 +46,7 @@ def plot_story(story: Story, path: Path) -> None:
     )
     end = len(story.mean_attention)
     for axis in axes:
-        axis.axvline(case.length, color=_FULL, linewidth=1.1, linestyle="--")
+        axis.axvline(case.length, color=FULL_COLOUR, linewidth=1.1, linestyle="--")
         axis.axvspan(first, last, color=_GREY, alpha=0.25, linewidth=0)
     _draw_attention(axes[0], story)
     if walked:
@@ -69,12 +69,12 @@ def plot_story(story: Story, path: Path) -> None:
         x=0.01,
         ha="left",
     )
-    _footnote(
+    add_footnote(
         figure,
         "Grey: the needle. Dashed: the cache is cut to its budget for the last time, and the "
         "question comes.",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_attention(axis: Any, story: Story) -> None:
@@ -104,7 +104,7 @@ def _draw_attention(axis: Any, story: Story) -> None:
 
 def _draw_visits(axis: Any, story: Story, walked: Sequence[PolicyStory]) -> None:
     number = slice(*story.number)
-    for policy, colour in zip(walked, (_ORANGE, *_COLOURS[2:]), strict=False):
+    for policy, colour in zip(walked, (_ORANGE, *COLOURS[2:]), strict=False):
         known = policy.seen > story.case.spans[0][1]
         visits = policy.standing[known, number]
         axis.fill_between(

@@ -49,8 +49,8 @@ class PolicySpec:
         from spectralkv import policies
 
         name, _, rest = text.strip().partition(":")
-        known = {_plain(policy): policy for policy in policies.available()}
-        if _plain(name) not in known:
+        known = {policies.plain_name(policy): policy for policy in policies.available()}
+        if policies.plain_name(name) not in known:
             raise EvaluationError(
                 f"unknown policy {name!r}: choose from {', '.join(known.values())}"
             )
@@ -65,7 +65,7 @@ class PolicySpec:
             # An option of a part of a mix is written part__option.
             is_populations = key.rpartition("__")[2] == POPULATIONS and value.lower() != "none"
             options.append((key, (_parse_populations if is_populations else _parse_value)(value)))
-        return cls(name=known[_plain(name)], options=tuple(options))
+        return cls(name=known[policies.plain_name(name)], options=tuple(options))
 
     @property
     def label(self) -> str:
@@ -141,10 +141,6 @@ class Budget:
                 f"budget must be at least 1 token, got {self.fraction:g} of {length} tokens"
             )
         return tokens
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("-", "").replace("_", "")
 
 
 def _parse_value(text: str) -> Any:

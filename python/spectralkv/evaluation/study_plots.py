@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.oracle_graph import CLAIRVOYANT
-from spectralkv.evaluation.plots import _figure, _footnote, _save
+from spectralkv.evaluation.plots import add_footnote, new_figure, save_figure
 from spectralkv.evaluation.specs import FULL
 from spectralkv.evaluation.study_tables import DEFAULT, budget_name, is_ours
 
@@ -65,7 +65,7 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
             lines.setdefault(row.policy, []).append(row)
     budgets = sorted({row.budget for line in lines.values() for row in line if row.budget})
     names = {row.budget: budget_name(row.budget, row.fraction) for row in rows}
-    figure, (axis,) = _figure(9.2, 5.4)
+    figure, (axis,) = new_figure(9.2, 5.4)
     colours = _colours(lines)
     ends: list[tuple[float, str, str, bool]] = []
     dropped = 0
@@ -116,8 +116,10 @@ def plot_curves(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: 
     axis.set_title(title, loc="left", fontsize=11)
     left_out = f" {dropped} points at or below the full cache are not drawn." if dropped else ""
     grey = "" if few else " Grey: the other policies of the tables."
-    _footnote(figure, f"Bands: 95 % bootstrap, paired with the full cache. {note}{left_out}{grey}")
-    _save(figure, path)
+    add_footnote(
+        figure, f"Bands: 95 % bootstrap, paired with the full cache. {note}{left_out}{grey}"
+    )
+    save_figure(figure, path)
 
 
 def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, note: str) -> None:
@@ -145,7 +147,7 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
         plain = [row for row in shown if colours[row.policy] == _REST]
         hidden = {row.policy for row in plain[-left_out:]}
         shown = [row for row in shown if row.policy not in hidden]
-    figure, (axis,) = _figure(9.2, 1.4 + 0.3 * len(shown))
+    figure, (axis,) = new_figure(9.2, 1.4 + 0.3 * len(shown))
     for place, row in enumerate(shown):
         pair, colour = row.above_full, colours[row.policy]
         if pair is None:
@@ -192,8 +194,10 @@ def plot_intervals(rows: Sequence[PerplexityRow], path: Path, *, title: str, not
     axis.set_xlabel("nats a token above the full cache (lower is better)")
     axis.set_title(title, loc="left", fontsize=11)
     rest = f" In the table alone, {left_out} that lose more." if left_out > 0 else ""
-    _footnote(figure, f"Lines: 95 % bootstrap, paired. Diamonds: clairvoyant limits. {note}{rest}")
-    _save(figure, path)
+    add_footnote(
+        figure, f"Lines: 95 % bootstrap, paired. Diamonds: clairvoyant limits. {note}{rest}"
+    )
+    save_figure(figure, path)
 
 
 def plot_needle_grids(
@@ -244,7 +248,7 @@ def plot_needle_grids(
     for case in cases:
         at = (case["policy"], case["variant"], case["depth"], case["length"])
         cells.setdefault(at, []).append(float(case[score]))
-    figure, axes = _figure(
+    figure, axes = new_figure(
         1.35 + len(policies) * max(1.15, 0.42 * len(lengths)),
         1.25 + len(variants) * max(0.9, 0.24 * len(depths)),
         rows=len(variants),
@@ -307,8 +311,8 @@ def plot_needle_grids(
     bar.ax.tick_params(labelsize=7.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     rest = f" In the tables alone: {left_out} more." if left_out > 0 else ""
-    _footnote(figure, f"{note}{rest}")
-    _save(figure, path)
+    add_footnote(figure, f"{note}{rest}")
+    save_figure(figure, path)
 
 
 def plot_ablations(rows: Sequence[AblationRow], path: Path, *, title: str, note: str) -> None:
@@ -333,7 +337,7 @@ def plot_ablations(rows: Sequence[AblationRow], path: Path, *, title: str, note:
         by_axis.setdefault(row.axis, []).append(row)
     columns = _columns(list(by_axis.values()))
     tallest = max(sum(_height(found) for found in column) for column in columns)
-    figure, _ = _figure(8.6 if len(columns) == 1 else 13.0, 1.2 + 0.27 * tallest)
+    figure, _ = new_figure(8.6 if len(columns) == 1 else 13.0, 1.2 + 0.27 * tallest)
     figure.clear()
     grid = figure.add_gridspec(1, len(columns))
     axes: list[Any] = []
@@ -350,12 +354,12 @@ def plot_ablations(rows: Sequence[AblationRow], path: Path, *, title: str, note:
             axes.append(axis)
         axes[-1].set_xlabel("nats a token above the base (to the left is better)", fontsize=9)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    _footnote(
+    add_footnote(
         figure,
         "Orange: clearly worse than the base, blue: clearly better, grey: the interval "
         f"includes 0. {note}",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _height(found: Sequence[AblationRow]) -> float:
@@ -413,7 +417,7 @@ def plot_layers(results: Sequence[Verdict], path: Path, *, title: str, note: str
     MissingDependencyError
         matplotlib is not installed.
     """
-    figure, (axis,) = _figure(max(6.4, 1.6 + 0.26 * len(results)), 3.8)
+    figure, (axis,) = new_figure(max(6.4, 1.6 + 0.26 * len(results)), 3.8)
     for result in results:
         pair = result.difference
         colour = _REST
@@ -430,12 +434,12 @@ def plot_layers(results: Sequence[Verdict], path: Path, *, title: str, note: str
     axis.set_xlabel("the layer that was cut, the others whole")
     axis.set_ylabel("nats a token,\nPageRank above H2O")
     axis.set_title(title, loc="left", fontsize=11)
-    _footnote(
+    add_footnote(
         figure,
         "Blue: PageRank clearly better, orange: H2O clearly better, grey: the interval includes "
         f"0. {note}",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _colours(lines: Mapping[str, Sequence[PerplexityRow]]) -> dict[str, str]:

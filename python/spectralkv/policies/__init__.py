@@ -15,6 +15,7 @@ from spectralkv.policies.base import (
     Policy,
     ScoreTracker,
     Tracker,
+    plain_name,
     select_slots,
 )
 from spectralkv.policies.full import Full
@@ -47,6 +48,7 @@ __all__ = [
     "Tracker",
     "available",
     "create",
+    "plain_name",
     "select_slots",
 ]
 
@@ -91,8 +93,8 @@ def create(name: str, **options: Any) -> Policy:
     >>> create("h2o", budget=512).interval
     32
     """
-    by_name = {_plain(policy.name): policy for policy in _POLICIES}
-    policy = by_name.get(_plain(name))
+    by_name = {plain_name(policy.name): policy for policy in _POLICIES}
+    policy = by_name.get(plain_name(name))
     if policy is None:
         raise ValueError(f"[create] policy must be one of {', '.join(available())}, got {name!r}")
     if policy is Mix and (nested := tuple(item for item in options.items() if "__" in item[0])):
@@ -108,7 +110,3 @@ def create(name: str, **options: Any) -> Policy:
     if policy is not Full and "budget" not in options:
         raise ValueError(f"[create] {policy.name} must have a budget, got none")
     return policy(**options)
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")

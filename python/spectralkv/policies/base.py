@@ -363,6 +363,11 @@ def check_keep(
     return expected
 
 
+def plain_name(name: str) -> str:
+    """Return a name as it is compared: without case, hyphens, underscores and outer white space."""
+    return name.strip().lower().replace("-", "").replace("_", "")
+
+
 def host_numbers(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """Return int64 numbers on a device, without waiting for it where all are the same."""
     if len(set(numbers)) == 1:

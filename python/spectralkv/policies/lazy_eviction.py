@@ -46,7 +46,8 @@ class LazyEviction(Policy):
       token.
     - A step is one query. A prompt's queries count like those of decoded tokens, as its tokens are
       cut like them; published, a prompt is never looked at.
-    - The published code adds 1 to :math:`(t - \tau_j) / m_j`. This is the formula of the paper.
+    - The published code adds 1 to :math:`(t - \tau_j) / m_j`; the paper's formula, which stands
+      here as others quote it, does not.
     - A new token counts as activated one step before its own: so its own query, if it activates
       it, sets :math:`m_j` to 1. This is from the published code.
     - After a roll-back (:meth:`Tracker.truncate`) time goes on, and what the withdrawn queries

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from spectralkv.policies.base import Observation, Policy, ScoreTracker, Tracker, host_numbers
+from spectralkv.policies.base import (
+    Observation,
+    Policy,
+    ScoreTracker,
+    Tracker,
+    host_numbers,
+    plain_name,
+)
 
 # What the mix decides for all its parts.
 _SHARED = ("budget", "interval", "window", "sinks")
@@ -100,15 +107,17 @@ class Mix(Policy):
 
         # Full keeps all there is, and the order of a mix inside a mix would be anyone's guess.
         known = {
-            _plain(name): name for name in policies.available() if name not in ("full", self.name)
+            plain_name(name): name
+            for name in policies.available()
+            if name not in ("full", self.name)
         }
-        names = [known.get(_plain(name)) for name in str(self.of).split("+")]
+        names = [known.get(plain_name(name)) for name in str(self.of).split("+")]
         self._require(None not in names, "of", f"among {', '.join(known.values())}, joined by '+'")
         return [name for name in names if name is not None]
 
     def _owner(self, key: str) -> str | None:
-        prefix = _plain(key.partition("__")[0])
-        return next((name for name in self._names() if _plain(name) == prefix), None)
+        prefix = plain_name(key.partition("__")[0])
+        return next((name for name in self._names() if plain_name(name) == prefix), None)
 
 
 class _MixTracker(ScoreTracker[Mix]):
@@ -197,7 +206,3 @@ class _MixTracker(ScoreTracker[Mix]):
 
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self._parts)
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("-", "").replace("_", "")

@@ -766,6 +766,7 @@ struct RowTiles {
       const int full =
           turn == warp ? list_values(values, masks, block_index, args.entries - kTurnKeys) : 0;
       if (warpgroup_any(name, full != 0) && turn < 3) {
+        // Nothing was added to the sums since they were last added up: only lists are cut.
         refresh(true, 0, false, -1, trigger, args.keep_low, args.keep_high);
       }
     }

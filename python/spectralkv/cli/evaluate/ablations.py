@@ -13,9 +13,7 @@ from spectralkv.cli.evaluate.perplexity import (
     LengthOption,
     StrideOption,
     TextsArgument,
-    check_counts,
     config_of,
-    run_path,
 )
 
 if TYPE_CHECKING:
@@ -71,10 +69,10 @@ def ablations(
     spec = evaluation.PolicySpec.parse(base)
     wanted = [evaluation.Budget.parse(value) for value in budget or ["0.2"]]
     settings = shared.settings_of(interval, window, sinks)
-    check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
+    shared.check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
     names = axis or list(axes())
     ablation_jobs(spec, names, wanted, settings, length=length)  # refuses what cannot be
-    paths = [run_path(output, f"{name}-{one}") for one in dict.fromkeys(names)]
+    paths = [shared.run_path(output, f"{name}-{one}") for one in dict.fromkeys(names)]
     corpora = evaluation.read_corpora(text or ["demo"])
     device = resolve_device(device)
     report.make_folder(output)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from spectralkv.cli import console as shared
-from spectralkv.cli.evaluate.perplexity import check_counts, run_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,7 +123,7 @@ def plan(
     specs = list(dict.fromkeys(evaluation.PolicySpec.parse(name) for name in names))
     wanted = [evaluation.Budget.parse(value) for value in budgets or ["0.5", "0.25"]]
     settings = shared.settings_of(interval, window, sinks)
-    check_counts(batch=batch)
+    shared.check_counts(batch=batch)
     for length in lengths:
         if length < 1:
             raise evaluation.EvaluationError(f"--length must be at least 1, got {length}")
@@ -191,7 +190,7 @@ def run_items(
     from spectralkv.evaluation.runs import RunFile
 
     run = RunFile.open(
-        run_path(output, name),
+        shared.run_path(output, name),
         kind=kind,
         config={"model": loaded.name, "dtype": loaded.dtype, **wanted.to_config(), **config},
         environment=shared.environment(device, loaded.dtype),

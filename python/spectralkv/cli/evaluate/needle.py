@@ -9,7 +9,6 @@ import typer
 
 from spectralkv.cli import console as shared
 from spectralkv.cli.evaluate import asking
-from spectralkv.cli.evaluate.perplexity import check_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -82,7 +81,7 @@ def needle(
     for place in depths:
         if not 0.0 <= place <= 1.0:
             raise evaluation.EvaluationError(f"--depth must be from 0 to 1, got {place:g}")
-    check_counts(cases=cases)
+    shared.check_counts(cases=cases)
     config = NeedleConfig(distractors=distractors, values=values, queries=queries)
     asked_by = asking.form_of(form)
     wanted = asking.plan(

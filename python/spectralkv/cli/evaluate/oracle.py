@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectralkv.cli import console as shared
-from spectralkv.cli.evaluate.perplexity import run_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -123,7 +122,7 @@ def oracle(
     config = replace(config, layers=plan.layers if alone is None else alone)
     identity = {"model": loaded.name, "dtype": loaded.dtype, "device": device}
     run = RunFile.open(
-        run_path(output, name),
+        shared.run_path(output, name),
         kind="oracle",
         config={
             **identity,

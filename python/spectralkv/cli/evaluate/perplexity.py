@@ -93,11 +93,11 @@ def perplexity(
     wanted = [evaluation.Budget.parse(value) for value in budget or ["0.2"]]
     settings = shared.settings_of(interval, window, sinks)
     shared.check_budgets(specs, wanted, settings)
-    check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
+    shared.check_counts(length=length, sequences=sequences, batch=batch, chunk=chunk)
     horizons = parse_horizons(clairvoyant)
     # Only the horizons are looked at: a budget that is a share has no tokens yet.
     study.limit_jobs(horizons, (), settings, length=length, chunk=chunk)
-    path = run_path(output, name)
+    path = shared.run_path(output, name)
     corpora = evaluation.read_corpora(text or ["demo"])
     device = resolve_device(device)
     report.make_folder(output)
@@ -157,36 +157,6 @@ def parse_horizons(text: str) -> list[int | None]:
             )
         horizons.append(None if item == "all" else int(item))
     return horizons
-
-
-def check_counts(**counts: int) -> None:
-    """Refuse options below 1.
-
-    Raises
-    ------
-    EvaluationError
-        One of them is.
-    """
-    from spectralkv.evaluation import EvaluationError
-
-    for name, value in counts.items():
-        if value < 1:
-            raise EvaluationError(f"--{name} must be at least 1, got {value}")
-
-
-def run_path(folder: Path, name: str) -> Path:
-    """Return the path of a run file.
-
-    Raises
-    ------
-    EvaluationError
-        The name is not a plain file name.
-    """
-    from spectralkv.evaluation import EvaluationError
-
-    if not name or Path(name).name != name:
-        raise EvaluationError(f"--name must be a file name without a folder, got {name!r}")
-    return folder / f"{name.removesuffix('.json')}.json"
 
 
 def config_of(

@@ -9,7 +9,6 @@ import typer
 
 from spectralkv.cli import console as shared
 from spectralkv.cli.evaluate import asking
-from spectralkv.cli.evaluate.perplexity import check_counts
 
 
 def ruler(
@@ -83,7 +82,7 @@ def ruler(
             raise evaluation.EvaluationError(
                 f"--task must be one of {', '.join(TASKS)}, got {value!r}"
             )
-    check_counts(cases=cases)
+    shared.check_counts(cases=cases)
     config = RulerConfig.of(difficulty, setting or ())
     asked_by = asking.form_of(form)
     wanted = asking.plan(

@@ -50,7 +50,6 @@ def story(
     A case of the same seed, variant, length, depth and number is the one of `evaluate needle`.
     """
     from spectralkv import evaluation
-    from spectralkv.cli.evaluate.perplexity import run_path
     from spectralkv.evaluation import plots_story, report
     from spectralkv.evaluation.answering import PromptForm
     from spectralkv.evaluation.datasets import read_corpora
@@ -73,7 +72,7 @@ def story(
         sinks=sinks,
     )
     asked_by = asking.form_of(form)
-    figures = run_path(output, name)
+    figures = shared.run_path(output, name)
     picture = figures.with_suffix(".png")
     (corpus,) = read_corpora([haystack])
     device = resolve_device(device)
