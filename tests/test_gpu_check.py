@@ -195,6 +195,13 @@ def test_shards_share_the_tests(tmp_path: Path) -> None:
     assert (result.verdict, result.why) == ("failed", "exit status 86")
 
 
+def test_shards_take_turns_on_the_gpus(tmp_path: Path) -> None:
+    code = "import os; print('card', os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    parts = stage("parts", code, shards=3, gpus=2, parse=lambda text: {"cards": text.split()[1::2]})
+    result = check.run_stage(parts, 20.0, tmp_path)
+    assert result.figures["cards"] == ["0", "1", "0"]
+
+
 def test_no_time_left_runs_nothing(tmp_path: Path) -> None:
     results = check.run_groups([[stage("one", "print(1)")]], 0.5, tmp_path)
     assert [(r.verdict, r.why) for r in results] == [("not run", "no time was left")]
@@ -240,6 +247,9 @@ def test_the_plan_knows_its_stages(tmp_path: Path) -> None:
     for group in groups:
         for one in group:
             assert set(one.needs) <= set(names)
+    assert not any(stage.gpus > 1 for group in groups for stage in group)
+    dealt = [stage for group in check.plan(arguments, "90", tmp_path, gpus=2) for stage in group]
+    assert {stage.name for stage in dealt if stage.gpus == 2} == set(check.SANITIZERS)
     timed = [group for group in groups if group[0].name in (*check.BENCHMARKS, "compare")]
     assert all(len(group) == 1 for group in timed)
 

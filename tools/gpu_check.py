@@ -99,6 +99,8 @@ class Stage:
     needs: tuple[str, ...] = ()
     #: Processes side by side, between which googletest, or tests/conftest.py, parts the tests.
     shards: int = 1
+    #: GPUs that the processes are dealt out to, one each; 1: all see what this process sees.
+    gpus: int = 1
     #: Reads figures out of the output; raises CheckError.
     parse: Callable[[str], Figures] = lambda _: {}
 
@@ -240,7 +242,11 @@ class ResultError(CheckError):
 
 def start_process(stage: Stage, shard: int, log: Path) -> subprocess.Popen[bytes]:
     """Start one process of a stage, in a process group of its own."""
-    shards = {"GTEST_TOTAL_SHARDS": str(stage.shards), "GTEST_SHARD_INDEX": str(shard)}
+    env = {**os.environ, **stage.env}
+    if stage.shards > 1:
+        env |= {"GTEST_TOTAL_SHARDS": str(stage.shards), "GTEST_SHARD_INDEX": str(shard)}
+    if stage.gpus > 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(shard % stage.gpus)
     with log.open("wb") as sink:
         return subprocess.Popen(
             list(map(str, stage.command)),
@@ -248,7 +254,7 @@ def start_process(stage: Stage, shard: int, log: Path) -> subprocess.Popen[bytes
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=stage.cwd,
-            env={**os.environ, **stage.env, **(shards if stage.shards > 1 else {})},
+            env=env,
             start_new_session=True,
         )
 
@@ -348,7 +354,10 @@ def run_groups(
 
 
 def query_device() -> dict[str, str]:
-    """Name, driver and compute capability of the first GPU; CheckError if there is none."""
+    """Name, driver, compute capability and memory of the first GPU, and how many there are.
+
+    Raises CheckError if there is none.
+    """
     fields = ("name", "driver_version", "compute_cap", "memory.total")
     try:
         text = subprocess.run(
@@ -360,10 +369,12 @@ def query_device() -> dict[str, str]:
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise CheckError(f"there is no NVIDIA GPU to check on: {error}") from None
-    values = [value.strip() for value in text.partition("\n")[0].split(",")]
+    gpus = text.strip().splitlines()
+    values = [value.strip() for value in gpus[0].split(",")] if gpus else []
     if len(values) != len(fields):
         raise CheckError(f"nvidia-smi said {text!r}")
-    return dict(zip(("name", "driver", "compute_capability", "memory"), values, strict=True))
+    keys = ("name", "driver", "compute_capability", "memory")
+    return {**dict(zip(keys, values, strict=True)), "count": str(len(gpus))}
 
 
 def googletest_source(given: str | None) -> list[str]:
@@ -375,7 +386,9 @@ def googletest_source(given: str | None) -> list[str]:
     return [] if source is None else [f"-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST={source}"]
 
 
-def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list[list[Stage]]:
+def plan(
+    arguments: argparse.Namespace, architecture: str, folder: Path, gpus: int = 1
+) -> list[list[Stage]]:
     """All stages, in groups that run one after the other."""
     build = folder / "cpp"
     site = folder / "site"
@@ -450,6 +463,7 @@ def plan(arguments: argparse.Namespace, architecture: str, folder: Path) -> list
             limit=200,
             needs=("build",),
             shards=shards,
+            gpus=gpus,
             parse=parse_sanitizer,
         )
 
@@ -649,13 +663,14 @@ def main(given: Sequence[str] | None = None) -> int:
     report["device"] = device["name"]
     report["driver"] = device["driver"]
     report["memory"] = device["memory"]
+    report["gpus"] = int(device["count"])
     print(f"{device['name']}, driver {device['driver']}, nvcc {report['cuda']}, {report['commit']}")
     folder = arguments.build_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     architecture = arguments.architecture or device["compute_capability"].replace(".", "")
     groups = [
         [stage for stage in group if arguments.only is None or stage.name in arguments.only]
-        for group in plan(arguments, architecture, folder)
+        for group in plan(arguments, architecture, folder, report["gpus"])
     ]
     groups = [group for group in groups if group]
     planned = sum(map(len, groups))
