@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 OURS = ["spectral"]
 LONG_MEMORY = "spectral:edge_law=attention,top_k=16,window=100"
@@ -162,6 +164,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="that the jobs are dealt out to")
     parser.add_argument("--limit", type=float, default=0.0, help="seconds for all; 0: no limit")
     parser.add_argument("--budget", action="append", default=[], help="shares; 10 to 50 %%")
     parser.add_argument("--sequences", type=int, default=12, help="of each text")
@@ -183,8 +186,18 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     model = saved_demo_model() if options.model == "demo" else options.model
     start = time.monotonic()
+    gpus: SimpleQueue[int] = SimpleQueue()
+    for worker in range(options.workers):
+        gpus.put(worker % options.gpus)
 
     def run(job: Job) -> str:
+        gpu = gpus.get()
+        try:
+            return run_on(job, gpu)
+        finally:
+            gpus.put(gpu)
+
+    def run_on(job: Job, gpu: int) -> str:
         if options.only and job.name not in options.only:
             return ""
         left = options.limit - (time.monotonic() - start) if options.limit else None
@@ -202,11 +215,14 @@ def main() -> int:
         ]
         if job.arguments[0] != "oracle":
             command += ["--name", job.name]
+        env = dict(os.environ)
+        if options.gpus > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         log = options.output / f"{job.name}.log"
         with log.open("w", encoding="utf-8") as out:
             try:
                 code = subprocess.run(
-                    command, check=False, stdout=out, stderr=out, timeout=left
+                    command, check=False, stdout=out, stderr=out, timeout=left, env=env
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = -1
