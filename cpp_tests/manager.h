@@ -98,6 +98,14 @@ class GraphManager {
     manager_->next_slots(layer, on(out), on.stream());
   }
 
+  void place(Index layer, const ConstTensorView& new_keys, const ConstTensorView& new_values,
+             const TensorView& keys, const TensorView& values, const TensorView& slots,
+             Stream) const {
+    DeviceCall on(device());
+    manager_->place(layer, on(new_keys), on(new_values), on(keys), on(values), on(slots),
+                    on.stream());
+  }
+
   void truncate(Index layer, Index count) { manager_->truncate(layer, count); }
   void select_batch(Index layer, std::span<const Index> sequences) {
     manager_->select_batch(layer, sequences);

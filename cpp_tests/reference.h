@@ -227,6 +227,21 @@ inline Vector restart_recent(const Graph& graph, const Population& population, I
   return normalized(weights);
 }
 
+/// A key as it was before it was turned.
+inline Vector unturned(Vector key, const Rotary& rotary, Index position) {
+  const std::size_t pairs = rotary.inv_freq.size();
+  for (std::size_t i = 0; i < pairs; ++i) {
+    const std::size_t first = rotary.interleaved ? 2 * i : i;
+    const std::size_t second = rotary.interleaved ? 2 * i + 1 : i + pairs;
+    const double angle = static_cast<double>(position) * rotary.inv_freq[i];
+    const double x = key[first];
+    const double y = key[second];
+    key[first] = x * std::cos(angle) + y * std::sin(angle);
+    key[second] = y * std::cos(angle) - x * std::sin(angle);
+  }
+  return key;
+}
+
 /// softmax of the z-score of -cos(k, mean of k / |k|)
 inline Vector restart_novelty(const Graph& graph, const Matrix& keys, Index num_sinks) {
   std::vector<std::size_t> counted_slots;

@@ -412,6 +412,56 @@ TEST_F(Arguments, OfSharedGraphs) {
   });
 }
 
+TEST_F(Arguments, OfPlace) {
+  HostTensor slots(DType::i32, {2, 2});
+  HostTensor slab(DType::f32, {2, 2, 2 * kLength, 8});
+  HostTensor value_slab(DType::f16, {2, 2, 2 * kLength, 5});
+  const HostTensor key(DType::f32, {2, 2, 8});
+  const HostTensor value(DType::f16, {2, 2, 5});
+  const auto place = [&](const ConstTensorView& k, const ConstTensorView& v, const TensorView& keys,
+                         const TensorView& values, const TensorView& out) {
+    manager.place(0, k, v, keys, values, out, Stream{});
+  };
+  const Freedom moved{.axes = {2}, .dtypes = {}, .last_stride = false, .written = true};
+  refuses<ConstTensorView>("place", key.view(), {}, [&](const ConstTensorView& view) {
+    place(view, value.view(), slab.view(), value_slab.view(), slots.view());
+  });
+  refuses<ConstTensorView>("place", value.view(), {}, [&](const ConstTensorView& view) {
+    place(key.view(), view, slab.view(), value_slab.view(), slots.view());
+  });
+  refuses<TensorView>("place", slab.view(), moved, [&](const TensorView& view) {
+    place(key.view(), value.view(), view, value_slab.view(), slots.view());
+  });
+  refuses<TensorView>("place", value_slab.view(), moved, [&](const TensorView& view) {
+    place(key.view(), value.view(), slab.view(), view, slots.view());
+  });
+  refuses<TensorView>("place", slots.view(),
+                      {.axes = {}, .dtypes = {}, .last_stride = true, .written = true},
+                      [&](const TensorView& view) {
+                        place(key.view(), value.view(), slab.view(), value_slab.view(), view);
+                      });
+  // Slots that the keys do not have are no room for a token.
+  HostTensor short_slab(DType::f32, {2, 2, kLength, 8});
+  HostTensor short_values(DType::f16, {2, 2, kLength, 5});
+  rejected("place", [&] {
+    place(key.view(), value.view(), short_slab.view(), short_values.view(), slots.view());
+  });
+  refuses_layers("place", [&](Index layer) {
+    manager.place(layer, key.view(), value.view(), slab.view(), value_slab.view(), slots.view(),
+                  Stream{});
+  });
+}
+
+TEST_F(Arguments, OfRotary) {
+  GraphConfig config = graph_config();
+  config.rotary.inv_freq.assign(at(config.head_dim / 2), 0.5);
+  config.validate();
+  config.rotary.inv_freq.push_back(0.1);
+  expect_invalid("GraphConfig", [&] { config.validate(); });
+  config.rotary.inv_freq = {kInfinity};
+  expect_invalid("GraphConfig", [&] { config.validate(); });
+}
+
 TEST_F(Arguments, OfNextSlotsAndPositions) {
   HostTensor slots(DType::i32, {2, 2});
   refuses<TensorView>("next_slots", slots.view(),

@@ -89,6 +89,52 @@ TEST(Novelty, IsTheSoftmaxOfTheDistanceFromTheMeanDirection) {
   }
 }
 
+TEST(Novelty, ComparesKeysAsTheyWereBeforeTheyWereTurned) {
+  Random random(11);
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    for (const Index head_dim : {6, 64, 80, 128, 256}) {
+      for (const bool interleaved : {false, true}) {
+        for (const Index pairs : {head_dim / 2, head_dim / 4}) {
+          SCOPED_TRACE(::testing::Message()
+                       << name_of(dtype) << ", head_dim " << head_dim << ", " << pairs << " pairs");
+          GraphConfig config = graph_config(head_dim);
+          config.rotary.interleaved = interleaved;
+          for (Index i = 0; i < pairs; ++i) {
+            config.rotary.inv_freq.push_back(
+                std::pow(10000.0, -static_cast<double>(i) / static_cast<double>(pairs)));
+          }
+          GraphManager manager(config, kWalk);
+          Graphs graphs = with_gaps(random, 80);
+          // Tokens of a long text, of which these are left.
+          for (auto& sequence : graphs) {
+            for (Graph& graph : sequence) {
+              for (Index& position : graph.positions) {
+                if (position >= 0) position = 40 * position + 1234567;
+              }
+            }
+          }
+          load_graphs(manager, 0, graphs);
+          HostTensor keys(dtype, {2, 2, 80, head_dim});
+          fill_keys(keys, random);
+          manager.update_novelty(0, keys.view(), Stream{});
+          const HostTensor restart = read_restart(manager, 0, 0);
+          for (Index b = 0; b < 2; ++b) {
+            for (Index h = 0; h < 2; ++h) {
+              const Graph& graph = graphs[at(b)][at(h)];
+              Matrix plain = matrix_of(keys, b, h, 80);
+              for (std::size_t slot = 0; slot < plain.size(); ++slot) {
+                if (graph.positions[slot] < 0) continue;
+                plain[slot] = unturned(plain[slot], config.rotary, graph.positions[slot]);
+              }
+              expect_distribution(restart_novelty(graph, plain, 4), restart.vector({b, h}));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Novelty, LeavesOutWhatIsNotFinite) {
   Random random(2);
   GraphManager manager(graph_config(), kWalk);

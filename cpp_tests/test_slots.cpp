@@ -140,6 +140,49 @@ TEST(Slots, RunOutAtTheCapacity) {
   EXPECT_EQ(out.get({1, 1}), 10.0);
 }
 
+TEST(Slots, GetKeysAndValuesOfNewTokens) {
+  for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
+    GraphConfig config = graph_config(12);
+    config.scope = scope;
+    GraphManager manager(config, {});
+    Feeder feeder(manager, 0, 3);
+    feeder.prefill(6);
+    const std::vector<Index> some{0, 1, 4, 5};
+    const std::vector<Index> other =
+        scope == GraphScope::head ? std::vector<Index>{0, 3, 4, 5} : some;
+    manager.release(
+        0, keep_tensor({{some, other}, {{0, 1, 2, 3, 4, 5}, {0, 1, 2, 3, 4, 5}}}).view(), Stream{});
+    for (const DType dtype : {DType::f32, DType::bf16, DType::u8}) {
+      HostTensor keys(dtype, {2, 2, 12, 5}, {2, 0, 1, 3}, 1);
+      HostTensor values(DType::f16, {2, 2, 12, 3});
+      HostTensor new_keys(dtype, {2, 2, 5}, {1, 0, 2}, 1);
+      HostTensor new_values(DType::f16, {2, 2, 3});
+      new_keys.for_each([&](const std::vector<Index>& i) {
+        new_keys.set(i, static_cast<double>(1 + i[0] * 10 + i[1] * 5 + i[2]));
+      });
+      new_values.for_each([&](const std::vector<Index>& i) {
+        new_values.set(i, static_cast<double>(1 + i[0] * 6 + i[1] * 3 + i[2]));
+      });
+      HostTensor slots(DType::i32, {2, 2});
+      manager.place(0, new_keys.view(), new_values.view(), keys.view(), values.view(), slots.view(),
+                    Stream{});
+      const Index second = scope == GraphScope::head ? 1 : 2;
+      EXPECT_EQ(slots.get_index({0, 0}), 2);
+      EXPECT_EQ(slots.get_index({0, 1}), second);
+      EXPECT_EQ(slots.get_index({1, 0}), 6);
+      EXPECT_EQ(slots.get_index({1, 1}), 6);
+      keys.for_each([&](const std::vector<Index>& i) {
+        const bool placed = i[2] == slots.get_index({i[0], i[1]});
+        EXPECT_EQ(keys.get(i), placed ? new_keys.get({i[0], i[1], i[3]}) : 0.0);
+      });
+      values.for_each([&](const std::vector<Index>& i) {
+        const bool placed = i[2] == slots.get_index({i[0], i[1]});
+        EXPECT_EQ(values.get(i), placed ? new_values.get({i[0], i[1], i[3]}) : 0.0);
+      });
+    }
+  }
+}
+
 TEST(Slots, TakeNewTokensWhoseRowsAreAsAnywhere) {
   // A manager that reuses slots, and one that appends: the same tokens get the same rows.
   GraphConfig config = graph_config(64);

@@ -45,6 +45,15 @@ struct UpdateArgs {
   std::int64_t row_stride = 1;
 };
 
+/// New tokens, and where their keys and values may go.
+struct PlaceArgs {
+  ConstTensorView new_keys;    ///< (B, Hkv, D)
+  ConstTensorView new_values;  ///< (B, Hkv, Dv)
+  TensorView keys;             ///< (B, Hkv, S, D)
+  TensorView values;           ///< (B, Hkv, S, Dv), with as many slots as the keys
+  TensorView slots;            ///< i32 (B, Hkv)
+};
+
 /// The plan of an eviction.
 struct CutArgs {
   EvictionConfig eviction;
@@ -111,6 +120,7 @@ class Backend {
   virtual void safety_mask(std::int64_t layer, const EvictionConfig& eviction, double top_fraction,
                            const TensorView& out, Stream stream) const = 0;
   virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
+  virtual void place(std::int64_t layer, const PlaceArgs& args, Stream stream) const = 0;
 
   /// Checks a list of kept slots; returns how many a head of each sequence keeps, which must be
   /// `kept` where that is not empty. Precedes `compact` and `release`.

@@ -46,6 +46,13 @@ void GraphConfig::validate() const {
   check_range(kOperation, "num_threads", num_threads, 0, 4096);
   check_range(kOperation, "device.index", device.index, 0,
               device.type == DeviceType::cpu ? 0 : 4096);
+  check_range(kOperation, "twice the number of rotary.inv_freq",
+              2 * static_cast<std::int64_t>(rotary.inv_freq.size()), 0, head_dim);
+  for (const double frequency : rotary.inv_freq) {
+    if (!std::isfinite(frequency)) {
+      throw_invalid(kOperation, "rotary.inv_freq", "finite", std::to_string(frequency));
+    }
+  }
 }
 
 void WalkConfig::validate() const {

@@ -472,6 +472,49 @@ void GraphManager::next_slots(std::int64_t layer, const TensorView& out, Stream 
   impl_->backend->next_slots(layer, out, stream);
 }
 
+void GraphManager::place(std::int64_t layer, const ConstTensorView& new_keys,
+                         const ConstTensorView& new_values, const TensorView& keys,
+                         const TensorView& values, const TensorView& slots, Stream stream) const {
+  const LayerState& state = impl_->layer_state("place", layer);
+  const std::int64_t heads = impl_->graph.num_kv_heads;
+  const auto check_pair = [&](std::string_view name, std::string_view of, const auto& added,
+                              const TensorView& held, std::int64_t slots_of_both) {
+    check_tensor(
+        held, {.operation = "place",
+               .name = name,
+               .axes = "(B, Hkv, S, D)",
+               .extents = {state.batch, heads, slots_of_both, kAny},
+               .dtypes = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u32, DType::u8},
+               .device = impl_->graph.device,
+               .unit_last_stride = true,
+               .writable = true});
+    check_tensor(added, {.operation = "place",
+                         .name = of,
+                         .axes = "(B, Hkv, D)",
+                         .extents = {state.batch, heads, held.size(3)},
+                         .dtypes = {held.dtype},
+                         .device = impl_->graph.device,
+                         .unit_last_stride = true});
+  };
+  check_pair("keys", "new_keys", new_keys, keys, kAny);
+  check_pair("values", "new_values", new_values, values, keys.size(2));
+  check_tensor(slots, {.operation = "place",
+                       .name = "slots",
+                       .axes = "(B, Hkv)",
+                       .extents = {state.batch, heads},
+                       .dtypes = {DType::i32},
+                       .device = impl_->graph.device,
+                       .unit_last_stride = false,
+                       .writable = true});
+  impl_->backend->place(layer,
+                        {.new_keys = new_keys,
+                         .new_values = new_values,
+                         .keys = keys,
+                         .values = values,
+                         .slots = slots},
+                        stream);
+}
+
 void GraphManager::truncate(std::int64_t layer, std::int64_t count) {
   std::vector<detail::TruncatePlan> plans;
   impl_->for_layers("truncate", layer, [&](std::int64_t l) {

@@ -83,6 +83,19 @@ class Arrays:
             pytest.skip(f"torch {module.__version__} finds no CUDA device")
         if self.framework == "jax":
             try:
-                module.devices("gpu")
+                _start_jax(module)
             except RuntimeError as error:
                 pytest.skip(f"jax finds no CUDA device: {error}")
+
+
+def _start_jax(jax: Any) -> None:
+    """Start jax on its GPUs; RuntimeError if it has none.
+
+    It leaves the last of several devices current, which other frameworks' "cuda" would then mean.
+    """
+    torch = pytest.importorskip("torch")
+    before = torch.cuda.current_device()
+    try:
+        jax.devices("gpu")
+    finally:
+        torch.cuda.set_device(before)

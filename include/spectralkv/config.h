@@ -25,6 +25,16 @@ enum class GraphScope : std::uint8_t {
   layer,  ///< one graph for all KV heads of a layer
 };
 
+/// How the model turned its keys by their positions: by p * inv_freq[i] the pair i of the token at
+/// position p. What keys have in common shows only once they are turned back, so novelty compares
+/// them unturned. Of the head_dim elements those behind 2 * inv_freq.size() were not turned;
+/// without inv_freq none was, and keys are compared as they lie.
+struct SPECTRALKV_API Rotary {
+  std::vector<double> inv_freq;  ///< radians a token
+  /// Pair i is elements 2 i and 2 i + 1; otherwise i and i + inv_freq.size().
+  bool interleaved = false;
+};
+
 /// Shape and memory of the graphs of one model. A graph is one (layer, sequence, KV head), or one
 /// (layer, sequence) with GraphScope::layer.
 struct SPECTRALKV_API GraphConfig {
@@ -46,6 +56,7 @@ struct SPECTRALKV_API GraphConfig {
   /// CUDA: wait for the device to check slots and kept lists, so that a call with bad ones throws
   /// and changes nothing. Otherwise no call waits, and a later call throws (see GraphManager).
   bool eager_checks = false;
+  Rotary rotary{};
 
   /// Throws InvalidArgument that names the field, what was expected and what came.
   void validate() const;

@@ -67,9 +67,10 @@ struct MemoryUse {
 /// a faulty one stops all later changes, and the calls that come after the device found it throw
 /// InvalidArgument until reset(kAllLayers).
 ///
-/// `update`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `scores` and the like may
-/// be captured into a CUDA graph, on the captured stream alone; synchronize() before the capture.
-/// Counters advance on the device with each replay, and refresh() tells the host's view of them.
+/// `update`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`, `scores` and the
+/// like may be captured into a CUDA graph, on the captured stream alone; synchronize() before the
+/// capture. Counters advance on the device with each replay, and refresh() tells the host's view of
+/// them.
 class SPECTRALKV_API GraphManager {
  public:
   GraphManager(const GraphConfig& graph, const WalkConfig& walk);
@@ -157,6 +158,13 @@ class SPECTRALKV_API GraphManager {
 
   /// Writes i32 (B, Hkv): a free slot of each head, the lowest one.
   void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const;
+
+  /// Writes the key (B, Hkv, D) and value (B, Hkv, Dv) of a new token a sequence into the lowest
+  /// free slot of each head, in place: of `keys` (B, Hkv, S, D) and `values` (B, Hkv, S, Dv), of
+  /// any dtype. `slots` i32 (B, Hkv) gets these slots, for `update`, which takes them.
+  void place(std::int64_t layer, const ConstTensorView& new_keys, const ConstTensorView& new_values,
+             const TensorView& keys, const TensorView& values, const TensorView& slots,
+             Stream stream) const;
 
   // -- sequences
 

@@ -22,6 +22,7 @@ from spectralkv.config import (
     GraphConfig,
     MonitorConfig,
     Population,
+    Rotary,
     WalkConfig,
     apply_preset,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Monitor",
     "MonitorConfig",
     "Population",
+    "Rotary",
     "SpectralGraph",
     "SpectralKVError",
     "WalkConfig",

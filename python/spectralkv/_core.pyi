@@ -111,6 +111,23 @@ class Device:
     @index.setter
     def index(self, arg: int, /) -> None: ...
 
+class Rotary:
+    """How keys were turned by their positions."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def inv_freq(self) -> list[float]: ...
+
+    @inv_freq.setter
+    def inv_freq(self, arg: Sequence[float], /) -> None: ...
+
+    @property
+    def interleaved(self) -> bool: ...
+
+    @interleaved.setter
+    def interleaved(self, arg: bool, /) -> None: ...
+
 class GraphConfig:
     """Shape and memory of the graphs of one model."""
 
@@ -211,6 +228,12 @@ class GraphConfig:
 
     @eager_checks.setter
     def eager_checks(self, arg: bool, /) -> None: ...
+
+    @property
+    def rotary(self) -> Rotary: ...
+
+    @rotary.setter
+    def rotary(self, arg: Rotary, /) -> None: ...
 
     def validate(self) -> None: ...
 
@@ -430,6 +453,16 @@ class GraphManager:
     def release(self, layer: int, keep: Annotated[NDArray, dict(writable=False)], kept: Sequence[int] = [], stream: int = 0) -> None: ...
 
     def next_slots(self, layer: int, out: NDArray, stream: int = 0) -> None: ...
+    def place(
+        self,
+        layer: int,
+        new_keys: NDArray,
+        new_values: NDArray,
+        keys: NDArray,
+        values: NDArray,
+        slots: NDArray,
+        stream: int = 0,
+    ) -> None: ...
 
     def truncate(self, layer: int, count: int) -> None: ...
 

@@ -16,6 +16,7 @@ __all__ = [
     "GraphConfig",
     "MonitorConfig",
     "Population",
+    "Rotary",
     "WalkConfig",
     "apply_preset",
 ]
@@ -43,6 +44,29 @@ def _parse_device(device: str) -> _core.Device:
             f"[config] device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}"
         )
     return _core.Device(_member(_core.DeviceType, kind, "device"), int(index or 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """How a model turned its keys by their positions, so that novelty can compare them unturned.
+
+    Parameters
+    ----------
+    inv_freq
+        Radians a token by which each pair of elements is turned. Elements behind the last pair
+        were not turned.
+    interleaved
+        Pair i is elements ``2 i`` and ``2 i + 1``; otherwise ``i`` and ``i + len(inv_freq)``.
+    """
+
+    inv_freq: tuple[float, ...] = ()
+    interleaved: bool = False
+
+    def _to_core(self) -> _core.Rotary:
+        core = _core.Rotary()
+        core.inv_freq = list(self.inv_freq)
+        core.interleaved = self.interleaved
+        return core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +104,8 @@ class GraphConfig:
         CUDA: wait for the device to check slots and kept lists, so that a call with bad ones raises
         and changes nothing. Otherwise no call waits: faulty ones stop all later changes, and the
         calls after the device found it raise until ``reset()`` of all layers.
+    rotary
+        How keys were turned; without frequencies, novelty compares them as they lie.
 
     Raises
     ------
@@ -103,6 +129,7 @@ class GraphConfig:
     device: str = "cpu"
     num_threads: int = 0
     eager_checks: bool = False
+    rotary: Rotary = field(default_factory=Rotary)
 
     def __post_init__(self) -> None:
         self._to_core().validate()
@@ -117,6 +144,8 @@ class GraphConfig:
                 value = _member(_core.GraphScope, value, "scope")
             elif entry.name == "device":
                 value = _parse_device(value)
+            elif entry.name == "rotary":
+                value = value._to_core()
             setattr(core, entry.name, value)
         return core
 

@@ -380,6 +380,55 @@ class GraphManager:
             stream,
         )
 
+    def place(
+        self,
+        layer: int,
+        new_keys: Array,
+        new_values: Array,
+        keys: Array,
+        values: Array,
+        *,
+        stream: StreamLike = None,
+    ) -> Array:
+        """Write a new token's key and value into the lowest free slot of each head, in place.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        new_keys, new_values
+            (B, Hkv, D) and (B, Hkv, Dv): one new token a sequence.
+        keys, values
+            (B, Hkv, S, D) and (B, Hkv, S, Dv), of the same dtypes: written. Not of jax, whose
+            arrays never change.
+        stream
+            CUDA stream to work on; None: the framework's current one.
+
+        Returns
+        -------
+        slots
+            int32 (B, Hkv), for `update`, which takes them.
+
+        Raises
+        ------
+        InvalidArgument
+            Shapes or dtypes differ, or a head has no free slot.
+        """
+        queue = self._queue
+
+        def write(out: Array, handle: int) -> None:
+            self._core.place(
+                layer,
+                queue.read(new_keys, handle),
+                queue.read(new_values, handle),
+                queue.write(keys, handle),
+                queue.write(values, handle),
+                out,
+                handle,
+            )
+
+        return queue.filled(keys, self._slot_shape(layer)[:2], "int32", write, stream)
+
     # -- sequences
 
     def truncate(self, layer: int, count: int) -> None:

@@ -44,6 +44,11 @@ void init_config(nb::module_& m) {
       .def_rw("type", &skv::Device::type)
       .def_rw("index", &skv::Device::index);
 
+  nb::class_<skv::Rotary>(m, "Rotary", "How keys were turned by their positions.")
+      .def(nb::init<>())
+      .def_rw("inv_freq", &skv::Rotary::inv_freq)
+      .def_rw("interleaved", &skv::Rotary::interleaved);
+
   nb::class_<skv::GraphConfig>(m, "GraphConfig", "Shape and memory of the graphs of one model.")
       .def(nb::init<>())
       .def_rw("num_layers", &skv::GraphConfig::num_layers)
@@ -62,6 +67,7 @@ void init_config(nb::module_& m) {
       .def_rw("device", &skv::GraphConfig::device)
       .def_rw("num_threads", &skv::GraphConfig::num_threads)
       .def_rw("eager_checks", &skv::GraphConfig::eager_checks)
+      .def_rw("rotary", &skv::GraphConfig::rotary)
       .def("validate", &skv::GraphConfig::validate);
 
   nb::class_<skv::Population>(m, "Population", "A part of the walkers with its restart and count.")

@@ -149,6 +149,15 @@ void init_graph_manager(nb::module_& m) {
             self.next_slots(layer, writable(out), stream_of(stream));
           },
           "layer"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "place",
+          [](const Self& self, std::int64_t layer, const Input& new_keys, const Input& new_values,
+             const Output& keys, const Output& values, const Output& slots, std::uintptr_t stream) {
+            self.place(layer, view(new_keys), view(new_values), writable(keys), writable(values),
+                       writable(slots), stream_of(stream));
+          },
+          "layer"_a, "new_keys"_a.noconvert(), "new_values"_a.noconvert(), "keys"_a.noconvert(),
+          "values"_a.noconvert(), "slots"_a.noconvert(), "stream"_a = 0, Release())
       .def("truncate", &Self::truncate, "layer"_a, "count"_a, Release())
       .def(
           "select_batch",

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/layer.h"
@@ -24,7 +26,7 @@ class CpuBackend final : public Backend {
  public:
   CpuBackend(const GraphConfig& graph, const WalkConfig& walk,
              const std::vector<LayerState>& states)
-      : graph_(graph), walk_(walk), states_(states) {
+      : graph_(graph), walk_(walk), states_(states), rotary_(graph.rotary) {
     const int threads = graph.num_threads > 0 ? graph.num_threads : available_processors();
     scratch_.resize(static_cast<std::size_t>(threads));
     layers_.reserve(states.size());
@@ -108,7 +110,9 @@ class CpuBackend final : public Backend {
   }
 
   void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream) override {
-    detail::update_novelty(context(), mine(layer), keys, state(layer).length, scratch_);
+    const LayerState& host = state(layer);
+    rotary_.reserve(host.seen.empty() ? 0 : *std::max_element(host.seen.begin(), host.seen.end()));
+    detail::update_novelty(context(), rotary_, mine(layer), keys, host.length, scratch_);
   }
   void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
             Stream) override {
@@ -159,25 +163,23 @@ class CpuBackend final : public Backend {
   }
 
   void next_slots(std::int64_t layer, const TensorView& out, Stream) const override {
-    const LayerState& host = state(layer);
-    const CpuLayer& memory = mine(layer);
-    const auto first_free = [&](std::int64_t b, std::int64_t g) {
-      const std::int32_t* positions = memory.positions(b, g);
-      return static_cast<std::int64_t>(
-          std::find_if(positions, positions + host.length, [](auto p) { return p < 0; }) -
-          positions);
+    write_next_slots("next_slots", layer, state(layer).capacity, out);
+  }
+  void place(std::int64_t layer, const PlaceArgs& args, Stream) const override {
+    write_next_slots("place", layer, std::min(state(layer).capacity, args.keys.size(2)),
+                     args.slots);
+    const auto copy = [](const ConstTensorView& from, const TensorView& to, std::int64_t b,
+                         std::int64_t h, std::int64_t slot) {
+      const std::int64_t bytes = size_of(to.dtype);
+      std::memcpy(head_pointer(to, b, h) + slot * to.stride(2) * bytes, head_pointer(from, b, h),
+                  static_cast<std::size_t>(to.size(3) * bytes));
     };
-    for (std::int64_t b = 0; b < memory.batch(); ++b) {
-      for (std::int64_t g = 0; g < memory.graphs(); ++g) {
-        if (first_free(b, g) < host.capacity) continue;
-        throw_invalid("next_slots", "sequence " + std::to_string(b), "one with a free slot",
-                      std::to_string(host.capacity) + " tokens in as many slots");
-      }
-    }
-    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+    for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
-        *element_pointer<std::int32_t>(out, b * out.stride(0) + h * out.stride(1)) =
-            static_cast<std::int32_t>(first_free(b, context().graph_of(h)));
+        const std::int64_t slot = *element_pointer<std::int32_t>(
+            args.slots, b * args.slots.stride(0) + h * args.slots.stride(1));
+        copy(args.new_keys, args.keys, b, h, slot);
+        copy(args.new_values, args.values, b, h, slot);
       }
     }
   }
@@ -374,6 +376,34 @@ class CpuBackend final : public Backend {
     return states_[static_cast<std::size_t>(layer)];
   }
 
+  /// Writes a free slot below `limit` of each head, or throws and writes none.
+  void write_next_slots(std::string_view operation, std::int64_t layer, std::int64_t limit,
+                        const TensorView& out) const {
+    const CpuLayer& memory = mine(layer);
+    const std::int64_t length = state(layer).length;
+    std::vector<std::int32_t> found;
+    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+      for (std::int64_t g = 0; g < memory.graphs(); ++g) {
+        const std::int32_t* positions = memory.positions(b, g);
+        const std::int64_t slot =
+            std::find_if(positions, positions + length, [](auto p) { return p < 0; }) - positions;
+        if (slot >= limit) {
+          throw_invalid(operation, "sequence " + std::to_string(b), "one with a free slot",
+                        std::to_string(state(layer).held[static_cast<std::size_t>(b)]) +
+                            " tokens in " + std::to_string(limit) + " slots");
+        }
+        found.push_back(static_cast<std::int32_t>(slot));
+      }
+    }
+    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+      for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
+        const std::int64_t graph = b * memory.graphs() + context().graph_of(h);
+        *element_pointer<std::int32_t>(out, b * out.stride(0) + h * out.stride(1)) =
+            found[static_cast<std::size_t>(graph)];
+      }
+    }
+  }
+
   static std::int64_t slot_of(const ConstTensorView& slots, std::int64_t b, std::int64_t h) {
     return *element_pointer<std::int32_t>(slots, b * slots.stride(0) + h * slots.stride(1));
   }
@@ -432,6 +462,7 @@ class CpuBackend final : public Backend {
   const GraphConfig graph_;
   const WalkConfig walk_;
   const std::vector<LayerState>& states_;
+  RotaryTable rotary_;
   std::vector<CpuLayer> layers_;
   std::vector<Scratch> scratch_;
   BackendStatistics statistics_;

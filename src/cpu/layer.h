@@ -151,6 +151,31 @@ class CpuLayer {
 };
 
 /// What the stages read besides the layer.
+/// Cosines and sines of Rotary for any position, from two small tables: an angle is the sum of that
+/// of a multiple of kStep and that of the rest.
+class RotaryTable {
+ public:
+  explicit RotaryTable(const Rotary& rotary);
+
+  bool empty() const { return rotary_.inv_freq.empty(); }
+  /// Makes room for positions below `count`; nothing else may use the table.
+  void reserve(std::int64_t count);
+  /// Writes the `dim` elements of a key as they were before they were turned; in place.
+  void unturn(float* key, std::int64_t position) const;
+
+ private:
+  struct Turn {
+    float cos;
+    float sin;
+  };
+  static constexpr std::int64_t kStep = 512;
+  static std::vector<Turn> turns_at(const Rotary& rotary, double position);
+
+  Rotary rotary_;
+  std::vector<Turn> steps_;  ///< (n, pairs): of multiples of kStep
+  std::vector<Turn> rests_;  ///< (kStep, pairs)
+};
+
 struct CpuContext {
   const GraphConfig& graph;
   const WalkConfig& walk;
@@ -269,8 +294,9 @@ LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTens
                        const ConstTensorView& neighbors, const ConstTensorView& probabilities);
 
 /// novelty.cpp
-void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTensorView& keys,
-                    std::int64_t length, std::vector<Scratch>& scratch);
+void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLayer& layer,
+                    const ConstTensorView& keys, std::int64_t length,
+                    std::vector<Scratch>& scratch);
 
 /// restart.cpp: where walkers of one population of one graph restart.
 class RestartTable {

@@ -17,10 +17,21 @@ constexpr double kUnit = 0x1p20;
 
 /// Adds to `sums` the z-scores of -cos(key, mean direction) of one head; -inf where there is no
 /// finite key.
-void add_z_scores(const CpuContext& context, const std::byte* keys, DType dtype,
-                  std::int64_t stride, std::int64_t length, const std::int32_t* positions,
-                  Scratch& scratch, double* sums) {
+void add_z_scores(const CpuContext& context, const RotaryTable& rotary, const std::byte* keys,
+                  DType dtype, std::int64_t stride, std::int64_t length,
+                  const std::int32_t* positions, Scratch& scratch, double* sums) {
   const std::int64_t dim = context.graph.head_dim;
+  if (!rotary.empty()) {
+    float* const plain = scratch.panel.at_least(length * dim);
+    for (std::int64_t j = 0; j < length; ++j) {
+      float* const key = plain + j * dim;
+      context.simd.load_row(keys + j * stride * size_of(dtype), dtype, dim, key);
+      if (positions[j] >= 0) rotary.unturn(key, positions[j]);
+    }
+    keys = reinterpret_cast<const std::byte*>(plain);
+    dtype = DType::f32;
+    stride = dim;
+  }
   float* const inverse_norms = scratch.sums.at_least(length);
   float* const mean = scratch.queries.at_least(dim);
   float* const distance = scratch.scores.at_least(length);
@@ -58,8 +69,53 @@ void add_z_scores(const CpuContext& context, const std::byte* keys, DType dtype,
 
 }  // namespace
 
-void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTensorView& keys,
-                    std::int64_t length, std::vector<Scratch>& scratch) {
+RotaryTable::RotaryTable(const Rotary& rotary) : rotary_(rotary) {
+  if (empty()) return;
+  for (std::int64_t rest = 0; rest < kStep; ++rest) {
+    const std::vector<Turn> turns = turns_at(rotary_, static_cast<double>(rest));
+    rests_.insert(rests_.end(), turns.begin(), turns.end());
+  }
+}
+
+std::vector<RotaryTable::Turn> RotaryTable::turns_at(const Rotary& rotary, double position) {
+  std::vector<Turn> turns;
+  for (const double frequency : rotary.inv_freq) {
+    const double angle = position * frequency;
+    turns.push_back(
+        {.cos = static_cast<float>(std::cos(angle)), .sin = static_cast<float>(std::sin(angle))});
+  }
+  return turns;
+}
+
+void RotaryTable::reserve(std::int64_t count) {
+  const std::size_t pairs = rotary_.inv_freq.size();
+  if (pairs == 0) return;
+  for (auto step = static_cast<std::int64_t>(steps_.size() / pairs); step * kStep < count; ++step) {
+    const std::vector<Turn> turns = turns_at(rotary_, static_cast<double>(step * kStep));
+    steps_.insert(steps_.end(), turns.begin(), turns.end());
+  }
+}
+
+void RotaryTable::unturn(float* key, std::int64_t position) const {
+  const std::size_t pairs = rotary_.inv_freq.size();
+  const Turn* const step = steps_.data() + static_cast<std::size_t>(position / kStep) * pairs;
+  const Turn* const rest = rests_.data() + static_cast<std::size_t>(position % kStep) * pairs;
+  const std::size_t apart = rotary_.interleaved ? 1 : pairs;
+  const std::size_t stride = rotary_.interleaved ? 2 : 1;
+  for (std::size_t i = 0; i < pairs; ++i) {
+    const float cos = step[i].cos * rest[i].cos - step[i].sin * rest[i].sin;
+    const float sin = step[i].sin * rest[i].cos + step[i].cos * rest[i].sin;
+    float& first = key[i * stride];
+    float& second = key[i * stride + apart];
+    const float turned = first;
+    first = turned * cos + second * sin;
+    second = second * cos - turned * sin;
+  }
+}
+
+void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLayer& layer,
+                    const ConstTensorView& keys, std::int64_t length,
+                    std::vector<Scratch>& scratch) {
   const int threads = context.threads_for(layer.batch() * context.graph.num_kv_heads * length *
                                           context.graph.head_dim * 2);
   parallel_for(layer.batch() * layer.graphs(), threads, [&](std::int64_t task, int worker) {
@@ -71,8 +127,8 @@ void update_novelty(const CpuContext& context, CpuLayer& layer, const ConstTenso
     std::fill_n(z, length, 0.0);
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {
-      add_z_scores(context, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length, positions,
-                   mine, z);
+      add_z_scores(context, rotary, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length,
+                   positions, mine, z);
     }
     const auto heads = static_cast<double>(context.head_count());
     double highest = -std::numeric_limits<double>::infinity();

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <numbers>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -47,7 +48,7 @@ TokensView tokens_of(const ConstTensorView& view) {
           .dtype = view.dtype,
           .sequence_stride = view.stride(0),
           .head_stride = view.stride(1),
-          .token_stride = view.stride(2)};
+          .token_stride = view.rank > 3 ? view.stride(2) : 0};
 }
 
 template <class T, class Pointer>
@@ -140,6 +141,7 @@ class CudaBackend final : public Backend {
     }
     scratch_ = missing_scratch(all_views(), own);
     upload_views(own);
+    upload_rotary(own);
   }
 
   ~CudaBackend() override {
@@ -241,8 +243,12 @@ class CudaBackend final : public Backend {
     const std::int64_t extent = extent_of(layer, stream);
     if (extent == 0) return;
     change(queue, [&] {
-      cuda::launch_novelty(view(layer), tokens_of(keys), scratch_.novelty.as<float>(), extent,
-                           queue);
+      const cuda::RotaryView rotary{
+          .revolutions = revolutions_.as<double>(),
+          .pairs = static_cast<std::int32_t>(graph_.rotary.inv_freq.size()),
+          .interleaved = graph_.rotary.interleaved};
+      cuda::launch_novelty(view(layer), tokens_of(keys), rotary, scratch_.novelty.as<float>(),
+                           extent, queue);
       refresh_restart_tables(layer, extent, queue);
     });
   }
@@ -355,17 +361,30 @@ class CudaBackend final : public Backend {
   }
 
   void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const override {
-    const LayerState& host = state(layer);
-    for (std::size_t b = 0; b < host.held.size(); ++b) {
-      if (host.held[b] < host.capacity) continue;
-      throw_invalid("next_slots", "sequence " + std::to_string(b), "one with a free slot",
-                    std::to_string(host.capacity) + " tokens in as many slots");
-    }
+    require_free_slots("next_slots", layer, state(layer).capacity);
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t queue = begin_beside_walk("next_slots", stream);
     look(queue, [&] {
       cuda::launch_next_slots(view(layer), table_of<std::int32_t>(out), extent_of(layer, stream),
                               queue);
+    });
+  }
+
+  void place(std::int64_t layer, const PlaceArgs& args, Stream stream) const override {
+    require_free_slots("place", layer, args.keys.size(2));
+    const DeviceGuard guard(graph_.device.index);
+    const cudaStream_t queue = begin_beside_walk("place", stream);
+    look(queue, [&] {
+      cuda::launch_place(view(layer),
+                         {.new_keys = tokens_of(args.new_keys),
+                          .new_values = tokens_of(args.new_values),
+                          .keys = tokens_of(args.keys),
+                          .values = tokens_of(args.values),
+                          .slots = table_of<std::int32_t>(args.slots),
+                          .num_slots = args.keys.size(2),
+                          .key_dim = args.keys.size(3),
+                          .value_dim = args.values.size(3)},
+                         queue);
     });
   }
 
@@ -653,6 +672,18 @@ class CudaBackend final : public Backend {
   }
 
   /// For calls of which a walk under way notices nothing.
+  /// As far as the host knows: while replays go on, the device may hold more.
+  void require_free_slots(std::string_view operation, std::int64_t layer,
+                          std::int64_t slots) const {
+    const LayerState& host = state(layer);
+    const std::int64_t limit = std::min(host.capacity, slots);
+    for (std::size_t b = 0; b < host.held.size(); ++b) {
+      if (host.held[b] < limit) continue;
+      throw_invalid(
+          operation, "sequence " + std::to_string(b), "one with a free slot",
+          std::to_string(host.held[b]) + " tokens in " + std::to_string(limit) + " slots");
+    }
+  }
   cudaStream_t begin_beside_walk(std::string_view operation, Stream stream) const {
     raise_reported(operation);
     order_.enter_beside_walk(handle_of(stream), operation);
@@ -718,6 +749,18 @@ class CudaBackend final : public Backend {
     order_.synchronize();
     memory = Memory();
     memory = Memory(bytes, Memory::Kind::device);
+  }
+
+  void upload_rotary(cudaStream_t own) {
+    std::vector<double> revolutions = graph_.rotary.inv_freq;
+    if (revolutions.empty() || !walk_.needs_novelty()) return;
+    for (double& revolution : revolutions) revolution /= 2.0 * std::numbers::pi;
+    const std::size_t bytes = revolutions.size() * sizeof(double);
+    revolutions_ = Memory(static_cast<std::int64_t>(bytes), Memory::Kind::device);
+    check(cudaMemcpyAsync(revolutions_.data(), revolutions.data(), bytes, cudaMemcpyHostToDevice,
+                          own),
+          "cudaMemcpyAsync");
+    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
   }
 
   /// Scratch that fits the shapes of all layers.
@@ -909,6 +952,7 @@ class CudaBackend final : public Backend {
   const GraphConfig graph_;
   const WalkConfig walk_;
   const std::vector<LayerState>& states_;
+  Memory revolutions_;  ///< of a RotaryView
   Memory shared_{2 * kResultTable, Memory::Kind::device};
   Memory reported_{kResultTable, Memory::Kind::mapped};
   Scratch scratch_;

@@ -81,6 +81,20 @@ void launch_plan_slots(const LayerView& layer, const TableView<const std::int32_
 void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& out,
                        std::int64_t extent, cudaStream_t stream);
 
+struct PlaceArgs {
+  TokensView new_keys;
+  TokensView new_values;
+  TokensView keys;  ///< written
+  TokensView values;
+  TableView<std::int32_t> slots;
+  std::int64_t num_slots;  ///< of keys and values
+  std::int64_t key_dim;
+  std::int64_t value_dim;
+};
+/// Copies a token's key and value into the lowest free slot of each head; a head without one is
+/// reported to the manager, and gets -1.
+void launch_place(const LayerView& layer, const PlaceArgs& args, cudaStream_t stream);
+
 /// Checks kept slots (B, Hkv, count) and writes to `kept` (B) how many head 0 of each sequence
 /// keeps, or a fault to `result`. Where `expected` (B) is not null a sequence must keep that many.
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
@@ -125,10 +139,17 @@ void launch_rows(const LayerView& layer, const TableView<std::int32_t>& neighbor
 
 // ---- novelty.cu
 
+/// How keys were turned, see Rotary.
+struct RotaryView {
+  const double* revolutions;  ///< (pairs) a position
+  std::int32_t pairs;         ///< 0: they were not
+  bool interleaved;
+};
+
 /// Floats of scratch.
 std::int64_t novelty_scratch(const LayerView& layer);
-void launch_novelty(const LayerView& layer, const TokensView& keys, float* scratch,
-                    std::int64_t extent, cudaStream_t stream);
+void launch_novelty(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
+                    float* scratch, std::int64_t extent, cudaStream_t stream);
 
 // ---- ppr_walk.cu
 

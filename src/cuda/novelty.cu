@@ -170,6 +170,35 @@ struct Reader {
   }
 };
 
+/// How keys are compared: as they lie, or turned back.
+struct AsTheyLie {
+  template <class T>
+  __device__ float operator()(const T*, int, float own, std::int32_t) const {
+    return own;
+  }
+};
+struct Unturned {
+  RotaryView rotary;
+
+  /// Element d of a key, which is `own` as it lies, as it was before it was turned. Of the pair's
+  /// other element the cache has just seen the line. Behind the end of a key all are `own`.
+  template <class T>
+  __device__ float operator()(const T* key, int d, float own, std::int32_t position) const {
+    const int pairs = rotary.pairs;
+    if (d >= 2 * pairs) return own;
+    const bool second = rotary.interleaved ? d % 2 != 0 : d >= pairs;
+    const int pair = rotary.interleaved ? d / 2 : second ? d - pairs : d;
+    const int apart = rotary.interleaved ? 1 : pairs;
+    const float other = as_float(key[second ? d - apart : d + apart]);
+    double turn = position * rotary.revolutions[pair];
+    turn -= floor(turn);
+    float sine = 0.0F;
+    float cosine = 0.0F;
+    sincospif(2.0F * static_cast<float>(turn), &sine, &cosine);
+    return second ? own * cosine - other * sine : own * cosine + other * sine;
+  }
+};
+
 /// The slots of a block of (B, Hkv, splits).
 struct Part {
   std::int64_t head;  ///< of all sequences
@@ -190,9 +219,9 @@ struct Part {
 };
 
 /// Inverse norms, and the sum of a part's directions.
-template <class Reader>
+template <class Reader, class Space>
 __global__ void __launch_bounds__(kThreads, 2)
-    directions_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+    directions_kernel(LayerView layer, TokensView keys, Space space, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ float team_sums[kWarps * Reader::kTeams][Reader::kWidth];
   if (has_fault(layer)) return;
@@ -256,8 +285,14 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float scale =
             __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
         if (scale < 0.0F) continue;
+        const int at = min(first + r, part.end - 1);
+        const T* const key = key_of_head + at * keys.token_stride;
 #pragma unroll
-        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values(r, i), scale, sums[i]);
+        for (int i = 0; i < Reader::kHeld; ++i) {
+          const int d = base + Reader::column(member, i);
+          const float value = space(key, d, values(r, i), positions[at]);
+          sums[i] = fmaf(value, scale, sums[i]);
+        }
       }
     }
 #pragma unroll
@@ -317,9 +352,9 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(LayerView layer, Scr
   for (int d = thread; d < dim; d += width) direction[d] *= inverse;
 }
 
-template <class Reader>
+template <class Reader, class Space>
 __global__ void __launch_bounds__(kThreads, 2)
-    distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+    distances_kernel(LayerView layer, TokensView keys, Space space, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ Moments shared[kWarps];
   if (has_fault(layer)) return;
@@ -329,6 +364,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int member = lane % Reader::kTeam;
   const Part part(layer, scratch.splits);
   const int dim = layer.head_dim;
+  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   const float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
   const float* const directions = scratch.directions + part.head * dim;
@@ -351,12 +387,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int first = first_of_team; first - team * kRows < part.end; first += kStep) {
     float dots[kRows] = {};
-    const auto add_slice = [&](const typename Reader::Slice& values) {
+    const auto add_slice = [&](const typename Reader::Slice& values, int base) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        const int at = min(first + r, part.end - 1);
+        const T* const key = key_of_head + at * keys.token_stride;
 #pragma unroll
         for (int i = 0; i < Reader::kHeld; ++i) {
-          dots[r] = fmaf(values(r, i), direction[i], dots[r]);
+          const int d = base + Reader::column(member, i);
+          const float value = space(key, d, values(r, i), positions[at]);
+          dots[r] = fmaf(value, direction[i], dots[r]);
         }
       }
     };
@@ -365,13 +405,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (Reader::kAhead && first - team * kRows + kStep < part.end) {
       Reader::load(keys, key_of_head, first + kStep, part.end, 0, dim, next);
     }
-    add_slice(values);
+    add_slice(values, 0);
     if (dim > Reader::kWidth) {
       for (int base = Reader::kWidth; base < dim; base += Reader::kWidth) {
         typename Reader::Slice more;
         Reader::load(keys, key_of_head, first, part.end, base, dim, more);
         load_direction(base);
-        add_slice(more);
+        add_slice(more, base);
       }
       load_direction(0);
     }
@@ -496,35 +536,35 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scra
       });
 }
 
-template <class Reader>
-void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
-                   cudaStream_t stream) {
+template <class Reader, class Space>
+void launch_reader(const LayerView& layer, const TokensView& keys, const Space& space,
+                   const Scratch& scratch, cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
   const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
-  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, space, scratch);
   check(cudaGetLastError(), "directions_kernel");
   mean_kernel<<<heads, kMeanThreads, 0, stream>>>(layer, scratch);
   check(cudaGetLastError(), "mean_kernel");
-  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, space, scratch);
   check(cudaGetLastError(), "distances_kernel");
 }
 
-template <class T>
-void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
-               cudaStream_t stream) {
+template <class T, class Space>
+void launch_as(const LayerView& layer, const TokensView& keys, const Space& space,
+               const Scratch& scratch, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const auto is_aligned = [&](std::int64_t stride) { return stride % kVector == 0; };
   const bool wide = is_aligned(layer.head_dim) && is_aligned(keys.sequence_stride) &&
                     is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
                     reinterpret_cast<std::uintptr_t>(keys.data) % 16 == 0;
   if (!wide) {
-    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, space, scratch, stream);
   } else if (layer.head_dim <= 64) {
-    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, space, scratch, stream);
   } else if (layer.head_dim <= 128) {
-    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, space, scratch, stream);
   } else {
-    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, scratch, stream);
+    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, space, scratch, stream);
   }
 }
 
@@ -532,19 +572,26 @@ void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& sc
 
 std::int64_t novelty_scratch(const LayerView& layer) { return scratch_of(layer, nullptr).floats; }
 
-void launch_novelty(const LayerView& layer, const TokensView& keys, float* scratch,
-                    std::int64_t extent, cudaStream_t stream) {
+void launch_novelty(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
+                    float* scratch, std::int64_t extent, cudaStream_t stream) {
   if (layer.batch == 0 || extent == 0) return;
-  Scratch parts = scratch_of(layer, scratch);
-  switch (keys.dtype) {
-    case DType::f16:
-      launch_as<__half>(layer, keys, parts, stream);
-      break;
-    case DType::bf16:
-      launch_as<__nv_bfloat16>(layer, keys, parts, stream);
-      break;
-    default:
-      launch_as<float>(layer, keys, parts, stream);
+  const Scratch parts = scratch_of(layer, scratch);
+  const auto launch = [&](const auto& space) {
+    switch (keys.dtype) {
+      case DType::f16:
+        launch_as<__half>(layer, keys, space, parts, stream);
+        break;
+      case DType::bf16:
+        launch_as<__nv_bfloat16>(layer, keys, space, parts, stream);
+        break;
+      default:
+        launch_as<float>(layer, keys, space, parts, stream);
+    }
+  };
+  if (rotary.pairs > 0) {
+    launch(Unturned{rotary});
+  } else {
+    launch(AsTheyLie{});
   }
   const auto blocks = static_cast<unsigned>(layer.batch * layer.graphs * parts.blocks);
   highest_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);

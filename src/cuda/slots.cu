@@ -206,11 +206,9 @@ __global__ void __launch_bounds__(kThreads)
   *result = check_slot(layer, slots, length, i / layer.heads, i % layer.heads);
 }
 
-__global__ void __launch_bounds__(kWideThreads)
-    next_slots_kernel(LayerView layer, TableView<std::int32_t> out) {
+/// The lowest free slot of a graph, `length` if none below is; by a block of kWideThreads.
+__device__ std::int64_t lowest_free_slot(const LayerView& layer, std::int64_t b, std::int64_t g) {
   __shared__ unsigned long long lowest;
-  const std::int64_t b = blockIdx.x / layer.graphs;
-  const std::int64_t g = blockIdx.x % layer.graphs;
   const std::int32_t* const positions = positions_of(layer, b, g);
   const std::int64_t length = layer.counters->length;
   if (threadIdx.x == 0) lowest = static_cast<unsigned long long>(length);
@@ -232,8 +230,62 @@ __global__ void __launch_bounds__(kWideThreads)
     if (mine < length) atomicMin(&lowest, static_cast<unsigned long long>(mine));
     if (__syncthreads_or(static_cast<int>(mine < length)) != 0) break;
   }
+  return static_cast<std::int64_t>(lowest);
+}
+
+__global__ void __launch_bounds__(kWideThreads)
+    next_slots_kernel(LayerView layer, TableView<std::int32_t> out) {
+  const std::int64_t b = blockIdx.x / layer.graphs;
+  const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int64_t slot = lowest_free_slot(layer, b, g);
   for (int k = static_cast<int>(threadIdx.x); k < layer.heads_per_graph; k += kWideThreads) {
-    at(out, b, g * layer.heads_per_graph + k) = static_cast<std::int32_t>(lowest);
+    at(out, b, g * layer.heads_per_graph + k) = static_cast<std::int32_t>(slot);
+  }
+}
+
+/// Copies one row of `dim` elements by a block.
+template <class T>
+__device__ void copy_row(const TokensView& from, const TokensView& to, std::int64_t b,
+                         std::int64_t h, std::int64_t slot, std::int64_t dim) {
+  const T* const source =
+      static_cast<const T*>(from.data) + b * from.sequence_stride + h * from.head_stride;
+  // A view of the caller's that launch_place was given to write.
+  T* const target = static_cast<T*>(const_cast<void*>(to.data)) + b * to.sequence_stride +
+                    h * to.head_stride + slot * to.token_stride;
+  for (std::int64_t d = threadIdx.x; d < dim; d += kWideThreads) target[d] = source[d];
+}
+
+/// One block a graph.
+template <class Key, class Value>
+__global__ void __launch_bounds__(kWideThreads) place_kernel(LayerView layer, PlaceArgs args) {
+  const std::int64_t b = blockIdx.x / layer.graphs;
+  const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int64_t slot = lowest_free_slot(layer, b, g);
+  const std::int64_t limit = min(layer.capacity, args.num_slots);
+  const bool fits = slot < limit;
+  if (!fits && threadIdx.x == 0) report(layer, Fault::layer_full, b, g, slot + 1, limit);
+  for (int k = 0; k < layer.heads_per_graph; ++k) {
+    const std::int64_t h = g * layer.heads_per_graph + k;
+    if (threadIdx.x == 0) at(args.slots, b, h) = fits ? static_cast<std::int32_t>(slot) : -1;
+    if (!fits) continue;
+    copy_row<Key>(args.new_keys, args.keys, b, h, slot, args.key_dim);
+    copy_row<Value>(args.new_values, args.values, b, h, slot, args.value_dim);
+  }
+}
+
+/// Calls `use(T{})` with a type of as many bytes as the elements have.
+template <class Use>
+void with_size_of(DType dtype, Use&& use) {
+  switch (size_of(dtype)) {
+    case 1:
+      use(std::uint8_t{});
+      break;
+    case 2:
+      use(std::uint16_t{});
+      break;
+    default:
+      use(std::uint32_t{});
+      break;
   }
 }
 
@@ -569,6 +621,17 @@ void launch_next_slots(const LayerView& layer, const TableView<std::int32_t>& ou
   if (graphs == 0) return;
   next_slots_kernel<<<graphs, kWideThreads, 0, stream>>>(layer, out);
   check(cudaGetLastError(), "next_slots_kernel");
+}
+
+void launch_place(const LayerView& layer, const PlaceArgs& args, cudaStream_t stream) {
+  const auto graphs = static_cast<unsigned>(layer.batch * layer.graphs);
+  if (graphs == 0) return;
+  with_size_of(args.keys.dtype, [&]<class Key>(Key) {
+    with_size_of(args.values.dtype, [&]<class Value>(Value) {
+      place_kernel<Key, Value><<<graphs, kWideThreads, 0, stream>>>(layer, args);
+    });
+  });
+  check(cudaGetLastError(), "place_kernel");
 }
 
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,

@@ -426,7 +426,7 @@ void check_novelty(const Shape& shape, int holes) {
   const std::vector<std::int32_t> positions = some_positions(shape, holes);
   layer.set_positions(positions);
   const Buffer scratch(novelty_scratch(layer.view()) * 4);
-  launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, nullptr);
+  launch_novelty(layer.view(), layer.keys(), {}, scratch.as<float>(), shape.length, nullptr);
   check(cudaDeviceSynchronize(), name.c_str());
   const double error = layer.novelty_error(shape.batch - 1, shape.graphs() - 1, positions);
   expect(error < 40.0, name + ": off by " + std::to_string(error) + " of 2^20");
@@ -556,7 +556,7 @@ void time_novelty(const Shape& shape, double bandwidth) {
       {.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
       [&](int call, auto stream) {
         const Layer& layer = *layers[static_cast<std::size_t>(call)];
-        launch_novelty(layer.view(), layer.keys(), scratch.as<float>(), shape.length, stream);
+        launch_novelty(layer.view(), layer.keys(), {}, scratch.as<float>(), shape.length, stream);
       });
   print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
              bandwidth);

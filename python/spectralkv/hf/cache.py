@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from spectralkv.hf import masks, tap
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
+from spectralkv.hf.rotary import rotary_of
 from spectralkv.policies.base import Policy
 from spectralkv.policies.spectral import Spectral
 
@@ -109,7 +110,8 @@ class EvictingCache(Cache):
         reader = masks.MaskReader()
         for order, index in enumerate(ours):
             tracker = trackers[order] if trackers else None
-            layers[index] = EvictingLayer(index, policy, tracker, reader, on_evict)
+            rotary = rotary_of(self._config, index) if policy.watches else None
+            layers[index] = EvictingLayer(index, policy, tracker, reader, rotary, on_evict)
         super().__init__(layers=layers)
         self._ours: list[EvictingLayer] = [layers[index] for index in ours]
         if policy.watches:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from spectralkv.config import Rotary
 from spectralkv.hf import masks, tap
 from spectralkv.policies.base import (
     Observation,
@@ -55,6 +56,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         State of the policy for this layer. None: nothing is ever evicted.
     reader : MaskReader
         Shared by the layers of a cache.
+    rotary : Rotary or None
+        How the model turns its keys.
     on_evict : callable or None
         Called with an :class:`EvictionEvent` before each cut.
     """
@@ -68,6 +71,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         policy: Policy,
         tracker: Tracker | None,
         reader: masks.MaskReader,
+        rotary: Rotary | None = None,
         on_evict: Callable[[EvictionEvent], None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,6 +80,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._policy = policy
         self._tracker = tracker
         self._reader = reader
+        self._rotary = rotary
         self._on_evict = on_evict
         # `crop` restores what was before only where nothing can have been evicted in between.
         self.is_croppable = policy.budget is None
@@ -224,6 +229,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             new_valid=self._new.valid,
             scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
             softcap=softcap,
+            rotary=self._rotary,
         )
         # Entering the contexts costs as much as the rest of this method; generate() needs neither.
         if torch.is_inference_mode_enabled() or torch.is_grad_enabled():

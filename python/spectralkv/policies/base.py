@@ -9,6 +9,8 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
+from spectralkv.config import Rotary
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
@@ -107,6 +109,9 @@ class Observation(NamedTuple):
     """Factor of the dot products."""
     softcap: float | None
     """Logits become ``softcap * tanh(logits / softcap)``. None: they stay as they are."""
+    rotary: Rotary | None = None
+    """How query and keys were turned by their positions. None: they were not, or it is not
+    known."""
 
 
 class Tracker(ABC):

@@ -8,7 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from spectralkv.config import EvictionConfig, GraphConfig, Population, WalkConfig, apply_preset
+from spectralkv.config import (
+    EvictionConfig,
+    GraphConfig,
+    Population,
+    Rotary,
+    WalkConfig,
+    apply_preset,
+)
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import Observation, Policy, Tracker
 
@@ -59,6 +66,10 @@ class Spectral(Policy):
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
         Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
+    unrotate : bool
+        Whether novelty compares keys as they were before the model turned them by their positions:
+        distinctive for what they say, not for where. Without effect where the model does not turn
+        them, or in a way that is not known.
     seed : int
         Seed of the walks.
 
@@ -89,6 +100,7 @@ class Spectral(Policy):
     solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
     row_stride: int = 1
+    unrotate: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +108,7 @@ class Spectral(Policy):
         self._require_int("walk_interval", minimum=0)
         self._require_int("row_stride", minimum=1)
         self._require_int("seed", minimum=0)
+        self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
         # The core checks what it is given; a policy with a bad option must not come to be.
         self._graph_and_walk(GraphConfig())
@@ -146,12 +159,15 @@ class _Monitors:
         """Return the monitor for a layer that shows `seen`, and whether it is new."""
         batch, query_heads, _, head_dim = seen.query.shape
         heads, device = seen.keys.shape[1], seen.keys.device
-        shape = (batch, query_heads, heads, head_dim, device)
+        rotary = seen.rotary if self._policy.unrotate else None
+        if rotary is None or 2 * len(rotary.inv_freq) > head_dim:
+            rotary = Rotary()
+        shape = (batch, query_heads, heads, head_dim, device, rotary)
         with self._lock:
             monitor = self._by_shape.get(shape)
             if monitor is not None:
                 return monitor, False
-            monitor = self._make(batch, query_heads, heads, head_dim, device)
+            monitor = self._make(batch, query_heads, heads, head_dim, device, rotary)
             self._by_shape[shape] = monitor
             return monitor, True
 
@@ -161,7 +177,13 @@ class _Monitors:
             self._by_shape.clear()
 
     def _make(
-        self, batch: int, query_heads: int, heads: int, head_dim: int, device: torch.device
+        self,
+        batch: int,
+        query_heads: int,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+        rotary: Rotary,
     ) -> Monitor:
         policy = self._policy
         graph, walk = policy._graph_and_walk(
@@ -172,6 +194,7 @@ class _Monitors:
                 num_kv_heads=heads,
                 head_dim=head_dim,
                 device=str(device),
+                rotary=rotary,
             )
         )
         return Monitor(
