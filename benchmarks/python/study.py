@@ -25,23 +25,34 @@ from pathlib import Path
 from queue import SimpleQueue
 
 OURS = ["spectral"]
-LONG_MEMORY = "spectral:edge_law=attention,top_k=16,window=100"
 CANDIDATES = [
     "spectral",
+    "spectral:unrotate=false",
     "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
-    "spectral:window=32,populations=recent:edges:0.25+novelty:all:0.75",
-    "spectral:edge_law=attention,populations=recent:edges:0.5:32:0.9+novelty:all:0.5",
-    f"{LONG_MEMORY},populations=recent:edges:0.75:32:0.9+novelty:all:0.25",
+    "spectral:window=32,populations=recent:edges:0.4+novelty:all:0.6",
+    "spectral:window=32,populations=novelty:all:0.55+recent:edges:0.45",
+    (
+        "spectral:window=32,edge_law=attention,top_k=16,"
+        "populations=novelty:all:0.55+recent:edges:0.45:32:0.9"
+    ),
 ]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
 TUNED = [
     "h2o:decay=0.9984",
-    "rkv:mix=0.4",
-    "mix:of=h2o+keydiff,share=0.75,window=150,h2o__decay=0.9967",
-    "mix:of=h2o+rkv,share=0.75,window=150,h2o__decay=0.9967,rkv__mix=0.4",
+    "rkv:mix=0.3",
+    "mix:of=h2o+keydiff,share=0.75,window=100,h2o__decay=0.9967",
+    "mix:of=h2o+rkv,share=0.5,window=50,h2o__decay=0.9967,rkv__mix=0.4",
 ]
 ATTENTION = ["h2o", "snapkv", "tova", "rkv", "h2o:decay=0.9984"]
+
+
+# Of the ablations, those that are asked first in the first job.
+AXES = [
+    ["novelty", "quota", "hops", "top_k", "edges", "scope"],
+    ["restart", "window", "walkers", "presets", "restart_prob"],
+    ["recent", "decay", "count", "row_stride", "sinks", "interval", "seed"],
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
 
     plan = [
         Job("needle-ours", [*needles, *many("--policy", CANDIDATES)]),
-        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, TUNED[2]])]),
+        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, *TUNED[2:]])]),
         perplexity("perplexity-ours", CANDIDATES, *shares, *held),
         perplexity("perplexity-published", PUBLISHED[:4], *low, *shares, *held),
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
@@ -82,13 +93,16 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         Job(
             "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
         ),
-        Job("ablation", ["ablations", *texts, *tune]),
+        *(
+            Job(f"ablation-{part}", ["ablations", *texts, *many("--axis", names), *tune])
+            for part, names in enumerate(AXES, start=1)
+        ),
         perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
         Job(
             "ruler",
             [
                 *ruler,
-                *many("--policy", [*OURS, "h2o", "snapkv", "keydiff", "rkv:mix=0.4", TUNED[2]]),
+                *many("--policy", [*OURS, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
             ],
         ),
         Job(
@@ -118,9 +132,9 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
-        policies = [*OURS, *ATTENTION[:2], "keydiff", *TUNED[:3]]
         plan += [
-            perplexity("perplexity-8k", policies, *many("--budget", ["0.1", "0.2"]), *eight),
+            perplexity("perplexity-8k", [*OURS, *TUNED[:1]], "--budget", "0.2", *eight),
+            perplexity("perplexity-8k-2", ["h2o", *TUNED[2:]], "--budget", "0.2", *eight),
             Job(
                 "ruler-4k",
                 [*ruler, *("--length", "4096"), *many("--policy", [*OURS, "h2o", "keydiff"])],
@@ -129,8 +143,8 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
                 "needle-lengths",
                 [
                     *needles,
-                    *many("--length", ["900", "1800", "3600"]),
-                    *many("--policy", [*OURS, "keydiff", "h2o", "snapkv"]),
+                    *many("--length", ["900", "3600"]),
+                    *many("--policy", [*OURS, "keydiff", "h2o"]),
                 ],
             ),
         ]

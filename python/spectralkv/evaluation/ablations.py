@@ -226,6 +226,15 @@ def _walkers() -> Axis:
     return Axis(name="walkers", title="walkers", values=(*numbers, ("exact", {"solver": "exact"})))
 
 
+def _novelty() -> Axis:
+    ways = (("as before the turn", True), ("as they lie", False))
+    return Axis(
+        name="novelty",
+        title="keys that novelty compares",
+        values=tuple((name, {"unrotate": back}) for name, back in ways),
+    )
+
+
 _AXES: tuple[Callable[[], Axis], ...] = (
     _hops,
     _one_option("top_k", "neighbours of a token", "top_k", 4, 8, 16, 32),
@@ -233,6 +242,7 @@ _AXES: tuple[Callable[[], Axis], ...] = (
     _one_option("restart_prob", "restart probability", "restart_prob", 0.05, 0.15, 0.3, 0.5, 0.7),
     _restart,
     _quota,
+    _novelty,
     _count,
     _recent,
     _one_option("decay", "decay of former visits", "decay", 0.0, 0.5, 0.9, 1.0),

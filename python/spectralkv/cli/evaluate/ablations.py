@@ -26,9 +26,9 @@ def ablations(
     axis: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to vary: hops, top_k, edges, restart_prob, restart, quota, count, recent, "
-            "decay, sinks, walkers, interval, window, row_stride, scope, presets, seed; may be "
-            "repeated.",
+            help="What to vary: hops, top_k, edges, restart_prob, restart, quota, novelty, count, "
+            "recent, decay, sinks, walkers, interval, window, row_stride, scope, presets, seed; "
+            "may be repeated.",
             show_default="all",
         ),
     ] = None,
