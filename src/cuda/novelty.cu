@@ -170,35 +170,6 @@ struct Reader {
   }
 };
 
-/// How keys are compared: as they lie, or turned back.
-struct AsTheyLie {
-  template <class T>
-  __device__ float operator()(const T*, int, float own, std::int32_t) const {
-    return own;
-  }
-};
-struct Unturned {
-  RotaryView rotary;
-
-  /// Element d of a key, which is `own` as it lies, as it was before it was turned. Of the pair's
-  /// other element the cache has just seen the line. Behind the end of a key all are `own`.
-  template <class T>
-  __device__ float operator()(const T* key, int d, float own, std::int32_t position) const {
-    const int pairs = rotary.pairs;
-    if (d >= 2 * pairs) return own;
-    const bool second = rotary.interleaved ? d % 2 != 0 : d >= pairs;
-    const int pair = rotary.interleaved ? d / 2 : second ? d - pairs : d;
-    const int apart = rotary.interleaved ? 1 : pairs;
-    const float other = as_float(key[second ? d - apart : d + apart]);
-    double turn = position * rotary.revolutions[pair];
-    turn -= floor(turn);
-    float sine = 0.0F;
-    float cosine = 0.0F;
-    sincospif(2.0F * static_cast<float>(turn), &sine, &cosine);
-    return second ? own * cosine - other * sine : own * cosine + other * sine;
-  }
-};
-
 /// The slots of a block of (B, Hkv, splits).
 struct Part {
   std::int64_t head;  ///< of all sequences
@@ -219,9 +190,9 @@ struct Part {
 };
 
 /// Inverse norms, and the sum of a part's directions.
-template <class Reader, class Space>
+template <class Reader>
 __global__ void __launch_bounds__(kThreads, 2)
-    directions_kernel(LayerView layer, TokensView keys, Space space, Scratch scratch) {
+    directions_kernel(LayerView layer, TokensView keys, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ float team_sums[kWarps * Reader::kTeams][Reader::kWidth];
   if (has_fault(layer)) return;
@@ -285,14 +256,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float scale =
             __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
         if (scale < 0.0F) continue;
-        const int at = min(first + r, part.end - 1);
-        const T* const key = key_of_head + at * keys.token_stride;
 #pragma unroll
-        for (int i = 0; i < Reader::kHeld; ++i) {
-          const int d = base + Reader::column(member, i);
-          const float value = space(key, d, values(r, i), positions[at]);
-          sums[i] = fmaf(value, scale, sums[i]);
-        }
+        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values(r, i), scale, sums[i]);
       }
     }
 #pragma unroll
@@ -306,6 +271,134 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int t = 0; t < kWarps * Reader::kTeams; ++t) sum += team_sums[t][d];
       scratch.sums[std::int64_t{blockIdx.x} * dim + base + d] = sum;
     }
+    __syncthreads();
+  }
+}
+
+/// Pairs of elements that a lane holds of a key.
+constexpr int kPairs = 4;
+
+/// A warp's view of keys that were turned by their positions: lane l has the pairs l, l + 32, ...
+/// of a slice. Behind the pairs that were turned come those that were not, also two by two.
+template <class T>
+struct TurnedKeys {
+  static constexpr int kSlice = 32 * kPairs;  ///< pairs
+
+  RotaryView rotary;
+  int dim;
+
+  __device__ int pairs() const { return rotary.pairs + (dim - 2 * rotary.pairs + 1) / 2; }
+  __device__ int first(int pair) const {
+    if (pair >= rotary.pairs) return 2 * pair;
+    return rotary.interleaved ? 2 * pair : pair;
+  }
+  __device__ int second(int pair) const {
+    if (pair >= rotary.pairs) return 2 * pair + 1;
+    return rotary.interleaved ? 2 * pair + 1 : pair + rotary.pairs;
+  }
+
+  /// Elements of a key as they lie; zeros behind its end.
+  __device__ void load(const T* key, int base, float (&values)[kPairs][2]) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int pair = base + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      const bool there = pair < pairs();
+      values[i][0] = there ? as_float(key[first(pair)]) : 0.0F;
+      values[i][1] = there && second(pair) < dim ? as_float(key[second(pair)]) : 0.0F;
+    }
+  }
+  /// Turns them back.
+  __device__ void unturn(std::int32_t position, int base, float (&values)[kPairs][2]) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int pair = base + i * 32 + static_cast<int>(threadIdx.x) % 32;
+      if (pair >= rotary.pairs) break;
+      double turn = position * rotary.revolutions[pair];
+      turn -= floor(turn);
+      float sine = 0.0F;
+      float cosine = 0.0F;
+      sincospif(2.0F * static_cast<float>(turn), &sine, &cosine);
+      const float x = values[i][0];
+      values[i][0] = x * cosine + values[i][1] * sine;
+      values[i][1] = values[i][1] * cosine - x * sine;
+    }
+  }
+};
+
+__device__ inline float warp_sum(float value) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffU, value, offset);
+  }
+  return value;
+}
+
+/// directions_kernel of keys that are turned back. One warp a key.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    turned_directions_kernel(LayerView layer, TokensView keys, RotaryView rotary, Scratch scratch) {
+  using Keys = TurnedKeys<T>;
+  __shared__ float warp_sums[kWarps][2 * Keys::kSlice];
+  if (has_fault(layer)) return;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Part part(layer, scratch.splits);
+  const Keys turned{.rotary = rotary, .dim = layer.head_dim};
+  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
+  const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
+  float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  float* const out = scratch.sums + std::int64_t{blockIdx.x} * layer.head_dim;
+  for (int base = 0; base < turned.pairs(); base += Keys::kSlice) {
+    float sums[kPairs][2] = {};
+#pragma unroll 2
+    for (int slot = part.begin + warp; slot < part.end; slot += kWarps) {
+      const T* const key = key_of_head + slot * keys.token_stride;
+      float values[kPairs][2];
+      turned.load(key, base, values);
+      float inverse = -1.0F;
+      if (base == 0) {
+        float squares = 0.0F;
+        const auto add_squares = [&](const float (&of)[kPairs][2]) {
+#pragma unroll
+          for (int i = 0; i < kPairs; ++i) {
+            squares = fmaf(of[i][0], of[i][0], fmaf(of[i][1], of[i][1], squares));
+          }
+        };
+        add_squares(values);
+        for (int behind = Keys::kSlice; behind < turned.pairs(); behind += Keys::kSlice) {
+          float more[kPairs][2];
+          turned.load(key, behind, more);
+          add_squares(more);
+        }
+        const float norm2 = warp_sum(squares);
+        const float candidate = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
+        if (positions[slot] >= 0 && norm2 < INFINITY && candidate < INFINITY) inverse = candidate;
+        if (lane == 0) inverse_norms[slot] = inverse;
+      } else {
+        inverse = inverse_norms[slot];
+      }
+      if (inverse < 0.0F) continue;
+      turned.unturn(positions[slot], base, values);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        sums[i][0] = fmaf(values[i][0], inverse, sums[i][0]);
+        sums[i][1] = fmaf(values[i][1], inverse, sums[i][1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      warp_sums[warp][2 * (i * 32 + lane)] = sums[i][0];
+      warp_sums[warp][2 * (i * 32 + lane) + 1] = sums[i][1];
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * Keys::kSlice; i += kThreads) {
+      const int pair = base + i / 2;
+      if (pair >= turned.pairs()) break;
+      const int d = i % 2 == 0 ? turned.first(pair) : turned.second(pair);
+      float sum = 0.0F;
+      for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][i];
+      if (d < layer.head_dim) out[d] = sum;
+    }
+    // The norms of a slice's keys are there for the next one, too.
     __syncthreads();
   }
 }
@@ -352,9 +445,9 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(LayerView layer, Scr
   for (int d = thread; d < dim; d += width) direction[d] *= inverse;
 }
 
-template <class Reader, class Space>
+template <class Reader>
 __global__ void __launch_bounds__(kThreads, 2)
-    distances_kernel(LayerView layer, TokensView keys, Space space, Scratch scratch) {
+    distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
   using T = typename Reader::T;
   __shared__ Moments shared[kWarps];
   if (has_fault(layer)) return;
@@ -364,7 +457,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int member = lane % Reader::kTeam;
   const Part part(layer, scratch.splits);
   const int dim = layer.head_dim;
-  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   const float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
   const float* const directions = scratch.directions + part.head * dim;
@@ -387,16 +479,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int first = first_of_team; first - team * kRows < part.end; first += kStep) {
     float dots[kRows] = {};
-    const auto add_slice = [&](const typename Reader::Slice& values, int base) {
+    const auto add_slice = [&](const typename Reader::Slice& values) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int at = min(first + r, part.end - 1);
-        const T* const key = key_of_head + at * keys.token_stride;
 #pragma unroll
         for (int i = 0; i < Reader::kHeld; ++i) {
-          const int d = base + Reader::column(member, i);
-          const float value = space(key, d, values(r, i), positions[at]);
-          dots[r] = fmaf(value, direction[i], dots[r]);
+          dots[r] = fmaf(values(r, i), direction[i], dots[r]);
         }
       }
     };
@@ -405,13 +493,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (Reader::kAhead && first - team * kRows + kStep < part.end) {
       Reader::load(keys, key_of_head, first + kStep, part.end, 0, dim, next);
     }
-    add_slice(values, 0);
+    add_slice(values);
     if (dim > Reader::kWidth) {
       for (int base = Reader::kWidth; base < dim; base += Reader::kWidth) {
         typename Reader::Slice more;
         Reader::load(keys, key_of_head, first, part.end, base, dim, more);
         load_direction(base);
-        add_slice(more, base);
+        add_slice(more);
       }
       load_direction(0);
     }
@@ -421,6 +509,56 @@ __global__ void __launch_bounds__(kThreads, 2)
     const float inverse = inverse_norms[slot];
     if (inverse < 0.0F) continue;
     const float distance = -dot * inverse;
+    distances[slot] = distance;
+    const auto exact = static_cast<double>(distance);
+    moments.add({.count = 1.0, .sum = exact, .squares = exact * exact});
+  }
+  __syncwarp();
+  moments = block_reduce(moments, shared, [](Moments x, const Moments& y) {
+    x.add(y);
+    return x;
+  });
+  if (threadIdx.x == 0) scratch.moments[blockIdx.x] = moments;
+}
+
+/// distances_kernel of keys that are turned back. One warp a key.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    turned_distances_kernel(LayerView layer, TokensView keys, RotaryView rotary, Scratch scratch) {
+  using Keys = TurnedKeys<T>;
+  __shared__ Moments shared[kWarps];
+  if (has_fault(layer)) return;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const Part part(layer, scratch.splits);
+  const Keys turned{.rotary = rotary, .dim = layer.head_dim};
+  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
+  const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
+  const float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  const float* const directions = scratch.directions + part.head * layer.head_dim;
+  float* const distances = scratch.distances + part.head * layer.capacity;
+  Moments moments;
+#pragma unroll 2
+  for (int slot = part.begin + warp; slot < part.end; slot += kWarps) {
+    const float inverse = inverse_norms[slot];
+    if (inverse < 0.0F) continue;
+    float dot = 0.0F;
+    for (int base = 0; base < turned.pairs(); base += Keys::kSlice) {
+      float values[kPairs][2];
+      turned.load(key_of_head + slot * keys.token_stride, base, values);
+      turned.unturn(positions[slot], base, values);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int pair = base + i * 32 + lane;
+        if (pair >= turned.pairs()) break;
+        dot = fmaf(values[i][0], directions[turned.first(pair)], dot);
+        if (turned.second(pair) < layer.head_dim) {
+          dot = fmaf(values[i][1], directions[turned.second(pair)], dot);
+        }
+      }
+    }
+    const float distance = -warp_sum(dot) * inverse;
+    if (lane != 0) continue;
     distances[slot] = distance;
     const auto exact = static_cast<double>(distance);
     moments.add({.count = 1.0, .sum = exact, .squares = exact * exact});
@@ -536,35 +674,48 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scra
       });
 }
 
-template <class Reader, class Space>
-void launch_reader(const LayerView& layer, const TokensView& keys, const Space& space,
-                   const Scratch& scratch, cudaStream_t stream) {
+template <class Reader>
+void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
+                   cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
   const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
-  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, space, scratch);
+  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
   check(cudaGetLastError(), "directions_kernel");
   mean_kernel<<<heads, kMeanThreads, 0, stream>>>(layer, scratch);
   check(cudaGetLastError(), "mean_kernel");
-  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, space, scratch);
+  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
   check(cudaGetLastError(), "distances_kernel");
 }
 
-template <class T, class Space>
-void launch_as(const LayerView& layer, const TokensView& keys, const Space& space,
-               const Scratch& scratch, cudaStream_t stream) {
+template <class T>
+void launch_turned(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
+                   const Scratch& scratch, cudaStream_t stream) {
+  const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
+  const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
+  turned_directions_kernel<T><<<parts, kThreads, 0, stream>>>(layer, keys, rotary, scratch);
+  check(cudaGetLastError(), "turned_directions_kernel");
+  mean_kernel<<<heads, kMeanThreads, 0, stream>>>(layer, scratch);
+  check(cudaGetLastError(), "mean_kernel");
+  turned_distances_kernel<T><<<parts, kThreads, 0, stream>>>(layer, keys, rotary, scratch);
+  check(cudaGetLastError(), "turned_distances_kernel");
+}
+
+template <class T>
+void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
+               cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const auto is_aligned = [&](std::int64_t stride) { return stride % kVector == 0; };
   const bool wide = is_aligned(layer.head_dim) && is_aligned(keys.sequence_stride) &&
                     is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
                     reinterpret_cast<std::uintptr_t>(keys.data) % 16 == 0;
   if (!wide) {
-    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, space, scratch, stream);
+    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
   } else if (layer.head_dim <= 64) {
-    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, space, scratch, stream);
+    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, scratch, stream);
   } else if (layer.head_dim <= 128) {
-    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, space, scratch, stream);
+    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, scratch, stream);
   } else {
-    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, space, scratch, stream);
+    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, scratch, stream);
   }
 }
 
@@ -576,22 +727,22 @@ void launch_novelty(const LayerView& layer, const TokensView& keys, const Rotary
                     float* scratch, std::int64_t extent, cudaStream_t stream) {
   if (layer.batch == 0 || extent == 0) return;
   const Scratch parts = scratch_of(layer, scratch);
-  const auto launch = [&](const auto& space) {
-    switch (keys.dtype) {
-      case DType::f16:
-        launch_as<__half>(layer, keys, space, parts, stream);
-        break;
-      case DType::bf16:
-        launch_as<__nv_bfloat16>(layer, keys, space, parts, stream);
-        break;
-      default:
-        launch_as<float>(layer, keys, space, parts, stream);
+  const auto launch = [&]<class T>(T) {
+    if (rotary.pairs > 0) {
+      launch_turned<T>(layer, keys, rotary, parts, stream);
+    } else {
+      launch_as<T>(layer, keys, parts, stream);
     }
   };
-  if (rotary.pairs > 0) {
-    launch(Unturned{rotary});
-  } else {
-    launch(AsTheyLie{});
+  switch (keys.dtype) {
+    case DType::f16:
+      launch(__half{});
+      break;
+    case DType::bf16:
+      launch(__nv_bfloat16{});
+      break;
+    default:
+      launch(float{});
   }
   const auto blocks = static_cast<unsigned>(layer.batch * layer.graphs * parts.blocks);
   highest_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);
