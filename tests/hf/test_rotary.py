@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.tiny_models import FAMILIES, implementations, make_config, make_model, random_ids
 
 from spectralkv.config import Rotary
 from spectralkv.hf.rotary import rotary_of
+from tiny_models import FAMILIES, implementations, make_config, make_model, random_ids
 
 LENGTH = 40
 
