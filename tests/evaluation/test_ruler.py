@@ -78,6 +78,13 @@ def test_every_task_fills_its_length(task: str, asking: Any) -> None:
         assert maker.make(task, length=length, index=2, asking=asking).expected != case.expected
 
 
+def test_frequent_words_fill_it_whichever_words_they_are() -> None:
+    # With one word more of a scale, all counts may stay as they were.
+    maker = make_maker()
+    for index in range(12):
+        assert len(maker.make("fwe", length=2048, index=index).prompt.context) > 1900
+
+
 @pytest.mark.parametrize("task", NEEDLES)
 def test_needles_can_be_found_by_reading(task: str) -> None:
     maker = make_maker(keys=5, values=3, queries=2)

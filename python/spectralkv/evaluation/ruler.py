@@ -366,19 +366,22 @@ class RulerMaker:
             room -= len(sentence)
         return chosen
 
-    def _most_that_fit(self, task: str, room: int, text: Callable[[int], str]) -> tuple[int, ...]:
+    def _most_that_fit(
+        self, task: str, room: int, text: Callable[[int], str], most: int | None = None
+    ) -> tuple[int, ...]:
         """Return the tokens of the longest ``text(count)`` that fits; its length grows with count.
 
-        Where it stops growing, as a list of words does that holds all of them, that is the longest.
+        `most`: the count from which on it grows no longer.
         """
         low, high, best = 0, 1, None
         while True:
             ids = encode(self.tokenizer, text(high))
             if len(ids) > room:
                 break
-            if best is not None and len(ids) == len(best):
+            low, best = high, ids
+            high = 2 * high if most is None else min(2 * high, most)
+            if high == low:
                 return best
-            low, high, best = high, 2 * high, ids
         while high - low > 1:
             middle = (low + high) // 2
             ids = encode(self.tokenizer, text(middle))
@@ -599,7 +602,7 @@ def _common_words(maker: RulerMaker, rng: random.Random, length: int) -> _Body:
         def text(count: int) -> str:
             return listed(common, others[: count - 1], counts)
 
-        return maker._most_that_fit("cwe", room, text)
+        return maker._most_that_fit("cwe", room, text, most=len(others) + 1)
 
     return _Body(
         ask=Ask(intro=f"{example}{intro}\n", question=question, answer=answer),
