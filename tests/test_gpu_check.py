@@ -202,6 +202,14 @@ def test_shards_take_turns_on_the_gpus(tmp_path: Path) -> None:
     assert result.figures["cards"] == ["0", "1", "0"]
 
 
+def test_reports_name_no_folder_of_the_machine(tmp_path: Path) -> None:
+    result = check.run_stage(stage("one", "pass", needs=()), 20.0, tmp_path)
+    assert result.command.startswith(Path(sys.executable).name + " ")
+    assert (
+        check.as_typed(["ctest", Path("/a/b/cpp"), "--output", "c/d"]) == "ctest cpp --output c/d"
+    )
+
+
 def test_no_time_left_runs_nothing(tmp_path: Path) -> None:
     results = check.run_groups([[stage("one", "print(1)")]], 0.5, tmp_path)
     assert [(r.verdict, r.why) for r in results] == [("not run", "no time was left")]

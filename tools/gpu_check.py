@@ -240,6 +240,11 @@ class ResultError(CheckError):
 # ---- running
 
 
+def as_typed(words: Sequence[object]) -> str:
+    """Return a command line for a report: of paths of this machine only the names."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in map(str, words))
+
+
 def start_process(stage: Stage, shard: int, log: Path) -> subprocess.Popen[bytes]:
     """Start one process of a stage, in a process group of its own."""
     env = {**os.environ, **stage.env}
@@ -273,7 +278,7 @@ def wait_for(process: subprocess.Popen[bytes], deadline: float) -> int | None:
 
 def run_stage(stage: Stage, limit: float, folder: Path) -> Result:
     """Run one stage; its output goes to files, and nothing of it outlives the limit."""
-    result = Result(stage.name, "failed", command=" ".join(map(str, stage.command)))
+    result = Result(stage.name, "failed", command=as_typed(stage.command))
     start = time.monotonic()
     suffixes = [""] if stage.shards == 1 else [f".{shard}" for shard in range(stage.shards)]
     logs = [folder / f"{stage.name}{suffix}.log" for suffix in suffixes]
@@ -645,7 +650,7 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(given)
     start = time.monotonic()
     report: dict[str, Any] = {
-        "command": " ".join(
+        "command": as_typed(
             ["python", "tools/gpu_check.py", *(sys.argv[1:] if given is None else given)]
         ),
         "commit": commit_of(arguments.commit),
