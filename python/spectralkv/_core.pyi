@@ -453,16 +453,8 @@ class GraphManager:
     def release(self, layer: int, keep: Annotated[NDArray, dict(writable=False)], kept: Sequence[int] = [], stream: int = 0) -> None: ...
 
     def next_slots(self, layer: int, out: NDArray, stream: int = 0) -> None: ...
-    def place(
-        self,
-        layer: int,
-        new_keys: NDArray,
-        new_values: NDArray,
-        keys: NDArray,
-        values: NDArray,
-        slots: NDArray,
-        stream: int = 0,
-    ) -> None: ...
+
+    def place(self, layer: int, new_keys: Annotated[NDArray, dict(writable=False)], new_values: Annotated[NDArray, dict(writable=False)], keys: NDArray, values: NDArray, slots: NDArray, stream: int = 0) -> None: ...
 
     def truncate(self, layer: int, count: int) -> None: ...
 
