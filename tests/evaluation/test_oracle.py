@@ -34,7 +34,8 @@ from spectralkv.evaluation.oracle_graph import (
 )
 from spectralkv.evaluation.runs import RunFile
 from spectralkv.hf import EvictingCache, EvictionEvent
-from tiny_models import make_model, random_ids
+from spectralkv.hf.rotary import rotary_of
+from tiny_models import make_config, make_model, random_ids
 
 CONFIG = OracleConfig(
     context=120,
@@ -67,7 +68,9 @@ def layer_graph(
     whole: Any, capture: Capture, layer: int = 0, config: OracleConfig = CONFIG
 ) -> LayerGraph:
     keys = whole.cache.layers[layer].keys[:, :, : config.context]
-    return LayerGraph(capture.layer(layer, device=str(keys.device)), keys, config, layer=layer)
+    attention = capture.layer(layer, device=str(keys.device))
+    rotary = rotary_of(make_config("llama"), layer)  # whatever its weights
+    return LayerGraph(attention, keys, config, layer=layer, rotary=rotary)
 
 
 def test_rows_are_the_most_attended_older_tokens() -> None:

@@ -26,7 +26,7 @@ class Softmax(Score):
         return (view.standard(view.rate(self.of)) * self.sharpness).softmax(1)
 
 
-def novelty(space: Space = "key", sharpness: float = 1.0) -> Softmax:
+def novelty(space: Space = "plain", sharpness: float = 1.0) -> Softmax:
     """Return the restart distribution of Spectral's novelty population."""
     return Softmax(KeyDiff(space), sharpness)
 

@@ -183,6 +183,7 @@ def restarts() -> list[Rule]:
         ("per chance", PerChance(Received()), "walk from what was wanted all along"),
         ("heavy values", Times(HEAVY), "attention times what it fetched"),
         ("value norms", Norm("value"), "walk from what weighs most once fetched"),
+        ("novelty as keys lie", novelty("key"), "without turning them back"),
         ("sharp novelty", novelty(sharpness=2.0), "fewer tokens to restart from"),
         ("soft novelty", novelty(sharpness=0.5), "more tokens to restart from"),
         ("novelty and recent", Sum(((0.5, novelty()), (0.5, Recent()))), "one walk for both"),
@@ -432,7 +433,7 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
     value = Softmax(Leverage("value"))
     seconds: list[tuple[str, Score, str]] = [
         ("keydiff", KeyDiff(), "novelty without a walk"),
-        ("plain novelty", distinctive(novelty("plain")), "position turns keys: undo it"),
+        ("novelty as keys lie", distinctive(novelty("key")), "position turns keys: leave it so"),
         ("value novelty", distinctive(novelty("value")), "values tell what is said, not where"),
         ("leverage", Leverage(), "alone in a direction of all, not only off the mean"),
         ("plain leverage", Leverage("plain"), "the same without position"),
@@ -540,7 +541,7 @@ def both() -> list[Rule]:
     own: list[tuple[str, Score]] = [
         ("novelty", NOVEL),
         ("keydiff", KeyDiff()),
-        ("plain novelty", distinctive(novelty("plain"))),
+        ("novelty as keys lie", distinctive(novelty("key"))),
         ("unlike all seen", distinctive(Softmax(Unlike()))),
         ("remembered novelty", distinctive(Remembered(novelty(), 1.0, "max"))),
         ("value leverage", distinctive(Softmax(Leverage("value")))),

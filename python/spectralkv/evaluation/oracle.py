@@ -356,13 +356,22 @@ def _judge(
     """Choose in every layer, compare with networkx, then score what is left."""
     import torch
 
+    from spectralkv.hf.rotary import rotary_of
+
+    text_config = model.config.get_text_config(decoder=True)
     sparse = _sampled(plan, config.heads)
     dense = sparse[: config.dense_heads]
     keep: dict[int, dict[str, Any]] = {}
     choosing = steps.of("choosing the tokens")
     for order, layer in enumerate(plan.layers):
         keys = whole.cache.layers[layer].keys[:, :, : config.context]
-        graph = LayerGraph(capture.layer(layer, device=str(keys.device)), keys, config, layer=order)
+        graph = LayerGraph(
+            capture.layer(layer, device=str(keys.device)),
+            keys,
+            config,
+            layer=order,
+            rotary=rotary_of(text_config, layer),
+        )
         keep[layer] = graph.choices()
         overlap = f"{index}|overlap|{layer}"
         if not run.done(overlap):

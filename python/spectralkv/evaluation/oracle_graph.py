@@ -11,7 +11,7 @@ from spectralkv.evaluation.errors import MissingDependencyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from spectralkv import GraphManager
+    from spectralkv import GraphManager, Rotary
     from spectralkv.evaluation.oracle import OracleConfig
 
 PAGERANK, H2O, CLAIRVOYANT = "pagerank", "h2o", "clairvoyant"
@@ -46,9 +46,19 @@ class LayerGraph:
         Preset, budget, window, sinks, seed.
     layer : int
         Place of the layer among those that can evict; layers walk with numbers of their own.
+    rotary : Rotary or None
+        How the model turned the keys, as the Spectral policy is told.
     """
 
-    def __init__(self, attention: Any, keys: Any, config: OracleConfig, *, layer: int) -> None:
+    def __init__(
+        self,
+        attention: Any,
+        keys: Any,
+        config: OracleConfig,
+        *,
+        layer: int,
+        rotary: Rotary | None = None,
+    ) -> None:
         from dataclasses import replace
 
         import torch
@@ -74,6 +84,7 @@ class LayerGraph:
                 num_sinks=config.sinks,
                 seed=config.seed,
                 device=str(keys.device),
+                rotary=rotary or spectralkv.Rotary(),
             ),
         )
         if config.edge_law is not None:
