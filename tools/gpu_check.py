@@ -45,6 +45,7 @@ SANITIZER_FILTER = ":".join(
         "UpdateRows.DrawsEveryNthRowFromTheNewest",
         "UpdateRows.S*",
         "BackendsAgree.OnRowsOfManyTokens",
+        "Novelty.ComparesKeysAsTheyWereBeforeTheyWereTurned",
         "Novelty.ForgetsReleasedTokens",
         "Novelty.MovesWithItsTokens",
         "PprWalk.AddsVisitsToDecayedScores",

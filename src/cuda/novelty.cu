@@ -33,6 +33,10 @@ struct Moments {
   double sum = 0.0;
   double squares = 0.0;
 
+  __device__ void add(float distance) {
+    const auto exact = static_cast<double>(distance);
+    add({.count = 1.0, .sum = exact, .squares = exact * exact});
+  }
   __device__ void add(const Moments& other) {
     count += other.count;
     sum += other.sum;
@@ -95,6 +99,23 @@ __device__ T block_reduce(T value, T (&shared)[kCount], Combine combine) {
   __syncthreads();
   for (int w = 1; w < kCount; ++w) value = combine(value, shared[w]);
   return value;
+}
+
+/// Of a block, by all its threads.
+__device__ void store_moments(const Scratch& scratch, const Moments& mine) {
+  __shared__ Moments shared[kWarps];
+  __syncwarp();
+  const Moments sum = block_reduce(mine, shared, [](Moments x, const Moments& y) {
+    x.add(y);
+    return x;
+  });
+  if (threadIdx.x == 0) scratch.moments[blockIdx.x] = sum;
+}
+
+/// 1 / |k| of a key, 0 of a zero key, -1 of one that is left out.
+__device__ inline float inverse_norm(float norm2, std::int32_t position) {
+  const float inverse = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
+  return position >= 0 && norm2 < INFINITY && inverse < INFINITY ? inverse : -1.0F;
 }
 
 /// How a warp reads keys: kTeam lanes a key, kVector elements at a time. A slice is what the lanes
@@ -244,8 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         const float norm2 = Reader::sum_rows(squares);
         if (slot < part.end) {
-          const float candidate = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
-          if (positions[slot] >= 0 && norm2 < INFINITY && candidate < INFINITY) inverse = candidate;
+          inverse = inverse_norm(norm2, positions[slot]);
           if (member % (Reader::kTeam / kRows) == 0) inverse_norms[slot] = inverse;
         }
       } else if (slot < part.end) {
@@ -370,8 +390,7 @@ __global__ void __launch_bounds__(kThreads)
           add_squares(more);
         }
         const float norm2 = warp_sum(squares);
-        const float candidate = norm2 > 0.0F ? 1.0F / sqrtf(norm2) : 0.0F;
-        if (positions[slot] >= 0 && norm2 < INFINITY && candidate < INFINITY) inverse = candidate;
+        inverse = inverse_norm(norm2, positions[slot]);
         if (lane == 0) inverse_norms[slot] = inverse;
       } else {
         inverse = inverse_norms[slot];
@@ -449,7 +468,6 @@ template <class Reader>
 __global__ void __launch_bounds__(kThreads, 2)
     distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
   using T = typename Reader::T;
-  __shared__ Moments shared[kWarps];
   if (has_fault(layer)) return;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -510,15 +528,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (inverse < 0.0F) continue;
     const float distance = -dot * inverse;
     distances[slot] = distance;
-    const auto exact = static_cast<double>(distance);
-    moments.add({.count = 1.0, .sum = exact, .squares = exact * exact});
+    moments.add(distance);
   }
-  __syncwarp();
-  moments = block_reduce(moments, shared, [](Moments x, const Moments& y) {
-    x.add(y);
-    return x;
-  });
-  if (threadIdx.x == 0) scratch.moments[blockIdx.x] = moments;
+  store_moments(scratch, moments);
 }
 
 /// distances_kernel of keys that are turned back. One warp a key.
@@ -526,7 +538,6 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     turned_distances_kernel(LayerView layer, TokensView keys, RotaryView rotary, Scratch scratch) {
   using Keys = TurnedKeys<T>;
-  __shared__ Moments shared[kWarps];
   if (has_fault(layer)) return;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -560,15 +571,9 @@ __global__ void __launch_bounds__(kThreads)
     const float distance = -warp_sum(dot) * inverse;
     if (lane != 0) continue;
     distances[slot] = distance;
-    const auto exact = static_cast<double>(distance);
-    moments.add({.count = 1.0, .sum = exact, .squares = exact * exact});
+    moments.add(distance);
   }
-  __syncwarp();
-  moments = block_reduce(moments, shared, [](Moments x, const Moments& y) {
-    x.add(y);
-    return x;
-  });
-  if (threadIdx.x == 0) scratch.moments[blockIdx.x] = moments;
+  store_moments(scratch, moments);
 }
 
 /// What turns the distances of a head into z-scores; scale 0: they are all alike.

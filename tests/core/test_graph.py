@@ -149,6 +149,30 @@ def test_read_only_keys_are_read_and_never_written() -> None:
         graph.compact(np.zeros(1, dtype=np.int32), keys)
 
 
+def test_a_new_token_is_placed_in_a_freed_slot(device: str) -> None:
+    keys = torch.from_numpy(_random((1, 3, 60, 8))).to(device)
+    values = torch.zeros(1, 3, 60, 4, dtype=torch.float16, device=device)
+    config = spectralkv.GraphConfig(
+        num_query_heads=3, num_kv_heads=3, head_dim=8, capacity=60, device=device
+    )
+    manager = spectralkv.GraphManager(config)
+    manager.update_rows(0, keys[:, :, :50], keys)
+    kept = [slot for slot in range(50) if slot not in (7, 30)]
+    manager.release(0, torch.tensor([[kept] * 3], dtype=torch.int32, device=device))
+    new_key = torch.full((1, 3, 8), 2.0, device=device)
+    new_value = torch.full((1, 3, 4), 3.0, dtype=torch.float16, device=device)
+    before = keys.clone()
+    slots = manager.place(0, new_key, new_value, keys, values)
+    assert slots.tolist() == [[7, 7, 7]]
+    assert (keys[:, :, 7] == 2.0).all()
+    assert (values[:, :, 7] == 3.0).all()
+    keys[:, :, 7] = before[:, :, 7]
+    assert torch.equal(keys, before)
+    assert values.sum() == 3.0 * 12
+    with pytest.raises(ValueError, match=r"\[place\] new_keys"):
+        manager.place(0, new_key[:, :2], new_value, keys, values)
+
+
 @pytest.mark.parametrize(
     ("query", "keys", "index", "message"),
     [

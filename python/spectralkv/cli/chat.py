@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,11 +26,9 @@ def chat(
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the most likely tokens holding this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    temperature: shared.TemperatureOption = 0.0,
+    top_p: shared.TopPOption = 1.0,
+    seed: shared.SeedOption = 0,
     chunk: shared.ChunkOption = 256,
     gguf_file: shared.GgufFileOption = "",
     dtype: shared.DtypeOption = "auto",
@@ -98,8 +97,6 @@ def _shown_live(
     conversation: Conversation, text: str, sampling: Sampling, chunk: int
 ) -> Generation:
     """Answer in the terminal, with a line below that tells how far reading and writing are."""
-    import time
-
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text

@@ -63,6 +63,13 @@ SinksOption = Annotated[
         show_default="the policy's own; spectral: 4",
     ),
 ]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", help="0 takes the most likely token.")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", help="Draw from the most likely tokens holding this share.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 ChunkOption = Annotated[int, typer.Option("--chunk", help="Tokens fed in one forward pass.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens of the text to read.")]
 

@@ -29,11 +29,9 @@ def generate(
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to decode.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the most likely tokens holding this share.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    temperature: shared.TemperatureOption = 0.0,
+    top_p: shared.TopPOption = 1.0,
+    seed: shared.SeedOption = 0,
     chunk: shared.ChunkOption = 256,
     gguf_file: shared.GgufFileOption = "",
     dtype: shared.DtypeOption = "auto",
