@@ -242,8 +242,26 @@ inline Vector unturned(Vector key, const Rotary& rotary, Index position) {
   return key;
 }
 
-/// softmax of the z-score of -cos(k, mean of k / |k|)
-inline Vector restart_novelty(const Graph& graph, const Matrix& keys, Index num_sinks) {
+/// Each weight becomes the mean of those, not 0, among `width` positions around it.
+inline Vector shared_weights(const Graph& graph, const Vector& weights, Index width) {
+  Vector shared(weights.size(), 0.0);
+  for (std::size_t slot = 0; slot < weights.size(); ++slot) {
+    if (weights[slot] == 0.0) continue;
+    double count = 0.0;
+    for (std::size_t other = 0; other < weights.size(); ++other) {
+      const Index apart = std::abs(graph.positions[other] - graph.positions[slot]);
+      if (weights[other] == 0.0 || apart > width / 2) continue;
+      shared[slot] += weights[other];
+      count += 1.0;
+    }
+    shared[slot] /= count;
+  }
+  return shared;
+}
+
+/// softmax of the z-score of -cos(k, mean of k / |k|), shared among neighbours in the text
+inline Vector restart_novelty(const Graph& graph, const Matrix& keys, Index num_sinks,
+                              Index width = WalkConfig{}.novelty_width) {
   std::vector<std::size_t> counted_slots;
   for (std::size_t slot = 0; slot < graph.positions.size(); ++slot) {
     if (graph.positions[slot] >= 0 && all_finite(keys[slot])) counted_slots.push_back(slot);
@@ -270,7 +288,7 @@ inline Vector restart_novelty(const Graph& graph, const Matrix& keys, Index num_
     if (graph.positions[counted_slots[i]] < num_sinks) continue;
     weights[counted_slots[i]] = std::exp((distance[i] - mean) / deviation);
   }
-  return normalized(weights);
+  return normalized(shared_weights(graph, weights, width));
 }
 
 // -- eviction

@@ -93,6 +93,9 @@ TEST(Config, RejectsBadWalks) {
     bad([&](WalkConfig& config) { config.decay = decay; });
     bad([&](WalkConfig& config) { config.populations.back().decay = decay; });
   }
+  for (const std::int64_t width : {-1, 0, 2, 4, 1024, 1025}) {
+    bad([&](WalkConfig& config) { config.novelty_width = width; });
+  }
   bad([](WalkConfig& config) { config.populations.clear(); });
   bad([](WalkConfig& config) {
     config.populations.assign(kMaxPopulations + 1, {.share = 1.0 / (kMaxPopulations + 1)});
@@ -115,11 +118,15 @@ TEST(Config, AcceptsWalksAtTheirLimits) {
   config.restart_prob = 1.0;
   config.decay = 1.0;
   EXPECT_NO_THROW(config.validate());
+  config.novelty_width = 1;
+  EXPECT_NO_THROW(config.validate());
+  config.novelty_width = 1023;
+  EXPECT_NO_THROW(config.validate());
   config.populations.front().decay = 0.0;
   config.populations.back().decay = 1.0;
   EXPECT_NO_THROW(config.validate());
   config.restart_prob = 1e-6;
-  config.populations.front().share = 0.5000001;
+  config.populations.front().share = 0.6000001;
   EXPECT_NO_THROW(config.validate());
   config.populations.assign(kMaxPopulations, {.share = 1.0 / kMaxPopulations});
   EXPECT_NO_THROW(config.validate());

@@ -166,13 +166,49 @@ TEST(Novelty, AveragesTheHeadsOfALayer) {
   fill_keys(keys, random);
   manager.update_novelty(0, keys.view(), Stream{});
   // exp of the mean z-score: the geometric mean of the heads' weights
-  const Vector first = restart_novelty(plain_graph(50), matrix_of(keys, 0, 0, 50), 4);
-  const Vector second = restart_novelty(plain_graph(50), matrix_of(keys, 0, 1, 50), 4);
+  const Vector first = restart_novelty(plain_graph(50), matrix_of(keys, 0, 0, 50), 4, 1);
+  const Vector second = restart_novelty(plain_graph(50), matrix_of(keys, 0, 1, 50), 4, 1);
   Vector expected;
   for (std::size_t v = 0; v < first.size(); ++v) {
     expected.push_back(std::sqrt(first[v] * second[v]));
   }
-  expect_distribution(normalized(expected), read_restart(manager, 0, 0).vector({0, 0}));
+  const Vector shared = shared_weights(plain_graph(50), expected, WalkConfig{}.novelty_width);
+  expect_distribution(normalized(shared), read_restart(manager, 0, 0).vector({0, 0}));
+}
+
+TEST(Novelty, IsSharedAmongNeighboursInTheText) {
+  Random random(12);
+  for (const Index width : {1, 3, 9, 1023}) {
+    for (const bool shuffled : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << "width " << width << ", shuffled " << shuffled);
+      WalkConfig walk = kWalk;
+      walk.novelty_width = width;
+      GraphManager manager(graph_config(), walk);
+      Graphs graphs = with_gaps(random, 90);
+      for (auto& sequence : graphs) {
+        for (Graph& graph : sequence) {
+          graph = plain_graph(90);
+          // Runs of the text with gaps between them, and two empty slots.
+          for (Index& position : graph.positions) position += position / 7 * 4;
+          graph.positions[11] = graph.positions[50] = -1;
+          if (shuffled) random.shuffle(graph.positions);
+        }
+      }
+      load_graphs(manager, 0, graphs);
+      HostTensor keys(DType::f32, {2, 2, 90, 16});
+      fill_keys(keys, random);
+      keys.set({0, 0, 30, 3}, kNan);
+      manager.update_novelty(0, keys.view(), Stream{});
+      const HostTensor restart = read_restart(manager, 0, 0);
+      for (Index b = 0; b < 2; ++b) {
+        for (Index h = 0; h < 2; ++h) {
+          expect_distribution(
+              restart_novelty(graphs[at(b)][at(h)], matrix_of(keys, b, h, 90), 4, width),
+              restart.vector({b, h}));
+        }
+      }
+    }
+  }
 }
 
 TEST(Novelty, IsUniformOverEqualKeys) {

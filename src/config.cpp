@@ -15,6 +15,8 @@ using detail::throw_invalid;
 
 // Slots and positions are 32-bit integers throughout.
 constexpr std::int64_t kMaxSlots = std::numeric_limits<std::int32_t>::max();
+// The CUDA backend looks every position of the width up.
+constexpr std::int64_t kMostNoveltyWidth = 1023;
 
 void check_fraction(std::string_view operation, std::string_view what, double value, bool zero_ok) {
   if ((zero_ok ? value >= 0.0 : value > 0.0) && value <= 1.0) return;
@@ -61,6 +63,10 @@ void WalkConfig::validate() const {
   check_range(kOperation, "walk_length", walk_length, 1, 1 << 20);
   check_fraction(kOperation, "restart_prob", restart_prob, false);
   check_fraction(kOperation, "decay", decay, true);
+  check_range(kOperation, "novelty_width", novelty_width, 1, kMostNoveltyWidth);
+  if (novelty_width % 2 == 0) {
+    throw_invalid(kOperation, "novelty_width", "an odd number", std::to_string(novelty_width));
+  }
   check_range(kOperation, "the number of populations",
               static_cast<std::int64_t>(populations.size()), 1, kMaxPopulations);
   double total = 0.0;
@@ -107,6 +113,7 @@ void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
     graph.top_k = top_k;
     walk.restart_prob = restart_prob;
     walk.decay = decay;
+    walk.novelty_width = defaults.novelty_width;
     walk.populations = std::move(populations);
   };
   if (name == "default") {

@@ -47,6 +47,7 @@ SANITIZER_FILTER = ":".join(
         "BackendsAgree.OnRowsOfManyTokens",
         "Novelty.ComparesKeysAsTheyWereBeforeTheyWereTurned",
         "Novelty.ForgetsReleasedTokens",
+        "Novelty.IsSharedAmongNeighboursInTheText",
         "Novelty.MovesWithItsTokens",
         "PprWalk.AddsVisitsToDecayedScores",
         "PprWalk.LeavesStaleEdgesOut",

@@ -92,13 +92,16 @@ inline constexpr int kMaxPopulations = 4;
 struct SPECTRALKV_API WalkConfig {
   std::int64_t num_walkers = 1024;  ///< a graph, over all its populations
   std::int64_t walk_length = 20;    ///< steps a walker
-  double restart_prob = 0.5;        ///< in (0, 1]
+  double restart_prob = 0.7;        ///< in (0, 1]
   /// scores = decay * scores + visits; 0: each walk anew, 1: never forget. Of populations that have
   /// none of their own.
   double decay = 0.0;
+  /// Restart::novelty: a token's weight is the mean over the tokens held among so many positions
+  /// around it, an odd number. What nobody asked for yet is worth keeping as a whole phrase only.
+  std::int64_t novelty_width = 5;
   std::vector<Population> populations{
-      {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.5},
-      {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.5},
+      {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.6},
+      {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.4},
   };
 
   void validate() const;

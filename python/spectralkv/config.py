@@ -220,6 +220,9 @@ class WalkConfig:
     decay
         ``scores = decay * scores + visits`` at each walk, in [0, 1]; of populations that have none
         of their own.
+    novelty_width
+        A novelty population restarts at a token by the mean weight of the tokens held among so
+        many positions around it: an odd number, 1 to 1,023.
     populations
         One to four, see :class:`Population`.
 
@@ -231,8 +234,9 @@ class WalkConfig:
 
     num_walkers: int = 1024
     walk_length: int = 20
-    restart_prob: float = 0.5
+    restart_prob: float = 0.7
     decay: float = 0.0
+    novelty_width: int = 5
     populations: tuple[Population, ...] = field(default_factory=_default_populations)
 
     def __post_init__(self) -> None:
@@ -245,6 +249,7 @@ class WalkConfig:
         core.walk_length = self.walk_length
         core.restart_prob = self.restart_prob
         core.decay = self.decay
+        core.novelty_width = self.novelty_width
         core.populations = [population._to_core() for population in self.populations]
         return core
 
@@ -366,6 +371,7 @@ def apply_preset(
             walk_length=core_walk.walk_length,
             restart_prob=core_walk.restart_prob,
             decay=core_walk.decay,
+            novelty_width=core_walk.novelty_width,
             populations=tuple(Population._from_core(p) for p in core_walk.populations),
         ),
     )

@@ -85,6 +85,7 @@ void init_config(nb::module_& m) {
       .def_rw("walk_length", &skv::WalkConfig::walk_length)
       .def_rw("restart_prob", &skv::WalkConfig::restart_prob)
       .def_rw("decay", &skv::WalkConfig::decay)
+      .def_rw("novelty_width", &skv::WalkConfig::novelty_width)
       .def_rw("populations", &skv::WalkConfig::populations)
       .def("validate", &skv::WalkConfig::validate);
 

@@ -204,10 +204,11 @@ struct Scratch {
   AlignedBuffer<float> panel;
   AlignedBuffer<double> z_scores;
   AlignedBuffer<std::uint32_t> words;
+  AlignedBuffer<std::int32_t> slots;
 
   std::int64_t bytes() const {
     return scores.bytes() + sums.bytes() + queries.bytes() + panel.bytes() + z_scores.bytes() +
-           words.bytes();
+           words.bytes() + slots.bytes();
   }
 };
 

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
+#include <vector>
 
 #include "cpu/layer.h"
 #include "thread_pool.h"
@@ -64,6 +66,26 @@ void add_z_scores(const CpuContext& context, const RotaryTable& rotary, const st
     } else if (deviation > 1e-6) {
       sums[j] += (distance[j] - average) / deviation;
     }
+  }
+}
+
+/// Gives each token that may be restarted at the mean weight of those that lie at most `reach`
+/// positions from it and may be, too.
+/// `tokens`: their slots, as their positions ascend; `own` has room for as many weights.
+void share_weights(const std::int32_t* positions, std::span<const std::int32_t> tokens,
+                   std::int64_t reach, std::uint32_t* weights, std::uint32_t* own) {
+  for (std::size_t i = 0; i < tokens.size(); ++i) own[i] = weights[tokens[i]];
+  std::size_t first = 0;  // of those near a token, and behind them: both only advance
+  std::size_t last = 0;
+  std::uint64_t sum = 0;
+  for (const std::int32_t slot : tokens) {
+    const std::int64_t position = positions[slot];
+    for (; last < tokens.size() && positions[tokens[last]] <= position + reach; ++last) {
+      sum += own[last];
+    }
+    for (; positions[tokens[first]] < position - reach; ++first) sum -= own[first];
+    const std::uint64_t count = last - first;
+    weights[slot] = static_cast<std::uint32_t>((sum + count / 2) / count);
   }
 }
 
@@ -139,12 +161,21 @@ void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLay
       if (may_restart(j)) highest = std::max(highest, z[j]);
     }
     std::uint32_t* weights = layer.novelty(b, g);
+    std::int32_t* const slots = mine.slots.at_least(length);
+    std::size_t count = 0;
     for (std::int64_t j = 0; j < length; ++j) {
+      weights[j] = 0;
+      if (!may_restart(j)) continue;
       weights[j] =
-          may_restart(j)
-              ? static_cast<std::uint32_t>(std::lround(kUnit * std::exp((z[j] - highest) / heads)))
-              : 0;
+          static_cast<std::uint32_t>(std::lround(kUnit * std::exp((z[j] - highest) / heads)));
+      slots[count++] = static_cast<std::int32_t>(j);
     }
+    if (context.walk.novelty_width == 1) return;
+    // Slots need not follow the text.
+    const auto older = [&](std::int32_t x, std::int32_t y) { return positions[x] < positions[y]; };
+    if (!std::is_sorted(slots, slots + count, older)) std::sort(slots, slots + count, older);
+    share_weights(positions, {slots, count}, context.walk.novelty_width / 2, weights,
+                  mine.words.at_least(length));
   });
 }
 

@@ -247,8 +247,8 @@ class CudaBackend final : public Backend {
           .revolutions = revolutions_.as<double>(),
           .pairs = static_cast<std::int32_t>(graph_.rotary.inv_freq.size()),
           .interleaved = graph_.rotary.interleaved};
-      cuda::launch_novelty(view(layer), tokens_of(keys), rotary, scratch_.novelty.as<float>(),
-                           extent, queue);
+      cuda::launch_novelty(view(layer), tokens_of(keys), rotary, walk_.novelty_width,
+                           scratch_.novelty.as<float>(), extent, queue);
       refresh_restart_tables(layer, extent, queue);
     });
   }
@@ -800,7 +800,9 @@ class CudaBackend final : public Backend {
     for (const LayerView& one : views) {
       slots = std::max<std::int64_t>(slots, std::int64_t{one.batch} * one.graphs * one.capacity);
       table = std::max<std::int64_t>(table, std::int64_t{one.batch} * (2 * one.graphs + 2) + 2);
-      if (walk_.needs_novelty()) novelty = std::max(novelty, cuda::novelty_scratch(one));
+      if (walk_.needs_novelty()) {
+        novelty = std::max(novelty, cuda::novelty_scratch(one, walk_.novelty_width));
+      }
     }
     constexpr std::int64_t kWord = 4;
     const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {

@@ -146,10 +146,10 @@ struct RotaryView {
   bool interleaved;
 };
 
-/// Floats of scratch.
-std::int64_t novelty_scratch(const LayerView& layer);
+/// Floats of scratch; `width` as in WalkConfig::novelty_width.
+std::int64_t novelty_scratch(const LayerView& layer, std::int64_t width);
 void launch_novelty(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
-                    float* scratch, std::int64_t extent, cudaStream_t stream);
+                    std::int64_t width, float* scratch, std::int64_t extent, cudaStream_t stream);
 
 // ---- ppr_walk.cu
 

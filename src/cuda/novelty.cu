@@ -1,6 +1,10 @@
 // Restart weights of novelty populations: how far a key points from where the keys of its head
 // point on average.
 //
+// Tokens of a phrase share their weights: each gets the mean over the tokens near it in the text.
+// Where those lie is looked up in a hash table of positions, because slots need not follow the
+// text.
+//
 // Each head's slots are cut into as many parts as the capacity asks for, whatever runs beside; the
 // parts' sums are added in the order of the parts. So the same keys give the same bits.
 #include <algorithm>
@@ -51,12 +55,16 @@ struct Scratch {
   float* distances;      ///< (B, Hkv, capacity)
   float* sums;           ///< (B, Hkv, splits, D)
   float* directions;     ///< (B, Hkv, D)
+  std::uint32_t* own;    ///< (B, G, capacity): weights before they are shared; null: nothing is
+  std::int32_t*
+      places;  ///< (B, G, 1 << place_bits): slots by the hash of their positions, -1: free
+  std::int32_t place_bits;
   std::int32_t splits;
   std::int32_t blocks;
   std::int64_t floats;  ///< of all of it
 };
 
-Scratch scratch_of(const LayerView& layer, float* memory) {
+Scratch scratch_of(const LayerView& layer, std::int64_t width, float* memory) {
   const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
   const auto parts_of = [&](std::int64_t slots) {
@@ -79,6 +87,12 @@ Scratch scratch_of(const LayerView& layer, float* memory) {
   scratch.distances = take(heads * layer.capacity);
   scratch.sums = take(heads * scratch.splits * layer.head_dim);
   scratch.directions = take(heads * layer.head_dim);
+  if (width > 1) {
+    scratch.own = reinterpret_cast<std::uint32_t*>(take(graphs * layer.capacity));
+    // At most half full, so that a search ends soon.
+    while ((std::int64_t{1} << scratch.place_bits) < 2 * layer.capacity) ++scratch.place_bits;
+    scratch.places = reinterpret_cast<std::int32_t*>(take(graphs << scratch.place_bits));
+  }
   return scratch;
 }
 
@@ -644,13 +658,43 @@ __device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch,
   }
 }
 
+/// Where the search for a position begins. Runs of positions are what there is most: they spread
+/// out.
+__device__ std::uint32_t first_place(std::int32_t position, int bits) {
+  return static_cast<std::uint32_t>(position) * 2654435769U >> (32 - bits);
+}
+
+__device__ void note_place(std::int32_t* places, int bits, std::int32_t position, int slot) {
+  const std::uint32_t last = (1U << bits) - 1U;
+  std::uint32_t place = first_place(position, bits);
+  while (atomicCAS(places + place, -1, slot) != -1) place = (place + 1) & last;
+}
+
+/// The slot of a token that may be restarted at, -1 if there is none at that position.
+__device__ int slot_at(const std::int32_t* places, int bits, const std::int32_t* positions,
+                       std::int32_t position) {
+  const std::uint32_t last = (1U << bits) - 1U;
+  for (std::uint32_t place = first_place(position, bits);; place = (place + 1) & last) {
+    const std::int32_t slot = places[place];
+    if (slot < 0 || positions[slot] == position) return slot;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) highest_kernel(LayerView layer, Scratch scratch) {
   __shared__ double shared[kWarps];
   if (has_fault(layer)) return;
   const auto blocks = static_cast<unsigned>(scratch.blocks);
+  const std::int64_t graph = blockIdx.x / blocks;
+  const std::int32_t* const positions =
+      positions_of(layer, graph / layer.graphs, graph % layer.graphs);
   double highest = -INFINITY;
-  for_each_z_score(layer, scratch, blockIdx.x / blocks, static_cast<int>(blockIdx.x % blocks),
-                   [&](int, double z) { highest = fmax(highest, z); });
+  for_each_z_score(layer, scratch, graph, static_cast<int>(blockIdx.x % blocks),
+                   [&](int slot, double z) {
+                     highest = fmax(highest, z);
+                     if (scratch.places == nullptr || !isfinite(z)) return;
+                     note_place(scratch.places + (graph << scratch.place_bits), scratch.place_bits,
+                                positions[slot], slot);
+                   });
   highest = block_reduce(highest, shared, [](double x, double y) { return fmax(x, y); });
   if (threadIdx.x == 0) scratch.highest[blockIdx.x] = highest;
 }
@@ -669,7 +713,9 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scra
   if (threadIdx.x == 0) shared[0] = highest;
   __syncthreads();
   highest = shared[0];
-  std::uint32_t* const weights = novelty_of(layer, graph / layer.graphs, graph % layer.graphs);
+  std::uint32_t* const weights =
+      scratch.own != nullptr ? scratch.own + graph * layer.capacity
+                             : novelty_of(layer, graph / layer.graphs, graph % layer.graphs);
   const auto heads = static_cast<double>(layer.heads_per_graph);
   for_each_z_score(
       layer, scratch, graph, static_cast<int>(blockIdx.x % blocks), [&](int j, double z) {
@@ -677,6 +723,38 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(LayerView layer, Scra
                          ? static_cast<std::uint32_t>(llrint(kUnit * exp((z - highest) / heads)))
                          : 0U;
       });
+}
+
+/// The mean weight of the tokens that lie at most `reach` positions from a token and may be
+/// restarted at.
+__global__ void __launch_bounds__(kThreads)
+    share_weights_kernel(LayerView layer, Scratch scratch, std::int32_t reach) {
+  if (has_fault(layer)) return;
+  const auto blocks = static_cast<unsigned>(scratch.blocks);
+  const std::int64_t graph = blockIdx.x / blocks;
+  const int block = static_cast<int>(blockIdx.x % blocks);
+  const std::int64_t b = graph / layer.graphs;
+  const std::int64_t g = graph % layer.graphs;
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  const std::uint32_t* const own = scratch.own + graph * layer.capacity;
+  const std::int32_t* const places = scratch.places + (graph << scratch.place_bits);
+  std::uint32_t* const weights = novelty_of(layer, b, g);
+  const int end = min((block + 1) * kWeightSlots, static_cast<int>(layer.counters->length));
+  for (int j = block * kWeightSlots + static_cast<int>(threadIdx.x); j < end; j += kThreads) {
+    const std::int32_t position = positions[j];
+    std::uint64_t sum = 0;
+    std::uint32_t count = 0;
+    // A token that is not at its own place may not be restarted at.
+    if (position >= 0 && slot_at(places, scratch.place_bits, positions, position) == j) {
+      for (std::int32_t near = max(position - reach, 0); near <= position + reach; ++near) {
+        const int slot = slot_at(places, scratch.place_bits, positions, near);
+        if (slot < 0) continue;
+        sum += own[slot];
+        ++count;
+      }
+    }
+    weights[j] = count == 0 ? 0U : static_cast<std::uint32_t>((sum + count / 2) / count);
+  }
 }
 
 template <class Reader>
@@ -726,12 +804,14 @@ void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& sc
 
 }  // namespace
 
-std::int64_t novelty_scratch(const LayerView& layer) { return scratch_of(layer, nullptr).floats; }
+std::int64_t novelty_scratch(const LayerView& layer, std::int64_t width) {
+  return scratch_of(layer, width, nullptr).floats;
+}
 
 void launch_novelty(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
-                    float* scratch, std::int64_t extent, cudaStream_t stream) {
+                    std::int64_t width, float* scratch, std::int64_t extent, cudaStream_t stream) {
   if (layer.batch == 0 || extent == 0) return;
-  const Scratch parts = scratch_of(layer, scratch);
+  const Scratch parts = scratch_of(layer, width, scratch);
   const auto launch = [&]<class T>(T) {
     if (rotary.pairs > 0) {
       launch_turned<T>(layer, keys, rotary, parts, stream);
@@ -749,11 +829,22 @@ void launch_novelty(const LayerView& layer, const TokensView& keys, const Rotary
     default:
       launch(float{});
   }
-  const auto blocks = static_cast<unsigned>(layer.batch * layer.graphs * parts.blocks);
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  if (parts.places != nullptr) {
+    check(cudaMemsetAsync(
+              parts.places, -1,
+              sizeof(std::int32_t) * static_cast<std::size_t>(graphs << parts.place_bits), stream),
+          "cudaMemsetAsync");
+  }
+  const auto blocks = static_cast<unsigned>(graphs * parts.blocks);
   highest_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);
   check(cudaGetLastError(), "highest_kernel");
   weights_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts);
   check(cudaGetLastError(), "weights_kernel");
+  if (parts.own == nullptr) return;
+  share_weights_kernel<<<blocks, kThreads, 0, stream>>>(layer, parts,
+                                                        static_cast<std::int32_t>(width / 2));
+  check(cudaGetLastError(), "share_weights_kernel");
 }
 
 }  // namespace spectralkv::cuda

@@ -528,6 +528,87 @@ def needle(marks: dict[str, tuple[int, ...]]) -> list[Rule]:
     return found
 
 
+def phrases() -> list[Rule]:
+    """Return scores that are pooled over neighbouring tokens: what belongs together stays so."""
+    firsts: list[tuple[str, Score]] = [
+        ("recent", RECENT),
+        ("visits .5", visits(0.5, 0.1, Graph())),
+        ("visits K 16", visits(graph=LEAKY_16)),
+    ]
+    seconds: list[tuple[str, Score]] = [
+        ("novelty", NOVEL),
+        *((f"pooled {width}", Nearby(NOVEL, width)) for width in (3, 5, 9, 15)),
+        *((f"restart {width}", distinctive(Nearby(novelty(), width))) for width in (5, 9)),
+        ("best of 5", Nearby(NOVEL, 5, "max")),
+        ("after 5", Nearby(NOVEL, 5, after=True)),
+    ]
+    found = [
+        Rule(
+            f"phrases: {habit} + {name} {share:g}, w{window}",
+            "a phrase is worth something only whole",
+            two(first, second, 1.0 - share),
+            window,
+        )
+        for (habit, first), (name, second), (share, window) in itertools.product(
+            firsts, seconds, ((0.5, 50), (0.6, 32))
+        )
+    ]
+    found += [
+        Rule(
+            f"phrases: {habit} pooled {width} + novelty, w50",
+            "SnapKV pools the votes of its window as well",
+            two(Nearby(first, width), NOVEL),
+            50,
+        )
+        for (habit, first), width in itertools.product(firsts, (3, 7))
+    ]
+    return found
+
+
+def widths() -> list[Rule]:
+    """Return the default with restarts that phrases share: how wide, and for what share."""
+
+    def restart(width: int, **options: Any) -> PageRank:
+        return distinctive(Nearby(novelty(), width), **options)
+
+    shares = ((0.5, 50), (0.6, 50), (0.5, 75), (0.6, 75), (0.7, 75))
+    found: list[tuple[str, Score, Score, float, float]] = [
+        (f"restart {width}", RECENT, restart(width), share, window)
+        for width, (share, window) in itertools.product((3, 5, 7), shares)
+    ]
+    visited = visits(graph=LEAKY_16)
+    found += [
+        ("visits K 16, restart 5", visited, restart(5), share, window)
+        for share, window in ((0.6, 50), (0.6, 75), (0.7, 100))
+    ]
+    sharp = distinctive(Nearby(novelty(sharpness=2.0), 5))
+    soft = distinctive(Nearby(novelty(sharpness=0.5), 5))
+    seen = distinctive(Nearby(Softmax(Unlike("plain")), 5))
+    seconds: list[tuple[str, Score]] = [
+        ("restart 5, p .7", restart(5, restart_prob=0.7)),
+        ("restart 9, p .7", restart(9, restart_prob=0.7)),
+        ("restart 5 sharp", sharp),
+        ("restart 5 soft", soft),
+        ("restart 5 of all seen", seen),
+        ("blocks of 8", distinctive(Blocks(novelty(), 8))),
+        ("no walk 5", Nearby(novelty(), 5)),
+        ("no walk 9", Nearby(novelty(), 9)),
+    ]
+    found += [
+        (name, RECENT, second, share, window)
+        for (name, second), (share, window) in itertools.product(seconds, ((0.5, 50), (0.65, 75)))
+    ]
+    return [
+        Rule(
+            f"widths: {name}, recent {share:g} w{window:g}",
+            "a phrase is worth something only whole",
+            two(first, second, share),
+            window,
+        )
+        for name, first, second, share, window in found
+    ]
+
+
 def both() -> list[Rule]:
     """Return combinations for perplexity and needles at once."""
     habits: list[tuple[str, Score]] = [
@@ -622,6 +703,8 @@ def make_rules(tokenizer: Any) -> dict[str, list[Rule]]:
         "defaults": defaults(),
         "rivals": rivals(),
         "limits": limits(),
+        "phrases": phrases(),
+        "widths": widths(),
         "both": both(),
         "needle": needle(marks_of(tokenizer)),
         "expected": expected(),

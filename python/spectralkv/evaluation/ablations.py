@@ -243,6 +243,7 @@ _AXES: tuple[Callable[[], Axis], ...] = (
     _restart,
     _quota,
     _novelty,
+    _one_option("phrase", "positions that share their novelty", "novelty_width", 1, 3, 5, 9, 15),
     _count,
     _recent,
     _one_option("decay", "decay of former visits", "decay", 0.0, 0.5, 0.9, 1.0),

@@ -31,8 +31,8 @@ class Spectral(Policy):
 
     Each token points to the `top_k` tokens it attended to most. Walkers restart at a population's
     tokens with `restart_prob` and else follow an edge; the more often they arrive at a token, the
-    longer it stays. By default half of the walkers, and of the budget, restart at recent tokens
-    and half at tokens with distinctive keys.
+    longer it stays. By default six of ten walkers, and that part of the budget, restart at recent
+    tokens and four at phrases with distinctive keys.
 
     .. math:: \pi = p \, s + (1 - p) \, P^{\top} \pi
 
@@ -55,6 +55,9 @@ class Spectral(Policy):
     decay : float or None
         Factor of the former scores at each walk. 0: each walk anew, 1: never forget. A population's
         own comes first.
+    novelty_width : int or None
+        Tokens of a phrase: a novelty population restarts at a token by the mean weight of the
+        tokens held among so many positions around it; an odd number, 1: each for itself.
     populations : tuple of Population or None
         Where walkers restart, what counts, how fast it is forgotten, and the share of walkers and
         budget.
@@ -95,6 +98,7 @@ class Spectral(Policy):
     num_walkers: int | None = None
     walk_length: int | None = None
     decay: float | None = None
+    novelty_width: int | None = None
     populations: tuple[Population, ...] | None = None
     scope: Literal["head", "layer"] = "head"
     solver: Literal["walk", "exact"] = "walk"
@@ -131,6 +135,7 @@ class Spectral(Policy):
             "num_walkers": self.num_walkers,
             "walk_length": self.walk_length,
             "decay": self.decay,
+            "novelty_width": self.novelty_width,
             "populations": self.populations,
         }
         given = {name: value for name, value in options.items() if value is not None}
