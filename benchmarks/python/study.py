@@ -81,21 +81,13 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         return Job(name, ["perplexity", *texts, *many("--policy", policies), *more])
 
     plan = [
-        Job("needle-ours", [*needles, *many("--policy", CANDIDATES)]),
-        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, *TUNED[2:]])]),
-        perplexity("perplexity-ours", CANDIDATES, *shares, *held),
         perplexity("perplexity-published", PUBLISHED[:4], *low, *shares, *held),
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
         perplexity("perplexity-tuned", TUNED, *shares, *held),
-        perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
-        Job(
-            "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
-        ),
-        *(
-            Job(f"ablation-{part}", ["ablations", *texts, *many("--axis", names), *tune])
-            for part, names in enumerate(AXES, start=1)
-        ),
+        perplexity("perplexity-ours", CANDIDATES, *shares, *held),
         perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
+        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, *TUNED[2:]])]),
+        Job("needle-ours", [*needles, *many("--policy", CANDIDATES)]),
         Job(
             "ruler",
             [
@@ -120,23 +112,15 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
             ],
         ),
         Job(
-            "oracle",
-            [
-                *("oracle", *texts, "--sequences", str(max(1, sequences // 3)), "--skip", "20"),
-                # Some 400 MiB a sequence, which no report needs.
-                *("--capture", "build/oracle-capture"),
-            ],
+            "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
         ),
+        perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
         plan += [
             perplexity("perplexity-8k", [*OURS, *TUNED[:1]], "--budget", "0.2", *eight),
             perplexity("perplexity-8k-2", ["h2o", *TUNED[2:]], "--budget", "0.2", *eight),
-            Job(
-                "ruler-4k",
-                [*ruler, *("--length", "4096"), *many("--policy", [*OURS, "h2o", "keydiff"])],
-            ),
             Job(
                 "needle-lengths",
                 [
@@ -146,6 +130,27 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
                 ],
             ),
         ]
+    plan += [
+        Job(f"ablation-{part}", ["ablations", *texts, *many("--axis", names), *tune])
+        for part, names in enumerate(AXES, start=1)
+    ]
+    plan.append(
+        Job(
+            "oracle",
+            [
+                *("oracle", *texts, "--sequences", str(max(1, sequences // 3)), "--skip", "20"),
+                # Some 400 MiB a sequence, which no report needs.
+                *("--capture", "build/oracle-capture"),
+            ],
+        )
+    )
+    if long:
+        plan.append(
+            Job(
+                "ruler-4k",
+                [*ruler, *("--length", "4096"), *many("--policy", [*OURS, "h2o", "keydiff"])],
+            )
+        )
     return plan
 
 

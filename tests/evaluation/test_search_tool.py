@@ -90,9 +90,9 @@ def test_other_models_are_refused() -> None:
 
 
 SHARED: dict[str, Any] = {"budget": BUDGET, "interval": INTERVAL}
-HALVES = (
-    Quota(PageRank(Recent(), steps=30), 0.5),
-    Quota(PageRank(novelty(), "all", steps=30), 0.5),
+DEFAULT = (
+    Quota(PageRank(Recent(), restart_prob=0.7, steps=30), 0.6),
+    Quota(PageRank(Nearby(novelty(), 5), "all", 0.7, steps=30), 0.4),
 )
 SAME: dict[str, tuple[policies.Policy, Rule]] = {
     "h2o": (policies.H2O(**SHARED), whole("h2o", Received(), 0.5, 0)),
@@ -122,28 +122,32 @@ SAME: dict[str, tuple[policies.Policy, Rule]] = {
     ),
     "spectral": (
         policies.Spectral(**SHARED, window=10, solver="exact"),
-        Rule("spectral", "a test", HALVES, 10),
+        Rule("spectral", "a test", DEFAULT, 10),
     ),
     "spectral 32": (
-        policies.Spectral(**SHARED, window=10, solver="exact", top_k=32, restart_prob=0.2),
+        policies.Spectral(
+            **SHARED, window=10, solver="exact", top_k=32, restart_prob=0.2, novelty_width=1
+        ),
         Rule(
             "spectral",
             "a test",
             (
-                Quota(PageRank(Recent(), "edges", 0.2, 90, graph=Graph(32)), 0.5),
-                Quota(PageRank(novelty(), "all", 0.2, 90, graph=Graph(32)), 0.5),
+                Quota(PageRank(Recent(), "edges", 0.2, 90, graph=Graph(32)), 0.6),
+                Quota(PageRank(novelty(), "all", 0.2, 90, graph=Graph(32)), 0.4),
             ),
             10,
         ),
     ),
     "spectral 4": (
-        policies.Spectral(**SHARED, window=10, solver="exact", top_k=4, restart_prob=0.3),
+        policies.Spectral(
+            **SHARED, window=10, solver="exact", top_k=4, restart_prob=0.3, novelty_width=11
+        ),
         Rule(
             "spectral",
             "a test",
             (
-                Quota(PageRank(Recent(), "edges", 0.3, 60, graph=Graph(4)), 0.5),
-                Quota(PageRank(novelty(), "all", 0.3, 60, graph=Graph(4)), 0.5),
+                Quota(PageRank(Recent(), "edges", 0.3, 60, graph=Graph(4)), 0.6),
+                Quota(PageRank(Nearby(novelty(), 11), "all", 0.3, 60, graph=Graph(4)), 0.4),
             ),
             10,
         ),
@@ -188,8 +192,8 @@ POOLS = [
     Rule("model", "", (Quota(novelty(), 0.4), Quota(Received(), 0.6, "model", 0.1)), 8),
     Rule("first", "", (Quota(Received(), 0.7, "layer", 0.0), Quota(KeyDiff(), 0.3)), 8),
     Rule("cover", "", (Quota(PageRank(Recent()), 0.75, cover=0.6), Quota(KeyDiff(), 0.25)), 8),
-    Rule("edges", "", HALVES, 8, merge=Merge("edges", keys=True, count=1.0)),
-    Rule("keys", "", HALVES, 8, merge=Merge("keys", threshold=0.2)),
+    Rule("edges", "", DEFAULT, 8, merge=Merge("edges", keys=True, count=1.0)),
+    Rule("keys", "", DEFAULT, 8, merge=Merge("keys", threshold=0.2)),
 ]
 
 

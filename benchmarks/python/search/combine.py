@@ -133,25 +133,27 @@ class Nearby(Score):
     """Mean or maximum of a score over the `width` positions around a token that are held.
 
     A phrase stays or goes as a whole. `after`: over the token and those before it, so that what
-    follows a good token stays with it.
+    follows a good token stays with it. The first `sinks` tokens take no part.
     """
 
     of: Score
     width: int = 9
     kind: Kind = "mean"
     after: bool = False
+    sinks: int = 4
 
     def parts(self) -> tuple[Score, ...]:
         return (self.of,)
 
     def rate(self, view: View) -> torch.Tensor:
-        rating = view.share(self.of)
+        sink = view.positions < self.sinks
+        rating = view.share(self.of).masked_fill(sink, 0.0)
         side = self.width - 1 if self.after else self.width // 2
         spread = functional.pad(view.at_positions(rating), (side, self.width - 1 - side))
         if self.kind == "max":
             pooled = functional.max_pool1d(spread[:, None], self.width, stride=1)[:, 0]
         else:
-            there = view.at_positions(view.live.to(rating.dtype))
+            there = view.at_positions((view.live & ~sink).to(rating.dtype))
             there = functional.pad(there, (side, self.width - 1 - side))
             both = torch.stack((spread, there), 1)
             total, count = functional.avg_pool1d(both, self.width, stride=1).unbind(1)

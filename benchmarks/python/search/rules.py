@@ -60,6 +60,9 @@ LEAKY = Graph(law="absolute")
 LEAKY_16 = Graph(law="absolute", top_k=16)
 RECENT = PageRank(Recent())
 NOVEL = PageRank(novelty(), counts="all")
+# What Spectral's default gives six and four tenths.
+NEWEST = PageRank(Recent(), restart_prob=0.7)
+PHRASES = PageRank(Nearby(novelty(), 5), counts="all", restart_prob=0.7)
 EXPECTED = Expected(ahead=64)
 HEAVY = Received(decay=SLOW)
 
@@ -153,19 +156,21 @@ def limits() -> list[Rule]:
 
 
 def defaults() -> list[Rule]:
-    """Return Spectral's default and what its two halves do alone."""
+    """Return Spectral's default, what its parts do alone, and single tokens for its phrases."""
     return [
-        Rule("default", "half recent, half novelty", two(RECENT, NOVEL)),
+        Rule("default", "recent tokens and novel phrases", two(NEWEST, PHRASES, 0.6)),
+        Rule("halves", "half recent, half novel tokens", two(RECENT, NOVEL)),
+        Rule("phrases", "novel phrases alone", whole(PHRASES)),
         Rule("recent", "recent restart alone", whole(RECENT)),
         Rule("novelty", "novelty restart alone", whole(NOVEL)),
         Rule("uniform restart", "PageRank without a person", whole(PageRank(Even()))),
         Rule(
-            "default, adaptive",
+            "halves, adaptive",
             "recent takes what covers 95 % of its visits, novelty the rest",
             (Quota(RECENT, 0.75, cover=0.95), Quota(NOVEL, 0.25)),
         ),
         Rule(
-            "default, adaptive .8",
+            "halves, adaptive .8",
             "the same for 80 %",
             (Quota(RECENT, 0.75, cover=0.8), Quota(NOVEL, 0.25)),
         ),
@@ -221,7 +226,7 @@ def redundancy() -> list[Rule]:
 
 
 def edges() -> list[Rule]:
-    """Return other graphs under the default."""
+    """Return other graphs under the two halves."""
     graphs: list[tuple[str, Graph, str]] = [
         ("K 4", Graph(top_k=4), "fewer edges"),
         ("K 16", Graph(top_k=16), "more edges"),
@@ -296,7 +301,7 @@ def decay() -> list[Rule]:
 def windows() -> list[Rule]:
     """Return windows, as tokens and as shares of the budget, and shares of the two halves."""
     found = [
-        Rule(f"default w{window:g} recent {share:g}", "how much is recency worth", quotas, window)
+        Rule(f"halves w{window:g} recent {share:g}", "how much is recency worth", quotas, window)
         for window in (8, 16, 32, 75, 100, 150, 0.1, 0.2, 0.35)
         for share, quotas in ((0.5, two(RECENT, NOVEL)), (0.75, two(RECENT, NOVEL, 0.75)))
     ]
