@@ -49,7 +49,7 @@ class Monitor:
         walk: WalkConfig,
         eviction: EvictionConfig,
         *,
-        solver: Solver = "walk",
+        solver: Solver = "exact",
         walk_interval: int = 0,
         top_fraction: float = 0.2,
         row_stride: int = 1,
