@@ -179,19 +179,19 @@ class CudaBackend final : public Backend {
     return StreamOrder::is_capturing(handle_of(stream));
   }
 
-  SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots,
+  SlotPlan plan_slots(std::string_view operation, std::int64_t layer, const ConstTensorView& slots,
                       Stream stream) const override {
     const LayerState& host = state(layer);
     if (graph_.eager_checks && !is_recording(stream)) {
       const DeviceGuard guard(graph_.device.index);
-      const cudaStream_t queue = begin_beside_walk("update", stream);
+      const cudaStream_t queue = begin_beside_walk(operation, stream);
       auto* plan = scratch_.results.as<std::int64_t>(kResultTable);
       look(queue, [&] {
         cuda::launch_plan_slots(view(layer), table_of<const std::int32_t>(slots), plan, checked(),
                                 queue);
       });
       order_.synchronize();
-      if (checked()->fault != 0U) cuda::throw_fault("update", *checked());
+      if (checked()->fault != 0U) cuda::throw_fault(operation, *checked());
       return {.length = plan[0], .appended = plan[1] != 0};
     }
     // A head takes the slot behind all others only where it has no free one.
