@@ -332,8 +332,8 @@ int clusters_at_once(int cluster) {
   std::atomic<int>& answer =
       answers[static_cast<std::size_t>(device) % kDevices][static_cast<std::size_t>(cluster)];
   if (answer == 0) {
-    const auto kernel =
-        attend_kernel<TensorDots<__nv_bfloat16, 4, 4, 1>, TensorMeans<__nv_bfloat16, 4, 4>>;
+    using Dots = TensorDots<__nv_bfloat16, 4, 4, 1>;
+    const auto kernel = attend_kernel<Dots, TensorMeans<Dots>>;
     cudaLaunchAttribute attribute{};
     cudaLaunchConfig_t config = configured(kernel, cluster, attribute);
     config.gridDim = dim3(static_cast<unsigned>(cluster));
@@ -388,8 +388,7 @@ bool launch_as(const LayerView& layer, const AttendArgs& args, std::int64_t exte
   return plan.draws_row;
 }
 
-/// Calls `launch(Dots{}, Means)` with the way to read keys and values of this shape; of Means the
-/// type counts.
+/// Calls launch<Dots, Means>() with the way to read keys and values of this shape.
 template <class T, class Launch>
 bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) {
   constexpr std::int64_t kElement = sizeof(T);
@@ -403,34 +402,31 @@ bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) 
     if (dim % 8 == 0 && start_at(16) && rows_start_at(args.values, 16, kElement) &&
         is_near(keys.token_stride, kElement) && is_near(args.values.token_stride, kElement) &&
         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8) {
-      const auto with_dim = [&]<int kHeads>() {
-        // As many keys under way as values: 4 KiB a warp, or less.
-        if (dim <= 64) {
-          return launch
-              .template operator()<TensorDots<T, 2, kHeads, 2>, TensorMeans<T, 2, kHeads>>();
-        }
-        if (dim <= 96) {
-          return launch
-              .template operator()<TensorDots<T, 3, kHeads, 1>, TensorMeans<T, 3, kHeads>>();
-        }
-        if (dim <= 128) {
-          return launch
-              .template operator()<TensorDots<T, 4, kHeads, 1>, TensorMeans<T, 4, kHeads>>();
-        }
-        // One for all numbers of query heads: the means of more do not fit the registers.
-        return launch.template operator()<TensorDots<T, 8, 8, 2>, TensorMeans<T, 8, 8>>();
+      const auto with = [&]<class Dots>() {
+        return launch.template operator()<Dots, TensorMeans<Dots>>();
       };
-      if (layer.group <= 4) return with_dim.template operator()<4>();
-      if (layer.group <= 8) return with_dim.template operator()<8>();
-      return with_dim.template operator()<16>();
+      // As many keys under way as values: 4 KiB a warp, or less.
+      const auto with_heads = [&]<int kHeads>() {
+        if (dim <= 64) return with.template operator()<TensorDots<T, 2, kHeads, 2>>();
+        if (dim <= 96) return with.template operator()<TensorDots<T, 3, kHeads, 1>>();
+        return with.template operator()<TensorDots<T, 4, kHeads, 1>>();
+      };
+      // One for all numbers of query heads: the means of more do not fit the registers.
+      if (dim > 128) return with.template operator()<TensorDots<T, 8, 8, 2>>();
+      if (layer.group <= 4) return with_heads.template operator()<4>();
+      if (layer.group <= 8) return with_heads.template operator()<8>();
+      return with_heads.template operator()<16>();
     }
   }
+  const auto with = [&]<class Dots>() {
+    return launch.template operator()<Dots, CoreMeans<Dots>>();
+  };
   if constexpr (kElement == 4) {
     if (dim % 4 == 0 && start_at(4 * kElement)) {
-      return launch.template operator()<CoreDots<T, true, 4>, CoreMeans<T, 4>>();
+      return with.template operator()<CoreDots<T, true, 4>>();
     }
   }
-  return launch.template operator()<CoreDots<T, false, 4>, CoreMeans<T, 4>>();
+  return with.template operator()<CoreDots<T, false, 4>>();
 }
 
 bool launch_any(const LayerView& layer, const AttendArgs& args, std::int64_t extent, bool draws_row,

@@ -99,6 +99,7 @@ template <class Element, int kBlocks, int kHeads, int kDepth = kBlocks <= 2 ? 4 
 struct TensorDots {
   using T = Element;
   static constexpr int kColumns = kHeads;
+  static constexpr int kRowBlocks = kBlocks;
   static constexpr bool kPaired = kHeads == 4;
   static constexpr int kPanels = kPaired ? 1 : kHeads / 8;
   static constexpr int kValues = 2 * kPanels;

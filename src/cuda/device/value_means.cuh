@@ -59,17 +59,17 @@ __device__ inline std::uint32_t packed_pair(float low, float high) {
 /// side by side. So the left operand is made of values as they lie in memory: row r of instruction
 /// i is element 8 r + 2 i of a unit of 64, row r + 8 the one behind it, columns are slots. The
 /// right operand is the probabilities of 8 query heads.
-template <class Element, int kBlocks, int kHeads>
+template <class Dots>
 struct TensorMeans {
-  using T = Element;
+  using T = typename Dots::T;
   static constexpr bool kActive = true;
-  static constexpr int kPanels = kHeads <= 8 ? 1 : kHeads / 8;
+  static constexpr int kBlocks = Dots::kRowBlocks;
+  static constexpr int kPanels = (Dots::kColumns + 7) / 8;
   static constexpr int kUnits = (kBlocks + 1) / 2;
   /// Units without columns behind the end of the shortest row that comes here.
   static constexpr int kFullUnits = kBlocks <= 2 ? 0 : kBlocks <= 4 ? 1 : 2;
   /// Units under way: of long rows the second half is asked for when the first one is there.
   static constexpr int kAhead = kUnits < 2 ? 1 : 2;
-  static constexpr int kMostDim = 32 * kBlocks;
 
   __device__ TensorMeans(const ValueRows<T>& rows, const TileScores& tile_scores)
       : values(reinterpret_cast<const unsigned char*>(rows.values)),
@@ -146,7 +146,7 @@ struct TensorMeans {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int slot = 2 * pair + i % 2 + i / 2 * 8;
-          if ((seen >> (slot % 8 * 4 + slot / 8 * 2) & 1U) == 0) slots[i] = {};
+          if ((seen >> Dots::seen_bit(slot) & 1U) == 0) slots[i] = {};
         }
       }
       multiply_word<0>(unit, slots[0].x, slots[1].x, slots[2].x, slots[3].x, weights);
@@ -245,13 +245,13 @@ struct TensorMeans {
   uint4 ring[kAhead][4];
 };
 
-/// Any type, rows of up to 256 elements: a lane takes every 32nd.
-template <class Element, int kHeads>
+/// Any type, rows of up to kMostAttendDim elements: a lane takes every 32nd.
+template <class Dots>
 struct CoreMeans {
-  using T = Element;
+  using T = typename Dots::T;
   static constexpr bool kActive = true;
-  static constexpr int kMostDim = 256;
-  static constexpr int kParts = kMostDim / 32;
+  static constexpr int kHeads = Dots::kColumns;
+  static constexpr int kParts = kMostAttendDim / 32;
   static constexpr int kSlots = 4;  ///< whose values are under way together
 
   __device__ CoreMeans(const ValueRows<T>& value_rows, const TileScores& tile_scores)
@@ -293,7 +293,7 @@ struct CoreMeans {
       float values[kSlots][kParts];
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
-        const bool is_seen = (seen >> 2 * (slot + s) & 1U) != 0;
+        const bool is_seen = (seen >> Dots::seen_bit(slot + s) & 1U) != 0;
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
           const int d = lane + 32 * i;
