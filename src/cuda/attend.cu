@@ -26,6 +26,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+/// Query heads that the blocks take at a time, at most.
+constexpr int kMostColumns = 16;
 
 /// How a launch is spread, and what it sees besides its arguments.
 struct AttendPlan {
@@ -292,11 +294,10 @@ int most_shared_bytes() {
          static_cast<int>(sizeof(AttendShared));
 }
 
-/// Shared memory of a block; more than there is where it is too much to be counted.
+/// Shared memory of a block. Slots are few enough for it to be counted, see plan_of.
 std::int64_t shared_bytes(const LayerView& layer, int columns, const AttendPlan& plan) {
   const std::int64_t row =
       layout_bytes(layer.group, plan.cluster, kThreads, plan.draws_row ? plan.slots : 0);
-  if (row > most_shared_bytes()) return row;
   return AttendLayout(static_cast<int>(row), columns, layer.group, layer.head_dim, plan).bytes;
 }
 
@@ -322,30 +323,31 @@ cudaLaunchConfig_t configured(Kernel kernel, int cluster, cudaLaunchAttribute& a
 
 /// Clusters of a size that the current device runs at once where a block takes all shared memory.
 int clusters_at_once(int cluster) {
-  if (cluster == 1) return device_attribute(cudaDevAttrMultiProcessorCount);
-  if (device_attribute(cudaDevAttrClusterLaunch) == 0) return 0;
   constexpr std::size_t kDevices = 64;
-  constexpr int kPlus = 1;  // of an answer that is known
+  constexpr int kKnown = 1;  // is added to an answer
   static std::array<std::array<std::atomic<int>, kMostCluster + 1>, kDevices> answers{};
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   std::atomic<int>& answer =
       answers[static_cast<std::size_t>(device) % kDevices][static_cast<std::size_t>(cluster)];
-  if (answer == 0) {
+  if (answer != 0) return answer - kKnown;
+  int clusters = 0;
+  if (cluster == 1) {
+    clusters = device_attribute(cudaDevAttrMultiProcessorCount);
+  } else if (device_attribute(cudaDevAttrClusterLaunch) != 0) {
     using Dots = TensorDots<__nv_bfloat16, 4, 4, 1>;
     const auto kernel = attend_kernel<Dots, TensorMeans<Dots>>;
     cudaLaunchAttribute attribute{};
     cudaLaunchConfig_t config = configured(kernel, cluster, attribute);
     config.gridDim = dim3(static_cast<unsigned>(cluster));
     config.dynamicSmemBytes = static_cast<std::size_t>(most_shared_bytes());
-    int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
       static_cast<void>(cudaGetLastError());  // a size that this device does not know
       clusters = 0;
     }
-    answer = clusters + kPlus;
   }
-  return answer - kPlus;
+  answer = clusters + kKnown;
+  return clusters;
 }
 
 /// The cluster whose launch should end first; of none that has room the `cluster` is 0.
@@ -353,6 +355,7 @@ AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, boo
   // About what a block spends on beginning and merging, in slots that it could read meanwhile.
   constexpr std::int64_t kOverhead = 256;
   const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
+  const int most_bytes = most_shared_bytes();
   AttendPlan best{.cluster = 0, .slots = 0, .draws_row = draws_row, .positions = {}};
   std::int64_t least = 0;
   for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
@@ -361,7 +364,8 @@ AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, boo
     AttendPlan plan = best;
     plan.cluster = cluster;
     plan.slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
-    if (shared_bytes(layer, columns, plan) > most_shared_bytes()) continue;
+    if (draws_row && std::int64_t{4} * layer.group * plan.slots > most_bytes) continue;
+    if (shared_bytes(layer, columns, plan) > most_bytes) continue;
     const std::int64_t rounds = (heads + at_once - 1) / at_once;
     const std::int64_t cost = rounds * (plan.slots + kOverhead);
     if (best.cluster != 0 && cost >= least) continue;
@@ -415,7 +419,7 @@ bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) 
       if (dim > 128) return with.template operator()<TensorDots<T, 8, 8, 2>>();
       if (layer.group <= 4) return with_heads.template operator()<4>();
       if (layer.group <= 8) return with_heads.template operator()<8>();
-      return with_heads.template operator()<16>();
+      return with_heads.template operator()<kMostColumns>();
     }
   }
   const auto with = [&]<class Dots>() {
@@ -445,6 +449,15 @@ bool launch_any(const LayerView& layer, const AttendArgs& args, std::int64_t ext
 }
 
 }  // namespace
+
+bool attend_fits(std::int64_t group, std::int64_t head_dim) {
+  LayerView layer{};
+  layer.batch = 1;
+  layer.heads = 1;
+  layer.group = static_cast<std::int32_t>(group);
+  layer.head_dim = static_cast<std::int32_t>(head_dim);
+  return plan_of(layer, kMostColumns, 1, false).cluster != 0;
+}
 
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
                    cudaStream_t stream) {

@@ -64,8 +64,12 @@ cuda::AttendArgs attend_args(const cuda::UpdateArgs& update, const AttendedViews
       .update = update, .values = tokens_of(attended.values), .out = table_of<void>(attended.out)};
 }
 
-void check_attend_dim(std::string_view operation, std::int64_t head_dim) {
+/// Whether the current device can attend with these shapes.
+void check_attend_shape(std::string_view operation, std::int64_t group, std::int64_t head_dim) {
   check_range(operation, "head_dim on CUDA", head_dim, 1, cuda::kMostAttendDim);
+  if (cuda::attend_fits(group, head_dim)) return;
+  throw_invalid(operation, "the number of query heads of a KV head",
+                "so small that their sums fit the device's shared memory", std::to_string(group));
 }
 
 /// Marks of sequences [first, first + SequenceMarks::kMost); no entries: all.
@@ -216,8 +220,8 @@ class CudaBackend final : public Backend {
   std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                    Stream stream) override {
     const std::string_view operation = args.attends() ? "attend" : "update";
-    if (args.attends()) check_attend_dim(operation, graph_.head_dim);
     const DeviceGuard guard(graph_.device.index);
+    if (args.attends()) check_attend_shape(operation, view(layer).group, graph_.head_dim);
     const cudaStream_t queue = begin_beside_walk(operation, stream);
     const std::int64_t count = args.queries.size(2);
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
@@ -1027,9 +1031,10 @@ void require_device(const std::string& operation, Device device) {
 }  // namespace
 
 void decode_attention_on_cuda(const AttentionArgs& args, int device, Stream stream) {
-  check_attend_dim("decode_attention", args.query.size(2));
   require_device("decode_attention", {DeviceType::cuda, device});
   const DeviceGuard guard(device);
+  const std::int64_t group = args.query.size(1) / args.keys.size(1);
+  check_attend_shape("decode_attention", group, args.query.size(2));
   const cuda::UpdateArgs update{.queries = tokens_of(args.query),
                                 .keys = tokens_of(args.keys),
                                 .slots = {},
@@ -1038,7 +1043,7 @@ void decode_attention_on_cuda(const AttentionArgs& args, int device, Stream stre
   cuda::launch_decode_attention(
       {.batch = args.query.size(0),
        .heads = args.keys.size(1),
-       .group = args.query.size(1) / args.keys.size(1),
+       .group = group,
        .head_dim = args.query.size(2),
        .length = args.length,
        .positions = args.positions.empty() ? TableView<const std::int32_t>{}

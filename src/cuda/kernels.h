@@ -53,6 +53,9 @@ struct AttendArgs {
 /// Longest rows that attention takes on CUDA.
 inline constexpr std::int64_t kMostAttendDim = 256;
 
+/// Whether the current device has the shared memory for rows of that many query heads.
+bool attend_fits(std::int64_t group, std::int64_t head_dim);
+
 /// One new token a sequence: its attention, and all that launch_update does. One launch where
 /// shared memory holds the scores of a graph; else launch_update follows, and keys are read again.
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
