@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device.h"
+#include "spectralkv/attention.h"
 #include "spectralkv/graph_manager.h"
 #include "spectralkv/monitor.h"
 #include "tensors.h"
@@ -30,6 +31,13 @@ class GraphManager {
               const ConstTensorView& slots, const ScoreOptions& options, Stream) {
     DeviceCall on(device());
     manager_->update(layer, on(query), on(keys), on(slots), options, on.stream());
+  }
+  void attend(Index layer, const ConstTensorView& query, const ConstTensorView& keys,
+              const ConstTensorView& values, const ConstTensorView& slots, const TensorView& out,
+              const ScoreOptions& options, Stream) {
+    DeviceCall on(device());
+    manager_->attend(layer, on(query), on(keys), on(values), on(slots), on(out), options,
+                     on.stream());
   }
   void update_rows(Index layer, const ConstTensorView& queries, const ConstTensorView& keys,
                    const RowOptions& options, Stream) {
@@ -163,6 +171,15 @@ class GraphManager {
   std::unique_ptr<spectralkv::GraphManager> owned_;
   spectralkv::GraphManager* manager_;
 };
+
+inline void decode_attention(const ConstTensorView& query, const ConstTensorView& keys,
+                             const ConstTensorView& values, const ConstTensorView& positions,
+                             Index length, const TensorView& out, const ScoreOptions& options) {
+  const Device device = on_tested_device({}).device;
+  DeviceCall on(device);
+  spectralkv::decode_attention(on(query), on(keys), on(values), on(positions), length, on(out),
+                               options, device, on.stream());
+}
 
 class Monitor {
  public:

@@ -161,6 +161,90 @@ TEST_F(Arguments, OfUpdate) {
   }
 }
 
+TEST_F(Arguments, OfAttend) {
+  HostTensor values(DType::f32, {2, 2, kCapacity, 8});
+  HostTensor out(DType::f32, {2, 4, 8});
+  const auto attend = [&](const ConstTensorView& q, const ConstTensorView& k,
+                          const ConstTensorView& v, const TensorView& o,
+                          const ConstTensorView& s = {}, const ScoreOptions& options = {}) {
+    manager.attend(0, q, k, v, s, o, options, Stream{});
+  };
+  const ConstTensorView one = query.view();
+  refuses<ConstTensorView>("attend", one, {}, [&](const ConstTensorView& view) {
+    attend(view, keys(), values.view(), out.view());
+  });
+  refuses<ConstTensorView>("attend", keys(), kKeys, [&](const ConstTensorView& view) {
+    attend(one, view, values.view(), out.view());
+  });
+  refuses<ConstTensorView>(
+      "attend", std::as_const(values).view(), kKeys,
+      [&](const ConstTensorView& view) { attend(one, keys(), view, out.view()); });
+  refuses<TensorView>("attend", out.view(), {.axes = {}, .dtypes = {}, .written = true},
+                      [&](const TensorView& view) { attend(one, keys(), values.view(), view); });
+  ConstTensorView few = values.view();
+  few.shape[2] = kLength;  // no room for the new token's value
+  rejected("attend", [&] { attend(one, keys(), few, out.view()); });
+  rejected("attend", [&] { attend(one, keys(), {}, out.view()); });
+  rejected("attend", [&] { attend(one, keys(), values.view(), {}); });
+  rejected("attend", [&] { attend(one, keys(), {}, {}); });
+  refuses_layers("attend", [&](Index layer) {
+    manager.attend(layer, one, keys(), values.view(), {}, out.view(), {}, Stream{});
+  });
+  HostTensor slots(DType::i32, {2, 2});
+  for (const Index bad : {Index{-1}, Index{0}, kCapacity}) {
+    slots.fill(kLength);
+    slots.set({1, 0}, static_cast<double>(bad));
+    rejected("attend", [&] { attend(one, keys(), values.view(), out.view(), slots.view()); });
+  }
+  rejected("attend", [&] { attend(one, keys(), values.view(), out.view(), {}, {.scale = kNan}); });
+}
+
+TEST_F(Arguments, OfDecodeAttention) {
+  HostTensor values(DType::f32, {2, 2, kCapacity, 8});
+  HostTensor positions(DType::i32, {2, 2, kCapacity});
+  HostTensor out(DType::f32, {2, 4, 8});
+  const ConstTensorView one = query.view();
+  const auto refuses_all = [&](const auto& good, const Freedom& freedom, auto&& call) {
+    for (const auto& [what, view] : spoiled(good, freedom)) {
+      SCOPED_TRACE(what);
+      expect_invalid("decode_attention", [&, bad = view] { call(bad); });
+    }
+  };
+  refuses_all(one, {}, [&](const ConstTensorView& view) {
+    decode_attention(view, keys(), values.view(), positions.view(), 20, out.view(), {});
+  });
+  refuses_all(keys(), kKeys, [&](const ConstTensorView& view) {
+    decode_attention(one, view, values.view(), positions.view(), 20, out.view(), {});
+  });
+  refuses_all(std::as_const(values).view(), kKeys, [&](const ConstTensorView& view) {
+    decode_attention(one, keys(), view, positions.view(), 20, out.view(), {});
+  });
+  refuses_all(std::as_const(positions).view(), {.axes = {2}, .dtypes = {}},
+              [&](const ConstTensorView& view) {
+                decode_attention(one, keys(), values.view(), view, 20, out.view(), {});
+              });
+  refuses_all(out.view(), {.axes = {}, .dtypes = {}, .written = true}, [&](const TensorView& view) {
+    decode_attention(one, keys(), values.view(), positions.view(), 20, view, {});
+  });
+  for (const Index length : {Index{-1}, kCapacity + 1}) {
+    expect_invalid("decode_attention", [&] {
+      decode_attention(one, keys(), values.view(), {}, length, out.view(), {});
+    });
+  }
+  ConstTensorView few = positions.view();
+  few.shape[2] = kLength - 1;
+  expect_invalid("decode_attention", [&] {
+    decode_attention(one, keys(), values.view(), few, kLength, out.view(), {});
+  });
+  HostTensor odd(DType::f32, {2, 3, 8});  // query heads for two KV heads
+  expect_invalid("decode_attention", [&] {
+    decode_attention(odd.view(), keys(), values.view(), {}, kLength, odd.view(), {});
+  });
+  expect_invalid("decode_attention", [&] {
+    decode_attention(one, keys(), values.view(), {}, kLength, out.view(), {.softcap = -1.0});
+  });
+}
+
 TEST_F(Arguments, OfUpdatesSlots) {
   const auto update = [&](const ConstTensorView& slots) {
     manager.update(0, query.view(), keys(), slots, {}, Stream{});

@@ -240,6 +240,43 @@ TEST_P(Simd, AddsScaled) {
   }
 }
 
+TEST_P(Simd, AddsWeightedRows) {
+  for (const DType dtype : kFloats) {
+    for (const Index dim : {1, 7, 16, 33, 128, 300}) {
+      for (const Index n : {0, 1, 7, 8, 9, 40}) {
+        for (const Index count : {1, 3, 4, 6}) {
+          HostTensor rows(dtype, {n, dim}, {}, 3);
+          rows.fill_normal(random);
+          std::vector<std::int32_t> positions(at(n));
+          for (Index j = 0; j < n; ++j) {
+            positions[at(j)] = random.chance(0.3) ? -1 : static_cast<std::int32_t>(j);
+            if (positions[at(j)] < 0) rows.set({j, 0}, kNan);  // nobody may read it
+          }
+          const std::vector<float> weights = normals(count * (n + 2));
+          const bool marked = random.chance(0.7);
+          if (!marked) rows.fill_normal(random);
+          std::vector<float> sums = normals(count * dim + 1);
+          const std::vector<float> before = sums;
+          simd.add_weighted_rows(rows.view().data, dtype, dim + 3, n, dim,
+                                 marked ? positions.data() : nullptr, weights.data(), n + 2, count,
+                                 sums.data());
+          for (Index g = 0; g < count; ++g) {
+            for (Index d = 0; d < dim; ++d) {
+              auto expected = static_cast<double>(before[at(g * dim + d)]);
+              for (Index j = 0; j < n; ++j) {
+                if (marked && positions[at(j)] < 0) continue;
+                expected += static_cast<double>(weights[at(g * (n + 2) + j)]) * rows.get({j, d});
+              }
+              ASSERT_NEAR(static_cast<double>(sums[at(g * dim + d)]), expected, 1e-4);
+            }
+          }
+          EXPECT_EQ(sums.back(), before.back()) << "wrote behind the end";
+        }
+      }
+    }
+  }
+}
+
 TEST_P(Simd, FindsTheBest) {
   for (int round = 0; round < 300; ++round) {
     const Index n = random.integer(0, 200);

@@ -33,9 +33,16 @@ struct LayerState {
   std::vector<std::uint64_t> walk_block;  ///< Philox block at which the next walk starts
 };
 
+/// What a token attends with besides queries and keys, and where the result goes.
+struct AttendedViews {
+  ConstTensorView values;  ///< (B, Hkv, S, D) or empty: only the row is asked for
+  TensorView out;          ///< (B, Hq, D)
+};
+
 struct UpdateArgs {
   ConstTensorView queries;  ///< (B, Hq, Q, D)
   ConstTensorView keys;     ///< (B, Hkv, S, D)
+  AttendedViews attended;   ///< of one token a sequence
   ConstTensorView slots;    ///< i32 (B, Hkv) or empty: the slots from `first_slot` on
   ConstTensorView valid;    ///< u8 (B, Q) or empty
   std::int64_t first_slot = 0;
@@ -43,6 +50,19 @@ struct UpdateArgs {
   double scale = 1.0;
   double softcap = 0.0;
   std::int64_t row_stride = 1;
+
+  bool attends() const { return !attended.values.empty(); }
+};
+
+/// Attention of one token a sequence without a graph.
+struct AttentionArgs {
+  ConstTensorView query;  ///< (B, Hq, D)
+  ConstTensorView keys;   ///< (B, Hkv, S, D)
+  AttendedViews attended;
+  ConstTensorView positions;  ///< i32 (B, Hkv, S), negative: not attended to; or empty
+  std::int64_t length = 0;    ///< slots [0, length)
+  double scale = 1.0;
+  double softcap = 0.0;
 };
 
 /// New tokens, and where their keys and values may go.
@@ -98,10 +118,11 @@ class Backend {
   virtual bool is_recording(Stream stream) const = 0;
 
   /// Checks the slots i32 (B, Hkv) of new tokens; precedes `update`.
-  virtual SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots,
-                              Stream stream) const = 0;
+  virtual SlotPlan plan_slots(std::string_view operation, std::int64_t layer,
+                              const ConstTensorView& slots, Stream stream) const = 0;
 
-  /// Returns the tokens that each sequence gained.
+  /// Draws the rows of new tokens and, where asked for, computes their attention. Returns the
+  /// tokens that each sequence gained.
   virtual std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                            Stream stream) = 0;
   virtual void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) = 0;
@@ -164,6 +185,10 @@ std::unique_ptr<Backend> make_cpu_backend(const GraphConfig& graph, const WalkCo
 /// Throws BackendUnavailable where there is none.
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
                                            const std::vector<LayerState>& layers);
+
+void decode_attention_on_cpu(const AttentionArgs& args);
+/// Throws BackendUnavailable where there is no such device.
+void decode_attention_on_cuda(const AttentionArgs& args, int device, Stream stream);
 
 /// Walkers of a population and the number of the first: its share, the last one takes the rest.
 struct WalkerRange {

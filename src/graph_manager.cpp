@@ -97,6 +97,18 @@ struct GraphManager::Impl {
                 static_cast<std::int64_t>(walk.populations.size()) - 1);
   }
 
+  /// (B, Hq, D) of one new token a sequence.
+  void check_query(std::string_view operation, std::int64_t layer,
+                   const ConstTensorView& query) const {
+    check_tensor(query, {.operation = operation,
+                         .name = "query",
+                         .axes = "(B, Hq, D)",
+                         .extents = {layer_state(operation, layer).batch, graph.num_query_heads,
+                                     graph.head_dim},
+                         .dtypes = {DType::f32, DType::f16, DType::bf16},
+                         .device = graph.device});
+  }
+
   void check_keys(std::string_view operation, const ConstTensorView& keys, const LayerState& state,
                   std::int64_t least_slots) const {
     check_tensor(keys, {.operation = operation,
@@ -105,10 +117,7 @@ struct GraphManager::Impl {
                         .extents = {state.batch, graph.num_kv_heads, kAny, graph.head_dim},
                         .dtypes = {DType::f32, DType::f16, DType::bf16},
                         .device = graph.device});
-    if (keys.size(2) < least_slots) {
-      throw_invalid(operation, "keys' number of slots", "at least " + std::to_string(least_slots),
-                    std::to_string(keys.size(2)));
-    }
+    detail::check_slots(operation, "keys", keys, least_slots);
   }
 
   void check_slot_table(std::string_view operation, std::string_view name, DType dtype,
@@ -145,23 +154,15 @@ struct GraphManager::Impl {
     }
   }
 
-  void check_options(std::string_view operation, const ScoreOptions& options) const {
-    const auto check = [&](std::string_view what, double value) {
-      if (std::isfinite(value) && value >= 0.0) return;
-      throw_invalid(operation, what, "finite and non-negative", std::to_string(value));
-    };
-    check("scale", options.scale);
-    check("softcap", options.softcap);
-  }
-
   // -- stages
 
   /// Appends Q tokens, or puts one a sequence into free slots.
   void add_tokens(std::string_view operation, std::int64_t layer, const ConstTensorView& queries,
                   const ConstTensorView& keys, const ConstTensorView& slots,
-                  const RowOptions& options, Stream stream) {
+                  const RowOptions& options, Stream stream,
+                  const detail::AttendedViews* attended = nullptr) {
     LayerState& state = layer_state(operation, layer);
-    check_options(operation, options.score);
+    detail::check_score_options(operation, options.score);
     check_range(operation, "row_stride", options.row_stride, 1,
                 std::numeric_limits<std::int32_t>::max());
     const std::int64_t count = queries.size(2);
@@ -175,7 +176,7 @@ struct GraphManager::Impl {
                            .dtypes = {DType::i32},
                            .device = graph.device,
                            .unit_last_stride = false});
-      plan = backend->plan_slots(layer, slots, stream);
+      plan = backend->plan_slots(operation, layer, slots, stream);
     }
     if (plan.length > state.capacity) {
       throw_invalid(operation, "the layer's length",
@@ -183,9 +184,10 @@ struct GraphManager::Impl {
                     std::to_string(plan.length));
     }
     check_keys(operation, keys, state, plan.length);
-    if (keys.dtype != queries.dtype) {
-      throw_invalid(operation, "keys' dtype", std::string(name_of(queries.dtype)) + " as queries",
-                    name_of(keys.dtype));
+    detail::check_same_dtype(operation, "keys", keys, queries);
+    if (attended != nullptr) {
+      detail::check_attended(operation, queries, keys, attended->values, plan.length,
+                             attended->out);
     }
     if (!options.valid.empty()) {
       check_tensor(options.valid, {.operation = operation,
@@ -197,20 +199,19 @@ struct GraphManager::Impl {
                                    .unit_last_stride = false});
     }
     if (count == 0) return;
-    const double scale = options.score.scale > 0.0
-                             ? options.score.scale
-                             : 1.0 / std::sqrt(static_cast<double>(graph.head_dim));
-    const std::vector<std::int64_t> added = backend->update(layer,
-                                                            {.queries = queries,
-                                                             .keys = keys,
-                                                             .slots = slots,
-                                                             .valid = options.valid,
-                                                             .first_slot = state.length,
-                                                             .length = plan.length,
-                                                             .scale = scale,
-                                                             .softcap = options.score.softcap,
-                                                             .row_stride = options.row_stride},
-                                                            stream);
+    const std::vector<std::int64_t> added =
+        backend->update(layer,
+                        {.queries = queries,
+                         .keys = keys,
+                         .attended = attended == nullptr ? detail::AttendedViews{} : *attended,
+                         .slots = slots,
+                         .valid = options.valid,
+                         .first_slot = state.length,
+                         .length = plan.length,
+                         .scale = detail::scale_of(options.score, graph.head_dim),
+                         .softcap = options.score.softcap,
+                         .row_stride = options.row_stride},
+                        stream);
     if (backend->is_recording(stream)) return;
     state.length = plan.length;
     state.ordered = state.ordered && plan.appended;
@@ -298,16 +299,19 @@ GraphManager& GraphManager::operator=(GraphManager&&) noexcept = default;
 void GraphManager::update(std::int64_t layer, const ConstTensorView& query,
                           const ConstTensorView& keys, const ConstTensorView& slots,
                           const ScoreOptions& options, Stream stream) {
-  const LayerState& state = impl_->layer_state("update", layer);
-  check_tensor(query,
-               {.operation = "update",
-                .name = "query",
-                .axes = "(B, Hq, D)",
-                .extents = {state.batch, impl_->graph.num_query_heads, impl_->graph.head_dim},
-                .dtypes = {DType::f32, DType::f16, DType::bf16},
-                .device = impl_->graph.device});
+  impl_->check_query("update", layer, query);
   impl_->add_tokens("update", layer, with_token_axis(query), keys, slots,
                     {.score = options, .valid = {}, .row_stride = 1}, stream);
+}
+
+void GraphManager::attend(std::int64_t layer, const ConstTensorView& query,
+                          const ConstTensorView& keys, const ConstTensorView& values,
+                          const ConstTensorView& slots, const TensorView& out,
+                          const ScoreOptions& options, Stream stream) {
+  impl_->check_query("attend", layer, query);
+  const detail::AttendedViews attended{.values = values, .out = out};
+  impl_->add_tokens("attend", layer, with_token_axis(query), keys, slots,
+                    {.score = options, .valid = {}, .row_stride = 1}, stream, &attended);
 }
 
 void GraphManager::update_rows(std::int64_t layer, const ConstTensorView& queries,

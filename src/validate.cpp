@@ -1,5 +1,6 @@
 #include "validate.h"
 
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -87,6 +88,54 @@ void check_tensor(const ConstTensorView& view, const TensorSpec& spec) {
               std::to_string(view.stride(a)) + " on axis " + std::to_string(a));
     }
   }
+}
+
+void check_slots(std::string_view operation, std::string_view name, const ConstTensorView& view,
+                 std::int64_t least) {
+  if (view.size(2) >= least) return;
+  throw_invalid(operation, std::string(name) + "' number of slots",
+                "at least " + std::to_string(least), std::to_string(view.size(2)));
+}
+
+void check_same_dtype(std::string_view operation, std::string_view name,
+                      const ConstTensorView& view, const ConstTensorView& queries) {
+  if (view.dtype == queries.dtype) return;
+  throw_invalid(operation, std::string(name) + "' dtype",
+                std::string(name_of(queries.dtype)) + " as queries", name_of(view.dtype));
+}
+
+void check_score_options(std::string_view operation, const ScoreOptions& options) {
+  const auto check = [&](std::string_view what, double value) {
+    if (std::isfinite(value) && value >= 0.0) return;
+    throw_invalid(operation, what, "finite and non-negative", std::to_string(value));
+  };
+  check("scale", options.scale);
+  check("softcap", options.softcap);
+}
+
+double scale_of(const ScoreOptions& options, std::int64_t head_dim) {
+  return options.scale > 0.0 ? options.scale : 1.0 / std::sqrt(static_cast<double>(head_dim));
+}
+
+void check_attended(std::string_view operation, const ConstTensorView& queries,
+                    const ConstTensorView& keys, const ConstTensorView& values, std::int64_t slots,
+                    const TensorView& out) {
+  check_tensor(values, {.operation = operation,
+                        .name = "values",
+                        .axes = "(B, Hkv, S, D)",
+                        .extents = {keys.size(0), keys.size(1), kAny, keys.size(3)},
+                        .dtypes = {DType::f32, DType::f16, DType::bf16},
+                        .device = keys.device});
+  check_slots(operation, "values", values, slots);
+  check_same_dtype(operation, "values", values, queries);
+  check_tensor(out, {.operation = operation,
+                     .name = "out",
+                     .axes = "(B, Hq, D)",
+                     .extents = {keys.size(0), queries.size(1), keys.size(3)},
+                     .dtypes = {queries.dtype},
+                     .device = keys.device,
+                     .unit_last_stride = true,
+                     .writable = true});
 }
 
 void check_range(std::string_view operation, std::string_view what, std::int64_t value,

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "spectralkv/attention.h"
 #include "spectralkv/error.h"
 #include "spectralkv/tensor.h"
 
@@ -42,6 +43,23 @@ struct TensorSpec {
 };
 
 void check_tensor(const ConstTensorView& view, const TensorSpec& spec);
+
+/// Of (B, Hkv, S, ...): S is no less.
+void check_slots(std::string_view operation, std::string_view name, const ConstTensorView& view,
+                 std::int64_t least);
+/// That of the queries.
+void check_same_dtype(std::string_view operation, std::string_view name,
+                      const ConstTensorView& view, const ConstTensorView& queries);
+
+void check_score_options(std::string_view operation, const ScoreOptions& options);
+/// The factor that options mean.
+double scale_of(const ScoreOptions& options, std::int64_t head_dim);
+
+/// The values (B, Hkv, S, D) of an attention over `slots` slots and its output (B, Hq, D), where
+/// queries (B, Hq, ...) and keys (B, Hkv, S, D) were checked.
+void check_attended(std::string_view operation, const ConstTensorView& queries,
+                    const ConstTensorView& keys, const ConstTensorView& values, std::int64_t slots,
+                    const TensorView& out);
 
 void check_range(std::string_view operation, std::string_view what, std::int64_t value,
                  std::int64_t low, std::int64_t high);

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "spectralkv/attention.h"
 #include "spectralkv/config.h"
 #include "spectralkv/export.h"
 #include "spectralkv/stream.h"
@@ -16,12 +17,6 @@ namespace spectralkv {
 
 /// Means "every layer" where a layer is asked for.
 inline constexpr std::int64_t kAllLayers = -1;
-
-/// How the model turns dot products into attention.
-struct ScoreOptions {
-  double scale = 0.0;    ///< factor of the dot products; 0: 1 / sqrt(head_dim)
-  double softcap = 0.0;  ///< scores become softcap * tanh(score / softcap); 0: as they are
-};
 
 /// Options of a block of prompt rows.
 struct RowOptions {
@@ -67,10 +62,10 @@ struct MemoryUse {
 /// a faulty one stops all later changes, and the calls that come after the device found it throw
 /// InvalidArgument until reset(kAllLayers).
 ///
-/// `update`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`, `scores` and the
-/// like may be captured into a CUDA graph, on the captured stream alone; synchronize() before the
-/// capture. Counters advance on the device with each replay, and refresh() tells the host's view of
-/// them.
+/// `update`, `attend`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`,
+/// `scores` and the like may be captured into a CUDA graph, on the captured stream alone;
+/// synchronize() before the capture. Counters advance on the device with each replay, and refresh()
+/// tells the host's view of them.
 class SPECTRALKV_API GraphManager {
  public:
   GraphManager(const GraphConfig& graph, const WalkConfig& walk);
@@ -87,6 +82,15 @@ class SPECTRALKV_API GraphManager {
   /// `slots` i32 (B, Hkv), each a free slot (see next_slots); empty view: slot `length`, appended.
   void update(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
               const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
+
+  /// The same, and writes the token's attention over the cache to `out` (B, Hq, D): one pass over
+  /// the keys serves both. `values` (B, Hkv, S, D) with the new token's value already in its slot;
+  /// `values` and `out` are of query's dtype. Slots without a token are not attended to; a score
+  /// that is not finite counts as none, and where a head has no score at all its output is NaN.
+  /// On CUDA, D is at most 256.
+  void attend(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
+              const ConstTensorView& values, const ConstTensorView& slots, const TensorView& out,
+              const ScoreOptions& options, Stream stream);
 
   /// Q new tokens a sequence, appended at slots [length, length + Q): a prompt, a chunk of one, or
   /// a draft. Each sees the tokens up to itself. `queries` (B, Hq, Q, D); `keys` (B, Hkv, S, D).

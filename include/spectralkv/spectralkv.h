@@ -1,6 +1,7 @@
 // Everything libspectralkv offers.
 #pragma once
 
+#include "spectralkv/attention.h"      // IWYU pragma: export
 #include "spectralkv/config.h"         // IWYU pragma: export
 #include "spectralkv/error.h"          // IWYU pragma: export
 #include "spectralkv/graph_manager.h"  // IWYU pragma: export

@@ -17,6 +17,7 @@ from spectralkv._core import (
     cuda_status,
 )
 from spectralkv._paths import get_cmake_dir, get_include
+from spectralkv.attention import decode_attention
 from spectralkv.config import (
     EvictionConfig,
     GraphConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "cuda_device_name",
     "cuda_driver_version",
     "cuda_status",
+    "decode_attention",
     "get_cmake_dir",
     "get_include",
 ]

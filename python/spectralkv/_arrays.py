@@ -106,8 +106,8 @@ class Queue:
         """Return what the core takes for a tensor that it writes."""
         if tensor is not None and framework_of(tensor) == "jax":
             raise InvalidArgument(
-                "[compact] keys and values must be of torch, numpy or cupy, to be changed in "
-                "place, got a jax array, which never changes"
+                "[tensor] what is changed in place must be of torch, numpy or cupy, got a jax "
+                "array, which never changes"
             )
         return self.read(tensor, handle)
 
@@ -115,20 +115,23 @@ class Queue:
         self,
         like: Array,
         shape: Sequence[int],
-        dtype: OutputDType,
+        dtype: OutputDType | None,
         write: Callable[[Any, int], None],
         stream: StreamLike = None,
     ) -> Array:
-        """Return a new tensor of the framework and device of ``like``.
+        """Return a new tensor of the framework and device of ``like``; dtype None: also its dtype.
 
         ``write`` fills it: it gets what the core takes for the tensor, and the stream.
         """
         handle = self.enter(stream, like)
         framework = framework_of(like)
         shape = tuple(shape)
+        if dtype is None and framework:
+            dtype = like.dtype
         if framework == "torch":
             torch = sys.modules["torch"]
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+            kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            tensor = torch.empty(shape, dtype=kind, device=like.device)
             write(self._export_torch(tensor, handle), handle)
         elif framework == "numpy":
             tensor = sys.modules["numpy"].empty(shape, dtype=dtype)
@@ -218,6 +221,18 @@ class Queue:
 def framework_of(tensor: Array) -> str:
     """Return "torch", "numpy", "cupy", "jax", or "" for anything else."""
     return _framework_of_type(tensor.__class__)
+
+
+def device_of(tensor: Array) -> str:
+    """Return "cpu", or "cuda:0" and so on; InvalidArgument where it is no DLPack tensor."""
+    try:
+        kind, index = tensor.__dlpack_device__()
+    except AttributeError:
+        raise InvalidArgument(
+            "[tensor] a tensor must speak DLPack, as those of torch, numpy, cupy and jax do, got "
+            f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        ) from None
+    return f"cuda:{index}" if kind == _DLPACK_CUDA else "cpu"
 
 
 @functools.lru_cache(maxsize=64)

@@ -110,6 +110,74 @@ class GraphManager:
             keys,
         )
 
+    def attend(
+        self,
+        layer: int,
+        query: Array,
+        keys: Array,
+        values: Array,
+        *,
+        slots: Array | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        out: Array | None = None,
+        stream: StreamLike = None,
+    ) -> Array:
+        """Attend with one new token a sequence, and draw its row: `update` with its attention.
+
+        The scores that the attention needs give the row of the graph, so keys are read once for
+        both.
+
+        Parameters
+        ----------
+        layer
+            Which layer.
+        query
+            (B, Hq, D), with its rotary position.
+        keys, values
+            (B, Hkv, S, D), of query's dtype, the new token's key and value already in its slot.
+            Slots without a token are not attended to.
+        slots, scale, softcap
+            As in `update`.
+        out
+            (B, Hq, D) of query's dtype, written; None: a new tensor of query's framework.
+        stream
+            See the class.
+
+        Returns
+        -------
+        out
+            NaN where a head sees nothing with a finite score.
+
+        Raises
+        ------
+        InvalidArgument
+            As `update`; or values or ``out`` do not fit; or on CUDA D is above 256.
+        """
+        queue = self._queue
+
+        def write(into: Array, handle: int) -> None:
+            self._core.attend(
+                layer,
+                queue.read(query, handle),
+                queue.read(keys, handle),
+                queue.read(values, handle),
+                queue.read(slots, handle),
+                into,
+                scale or 0.0,
+                softcap or 0.0,
+                handle,
+            )
+
+        if out is None:
+            return queue.filled(query, query.shape, None, write, stream)
+        handle = queue.enter(stream, keys)
+        try:
+            write(queue.write(out, handle), handle)
+        finally:
+            queue.leave()
+        return out
+
     def update_rows(
         self,
         layer: int,

@@ -56,6 +56,17 @@ void init_graph_manager(nb::module_& m) {
           "slots"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
           "stream"_a = 0, Release())
       .def(
+          "attend",
+          [](Self& self, std::int64_t layer, const Input& query, const Input& keys,
+             const Input& values, const OptionalInput& slots, const Output& out, double scale,
+             double softcap, std::uintptr_t stream) {
+            self.attend(layer, view(query), view(keys), view(values), view(slots), writable(out),
+                        {scale, softcap}, stream_of(stream));
+          },
+          "layer"_a, "query"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
+          "slots"_a.noconvert().none(), "out"_a.noconvert(), "scale"_a = 0.0, "softcap"_a = 0.0,
+          "stream"_a = 0, Release())
+      .def(
           "update_rows",
           [](Self& self, std::int64_t layer, const Input& queries, const Input& keys,
              const OptionalInput& valid, double scale, double softcap, std::int64_t row_stride,

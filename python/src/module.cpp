@@ -34,6 +34,7 @@ NB_MODULE(_core, m) {
   nb::exception<spectralkv::CudaError>(m, "CudaError", bases(PyExc_RuntimeError));
 
   init_config(m);
+  init_attention(m);
   init_graph_manager(m);
   init_monitor(m);
 }

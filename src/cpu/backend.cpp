@@ -47,7 +47,8 @@ class CpuBackend final : public Backend {
 
   bool is_recording(Stream) const override { return false; }
 
-  SlotPlan plan_slots(std::int64_t layer, const ConstTensorView& slots, Stream) const override {
+  SlotPlan plan_slots(std::string_view operation, std::int64_t layer, const ConstTensorView& slots,
+                      Stream) const override {
     const LayerState& host = state(layer);
     SlotPlan plan{.length = host.length, .appended = true};
     for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
@@ -55,15 +56,15 @@ class CpuBackend final : public Backend {
         const std::int64_t slot = slot_of(slots, b, h);
         const std::int64_t g = context().graph_of(h);
         if (slot < 0 || slot >= host.capacity) {
-          throw_invalid("update", "the slot" + at(b, h),
+          throw_invalid(operation, "the slot" + at(b, h),
                         "in [0, " + std::to_string(host.capacity - 1) + "]", std::to_string(slot));
         }
         if (slot < host.length && mine(layer).positions(b, g)[slot] >= 0) {
-          throw_invalid("update", "the slot" + at(b, h), "free",
+          throw_invalid(operation, "the slot" + at(b, h), "free",
                         std::to_string(slot) + ", which holds a token");
         }
         if (slot != slot_of(slots, b, context().first_head(g))) {
-          throw_invalid("update", "the slots of heads that share a graph", "equal",
+          throw_invalid(operation, "the slots of heads that share a graph", "equal",
                         std::to_string(slot) + " and " +
                             std::to_string(slot_of(slots, b, context().first_head(g))));
         }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <new>
 #include <span>
@@ -200,6 +201,8 @@ struct CpuContext {
 struct Scratch {
   AlignedBuffer<float> scores;
   AlignedBuffer<float> sums;
+  AlignedBuffer<float> totals;
+  AlignedBuffer<float> outputs;
   AlignedBuffer<float> queries;
   AlignedBuffer<float> panel;
   AlignedBuffer<double> z_scores;
@@ -207,8 +210,8 @@ struct Scratch {
   AlignedBuffer<std::int32_t> slots;
 
   std::int64_t bytes() const {
-    return scores.bytes() + sums.bytes() + queries.bytes() + panel.bytes() + z_scores.bytes() +
-           words.bytes() + slots.bytes();
+    return scores.bytes() + sums.bytes() + totals.bytes() + outputs.bytes() + queries.bytes() +
+           panel.bytes() + z_scores.bytes() + words.bytes() + slots.bytes();
   }
 };
 
@@ -241,9 +244,49 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
 /// update_rows.cpp: a block of new tokens.
 UpdateCounts update_block(const CpuContext& context, CpuLayer& layer, const UpdateArgs& args,
                           std::vector<Scratch>& scratch);
-/// softmax over n scores (raw dot products) of one query head, added to `sums` with a weight.
-void add_softmax(const CpuContext& context, const UpdateArgs& args, float* scores, std::int64_t n,
-                 const std::int32_t* positions, float weight, float* sums);
+/// What a softmax does to raw dot products.
+struct SoftmaxArgs {
+  float scale;
+  float softcap;  ///< 0: none
+};
+inline SoftmaxArgs softmax_args(const UpdateArgs& args) {
+  return {.scale = static_cast<float>(args.scale), .softcap = static_cast<float>(args.softcap)};
+}
+/// Turns n scores (raw dot products) of one query head into numbers in proportion to their softmax,
+/// 0 where `positions` (null: none) is negative or the score is not finite. Returns their sum: 0
+/// where the head sees no token.
+float softmax(const CpuContext& context, const SoftmaxArgs& args, float* scores, std::int64_t n,
+              const std::int32_t* positions);
+/// The same, and adds the softmax to `sums` with a weight.
+float add_softmax(const CpuContext& context, const SoftmaxArgs& args, float* scores, std::int64_t n,
+                  const std::int32_t* positions, float weight, float* sums);
+
+/// attention.cpp: the attention of one token a sequence, for a round of sequences at once.
+struct AttentionRound {
+  ConstTensorView queries;  ///< (B, Hq, D), further axes are not looked at
+  ConstTensorView keys;     ///< (B, Hkv, S, D)
+  std::int64_t first;       ///< sequences [first, first + count)
+  std::int64_t count;
+  std::int64_t length;  ///< slots [0, length)
+
+  std::int64_t operations(const GraphConfig& graph) const {
+    return count * graph.num_query_heads * length * graph.head_dim;
+  }
+};
+/// Sequences that are worth a round: as many as keep all threads busy.
+std::int64_t round_size(const CpuContext& context, std::int64_t batch, std::int64_t graphs);
+/// Writes the queries as f32 (count, Hq, D) and their dot products with the keys (count, Hq,
+/// length).
+void score_keys(const CpuContext& context, const AttentionRound& round, float* queries,
+                float* scores);
+/// positions(b, h): of the slots of a head, or null.
+using PositionsOf = std::function<const std::int32_t*(std::int64_t b, std::int64_t h)>;
+/// Writes the attention's output: means of the values by `weights` (count, Hq, length), whose sums
+/// are `totals` (count, Hq). `partial` is scratch.
+void weigh_values(const CpuContext& context, const AttentionRound& round,
+                  const AttendedViews& attended, const PositionsOf& positions, const float* weights,
+                  const float* totals, AlignedBuffer<float>& partial);
+
 /// Draws the row of the token in `slot` from the probabilities of the first n slots.
 void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
               std::int64_t slot, const float* probabilities, std::int64_t n);

@@ -12,9 +12,6 @@
 namespace spectralkv::detail {
 namespace {
 
-/// Slots that one task scores. Small enough to spread one long sequence over the threads.
-constexpr std::int64_t kSlotsPerTask = 4096;
-
 float apply_softcap(float* scores, std::int64_t n, float softcap) {
   float maximum = -std::numeric_limits<float>::infinity();
   for (std::int64_t j = 0; j < n; ++j) {
@@ -31,15 +28,22 @@ bool all_finite(const float* values, std::int64_t n) {
   return std::all_of(values, values + n, [](float value) { return std::isfinite(value); });
 }
 
-void add_softmax(const CpuContext& context, const UpdateArgs& args, float* scores, std::int64_t n,
-                 const std::int32_t* positions, float weight, float* sums) {
-  float maximum = context.simd.mask_scores(scores, n, static_cast<float>(args.scale), positions);
-  if (maximum == -std::numeric_limits<float>::infinity()) return;  // it sees no token
-  if (args.softcap > 0.0) {
-    maximum = apply_softcap(scores, n, static_cast<float>(args.softcap));
+float softmax(const CpuContext& context, const SoftmaxArgs& args, float* scores, std::int64_t n,
+              const std::int32_t* positions) {
+  float maximum = context.simd.mask_scores(scores, n, args.scale, positions);
+  if (maximum == -std::numeric_limits<float>::infinity()) {
+    std::fill_n(scores, n, 0.0F);
+    return 0.0F;
   }
-  const float total = context.simd.exp_sum(scores, n, maximum);
-  context.simd.add_scaled(sums, scores, n, weight / total);
+  if (args.softcap > 0.0F) maximum = apply_softcap(scores, n, args.softcap);
+  return context.simd.exp_sum(scores, n, maximum);
+}
+
+float add_softmax(const CpuContext& context, const SoftmaxArgs& args, float* scores, std::int64_t n,
+                  const std::int32_t* positions, float weight, float* sums) {
+  const float total = softmax(context, args, scores, n, positions);
+  if (total > 0.0F) context.simd.add_scaled(sums, scores, n, weight / total);
+  return total;
 }
 
 void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
@@ -62,41 +66,25 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
   const std::int64_t dim = graph.head_dim;
   const std::int64_t group = context.group();
   const std::int64_t length = args.length;
-  const std::int64_t key_stride = args.keys.stride(2);
-  const std::int64_t splits = (length + kSlotsPerTask - 1) / kSlotsPerTask;
-  const std::int64_t operations = graph.num_query_heads * length * dim;
+  const std::int64_t key_bytes = args.keys.stride(2) * size_of(args.keys.dtype);
 
-  // Queries as f32, then the scores of as many sequences at once as keep all threads busy.
-  const std::int64_t at_once = std::clamp<std::int64_t>(
-      (2 * std::int64_t{context.threads} + layer.graphs() - 1) / layer.graphs(), 1, layer.batch());
+  const std::int64_t at_once = round_size(context, layer.batch(), layer.graphs());
   float* const queries = scratch[0].queries.at_least(at_once * graph.num_query_heads * dim);
   float* const scores = scratch[0].scores.at_least(at_once * graph.num_query_heads * length);
+  float* const totals = scratch[0].totals.at_least(at_once * graph.num_query_heads);
   std::atomic<std::int64_t> rows{0};
   std::atomic<std::int64_t> nonfinite{0};
 
   for (std::int64_t first = 0; first < layer.batch(); first += at_once) {
-    const std::int64_t count = std::min(at_once, layer.batch() - first);
-    const int threads = context.threads_for(operations * count);
-    for (std::int64_t i = 0; i < count * graph.num_query_heads; ++i) {
-      const std::int64_t b = first + i / graph.num_query_heads;
-      const std::int64_t h = i % graph.num_query_heads;
-      context.simd.load_row(head_pointer(args.queries, b, h), args.queries.dtype, dim,
-                            queries + i * dim);
-    }
+    const AttentionRound round{.queries = args.queries,
+                               .keys = args.keys,
+                               .first = first,
+                               .count = std::min(at_once, layer.batch() - first),
+                               .length = length};
+    score_keys(context, round, queries, scores);
 
-    parallel_for(count * graph.num_kv_heads * splits, threads, [&](std::int64_t task, int) {
-      const std::int64_t head = task / splits;  // of this round, over its sequences
-      const std::int64_t begin = task % splits * kSlotsPerTask;
-      const std::int64_t b = first + head / graph.num_kv_heads;
-      const std::int64_t h = head % graph.num_kv_heads;
-      const auto* keys =
-          head_pointer(args.keys, b, h) + begin * key_stride * size_of(args.keys.dtype);
-      context.simd.dot_keys(
-          keys, args.keys.dtype, key_stride, std::min(kSlotsPerTask, length - begin), dim,
-          queries + head * group * dim, group, scores + head * group * length + begin, length);
-    });
-
-    parallel_for(count * layer.graphs(), threads, [&](std::int64_t task, int worker) {
+    const int threads = context.threads_for(round.operations(graph));
+    parallel_for(round.count * layer.graphs(), threads, [&](std::int64_t task, int worker) {
       const std::int64_t b = first + task / layer.graphs();
       const std::int64_t g = task % layer.graphs();
       const std::int64_t first_head = context.first_head(g);
@@ -115,24 +103,28 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
       const std::int64_t first_query = (b - first) * graph.num_query_heads + first_head * group;
       bool finite = all_finite(queries + first_query * dim, query_heads * dim);
       for (std::int64_t h = first_head; h < first_head + context.head_count(); ++h) {
-        context.simd.load_row(
-            head_pointer(args.keys, b, h) + slot * key_stride * size_of(args.keys.dtype),
-            args.keys.dtype, dim, key);
+        context.simd.load_row(head_pointer(args.keys, b, h) + slot * key_bytes, args.keys.dtype,
+                              dim, key);
         finite = finite && all_finite(key, dim);
       }
-      if (!finite) {
-        ++nonfinite;
-        return;
-      }
+      if (!finite) ++nonfinite;
+      if (!finite && !args.attends()) return;
 
       float* const sums = mine.sums.at_least(length);
       std::fill_n(sums, length, 0.0F);
-      for (std::int64_t q = 0; q < query_heads; ++q) {
-        add_softmax(context, args, scores + (first_query + q) * length, length, positions,
-                    1.0F / static_cast<float>(query_heads), sums);
+      for (std::int64_t q = first_query; q < first_query + query_heads; ++q) {
+        totals[q] = add_softmax(context, softmax_args(args), scores + q * length, length, positions,
+                                1.0F / static_cast<float>(query_heads), sums);
       }
-      draw_row(context, layer, b, g, slot, sums, length);
+      if (finite) draw_row(context, layer, b, g, slot, sums, length);
     });
+
+    if (args.attends()) {
+      weigh_values(
+          context, round, args.attended,
+          [&](std::int64_t b, std::int64_t h) { return layer.positions(b, context.graph_of(h)); },
+          scores, totals, scratch[0].outputs);
+    }
   }
   return {.rows = rows, .nonfinite = nonfinite};
 }

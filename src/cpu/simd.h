@@ -44,6 +44,12 @@ struct SimdKernels {
   /// sum[j] += factor * x[j]
   void (*add_scaled)(float* sum, const float* x, std::int64_t n, float factor);
 
+  /// sums[g * dim + d] += sum over j < n of weights[g * ld + j] * rows[j][d], g < num_sums, where
+  /// rows with positions[j] < 0 are not looked at. `positions` may be null.
+  void (*add_weighted_rows)(const void* rows, DType dtype, std::int64_t stride, std::int64_t n,
+                            std::int64_t dim, const std::int32_t* positions, const float* weights,
+                            std::int64_t ld, std::int64_t num_sums, float* sums);
+
   /// The up to k largest positive values of `values`, in descending order, of equal ones the lower
   /// index, passing over index `self` and every index whose position is below `first_position`.
   /// Returns how many there are.

@@ -109,8 +109,8 @@ UpdateCounts update_block(const CpuContext& context, CpuLayer& layer, const Upda
           for (std::int64_t i = 0; i < tokens; ++i) {
             const std::int64_t n = args.first_slot + token_of(i) + 1;
             for (std::int64_t q = 0; q < group; ++q) {
-              add_softmax(context, args, scores + (i * group + q) * ld, n, positions, weight,
-                          sums + i * visible);
+              add_softmax(context, softmax_args(args), scores + (i * group + q) * ld, n, positions,
+                          weight, sums + i * visible);
             }
           }
         }

@@ -29,4 +29,9 @@ std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkC
                            cuda::status());
 }
 
+void decode_attention_on_cuda(const AttentionArgs& /*args*/, int device, Stream /*stream*/) {
+  throw BackendUnavailable("[decode_attention] no backend for " +
+                           name_of(Device{DeviceType::cuda, device}) + ": " + cuda::status());
+}
+
 }  // namespace spectralkv::detail
