@@ -386,6 +386,9 @@ class MonitorConfig:
 def apply_preset(name: str, graph: GraphConfig, walk: WalkConfig) -> None:
     """Set edge law, top_k and the walk to a named choice."""
 
+def decode_attention(query: Annotated[NDArray, dict(writable=False)], keys: Annotated[NDArray, dict(writable=False)], values: Annotated[NDArray, dict(writable=False)], positions: Annotated[NDArray, dict(writable=False)] | None, length: int, out: NDArray, scale: float = 0.0, softcap: float = 0.0, stream: int = 0) -> None:
+    """Attention of one token a sequence over slots [0, length) of its cache."""
+
 ALL_LAYERS: int = -1
 
 class Statistics:
@@ -421,6 +424,8 @@ class GraphManager:
     def __init__(self, graph: GraphConfig, walk: WalkConfig) -> None: ...
 
     def update(self, layer: int, query: Annotated[NDArray, dict(writable=False)], keys: Annotated[NDArray, dict(writable=False)], slots: Annotated[NDArray, dict(writable=False)] | None = None, scale: float = 0.0, softcap: float = 0.0, stream: int = 0) -> None: ...
+
+    def attend(self, layer: int, query: Annotated[NDArray, dict(writable=False)], keys: Annotated[NDArray, dict(writable=False)], values: Annotated[NDArray, dict(writable=False)], slots: Annotated[NDArray, dict(writable=False)] | None, out: NDArray, scale: float = 0.0, softcap: float = 0.0, stream: int = 0) -> None: ...
 
     def update_rows(self, layer: int, queries: Annotated[NDArray, dict(writable=False)], keys: Annotated[NDArray, dict(writable=False)], valid: Annotated[NDArray, dict(writable=False)] | None = None, scale: float = 0.0, softcap: float = 0.0, row_stride: int = 1, stream: int = 0) -> None: ...
 
@@ -506,6 +511,8 @@ class Monitor:
     def on_prefill_end(self, layer: int, keys: Annotated[NDArray, dict(writable=False)], stream: int = 0) -> None: ...
 
     def on_step(self, layer: int, query: Annotated[NDArray, dict(writable=False)], keys: Annotated[NDArray, dict(writable=False)], slots: Annotated[NDArray, dict(writable=False)] | None = None, scale: float = 0.0, softcap: float = 0.0, stream: int = 0) -> None: ...
+
+    def renew_due(self, layer: int, keys: Annotated[NDArray, dict(writable=False)], stream: int = 0) -> None: ...
 
     def on_finish(self, sequence: int) -> None: ...
 
