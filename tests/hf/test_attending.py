@@ -58,6 +58,7 @@ def test_logits_are_the_models_own(family: str, implementation: str, device: str
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert caches[1].stats().attention == "policy"
     assert caches[0].stats().attention == "model"
+    assert caches[1].stats().tokens_kept == caches[0].stats().tokens_kept
     assert caches[1].stats().evictions == caches[0].stats().evictions > 0
     assert kept_tokens(caches[1]) == kept_tokens(caches[0])
 
@@ -242,7 +243,7 @@ def test_tensors_that_the_core_does_not_know(device: str) -> None:
 
 def test_auto_is_the_models_on_the_cpu() -> None:
     model = model_of()
-    cache = make_cache(model.config, SPECTRAL)
+    cache = make_cache(model.config, SPECTRAL, attention="auto")
     feed(model, cache, random_ids(1, 60), [20] + [1] * 40)
     assert cache.stats().attention == "model"
 

@@ -628,8 +628,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def num_slots(self) -> int:
-        """Slots in use: what the longest sequence holds, empty slots included."""
-        return self._size
+        """Slots in use: what the longest sequence holds, padding that takes slots included."""
+        return max(self._lengths) if self._scattered else self._size
 
     @property
     def attended_by(self) -> str:
