@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
-from spectralkv.evaluation import EvaluationError
+from spectralkv.evaluation import EvaluationError, bench
 from spectralkv.evaluation.bench import BenchConfig, BenchResult, BenchRow, random_model, run_bench
 
 SMALL = BenchConfig(
@@ -62,6 +64,28 @@ def test_noise_is_of_the_same_cache_twice() -> None:
     result = BenchResult(model="m", config=config, rows=(row, failed))
     assert math.isnan(result.noise(10))
     assert "tokens_per_s" not in result.to_dict()["rows"][1]
+
+
+def test_what_cannot_be_measured_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: Exception) -> Any:
+        def make(*_: object) -> Any:
+            raise error
+
+        return make
+
+    full = torch.cuda.OutOfMemoryError("of 9 GiB")
+    refused = RuntimeError("[decode] the step cannot be captured, because ...\nand more")
+    kinds = [("full", None, fails(full)), ("refused", 0.2, fails(refused))]
+    monkeypatch.setattr(bench, "_kinds", lambda _: iter(kinds))
+    result = run_bench(random_model("tiny"), replace(SMALL, contexts=(100,)))
+    assert [row.failure for row in result.rows] == [
+        "out of memory",
+        "not captured: [decode] the step cannot be captured, because ...",
+        "out of memory",
+    ]
+    kinds[1] = ("broken", 0.2, fails(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        run_bench(random_model("tiny"), SMALL)
 
 
 @pytest.mark.parametrize(

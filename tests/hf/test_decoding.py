@@ -275,11 +275,35 @@ def test_what_cannot_be_decoded_says_so(device: str) -> None:
     for cache in others:
         with pytest.raises(ValueError, match=r"\[decode\] expected a cache whose policy attends"):
             generate(model, ids, cache)
-    double = make_model("llama", dtype=torch.float16, device=device)
-    assert generate(double, ids, cache_of(double), max_new_tokens=5).shape == (2, 35)
+    logits, positions = torch.zeros(2, 97, device=device), torch.zeros(2, device=device)
+    loop = DecodeLoop(model, cache_of(model), logits=logits, positions=positions, max_new_tokens=5)
+    with pytest.raises(ValueError, match="layer 0: expected a prompt before the steps"):
+        loop.run(1)
     with pytest.raises(ValueError, match="max_new_tokens must be 1 or more, got 0"):
         generate(model, ids, cache_of(model), max_new_tokens=0)
     assert generate(model, ids, cache_of(model), max_new_tokens=1).shape == (2, 31)
+
+
+def test_half_precision_goes_as_well(device: str) -> None:
+    model = make_model("llama", dtype=torch.bfloat16, device=device)
+    ids = random_ids(2, 30, device=device)
+    assert generate(model, ids, cache_of(model), max_new_tokens=50).shape == (2, 80)
+
+
+def test_a_loop_that_broke_off_leaves_a_cache_to_be_reset(device: str) -> None:
+    model = model_of(device=device)
+    cache = cache_of(model)
+    loop = loop_of(model, cache, device, capture=False)
+
+    def stop() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(9, stop)
+    with pytest.raises(RuntimeError, match=r"After an interruption, reset\(\) the cache"):
+        feed(model, cache, random_ids(2, 1, device=device), [1])
+    cache.reset()
+    assert feed(model, cache, random_ids(2, 30, device=device), [30]).shape == (2, 30, 97)
 
 
 class Replayed(DecodeLoop):

@@ -285,6 +285,10 @@ def run_bench(
                     rows.append(_measured(make(loaded.model, config, context, share), config, row))
             except torch.cuda.OutOfMemoryError:
                 rows.append(replace(row, failure="out of memory"))
+            except RuntimeError as error:
+                if "captur" not in str(error):
+                    raise
+                rows.append(replace(row, failure=f"not captured: {str(error).splitlines()[0]}"))
             gc.collect()  # a captured graph and its cache refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -444,8 +448,8 @@ def _fill(model: Any, cache: Any, batch: int, context: int) -> None:
     """Put random keys and values into a cache that keeps all."""
     import torch
 
-    config = model.config
-    heads = config.num_key_value_heads
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
         shape = (batch, heads, context, dim)

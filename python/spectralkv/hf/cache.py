@@ -188,14 +188,18 @@ class EvictingCache(Cache):
         """
         if not self._ours:
             raise ValueError("[decode] expected layers that evict, got a model without")
+        for layer in self._ours:
+            layer.check_steps()
+        for layer in self._ours:
+            layer.start_steps(count)
+        is_whole = False
         try:
-            for layer in self._ours:
-                layer.start_steps(count)
             yield
+            is_whole = True
         finally:
             self.settle()
             for layer in self._ours:
-                layer.end_steps()
+                layer.end_steps(is_whole=is_whole)
 
     def settle(self) -> None:
         """Wait for the device, and learn what it holds after replays of captured steps."""

@@ -450,17 +450,13 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # -- what a decode loop calls
 
-    def start_steps(self, count: int) -> None:
-        """Make ready for `count` decode steps that look the same to the device.
-
-        Until `end_steps` a forward pass of one real token a sequence is attended by the policy and
-        changes nothing that the host knows: it may be captured and replayed. The loop counts steps
-        with `count_step`, and cuts.
+    def check_steps(self) -> None:
+        """Check that the policy can attend at the steps of a loop.
 
         Raises
         ------
         ValueError
-            The policy cannot attend.
+            It cannot, or there is no prompt.
         """
         if self._attention == "model" or not isinstance(self._tracker, AttendingTracker):
             raise ValueError(
@@ -472,6 +468,14 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         obstacle = self._tracker.obstacle(self.keys, self.keys, self.values)
         if obstacle is not None:
             raise ValueError(f"[decode] layer {self.index}: expected {obstacle}")
+
+    def start_steps(self, count: int) -> None:
+        """Make ready for `count` decode steps that look the same to the device.
+
+        Until `end_steps` a forward pass of one real token a sequence is attended by the policy and
+        changes nothing that the host knows: it may be captured and replayed. The loop counts steps
+        with `count_step`, and cuts.
+        """
         held = max(self._lengths) if self._scattered else self._size
         self._make_room(held + (count if self._policy.budget is None else 1))
         self._fixed = True
@@ -503,9 +507,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         )
 
-    def end_steps(self) -> None:
-        """Go back to forward passes of any kind."""
+    def end_steps(self, *, is_whole: bool) -> None:
+        """Go back to forward passes of any kind; if a step broke off, to none before `reset`."""
         self._fixed = False
+        self._pending = None
+        self._awaits_attention = not is_whole
         self._attended_by = "policy"
         self._show()
 

@@ -20,7 +20,6 @@ from spectralkv.config import (
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of the core's attention.
 _MOST_CUDA_DIM = 256
 # Slots are int32.
@@ -251,11 +250,9 @@ class _SpectralTracker(AttendingTracker):
             )
 
     def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
-        for name, tensor in (("queries", query), ("keys", keys), ("values", values)):
-            if tensor.dtype not in _DTYPES:
-                return f"{name} of float32, float16 or bfloat16, got {tensor.dtype}"
-        if len({query.dtype, keys.dtype, values.dtype}) > 1:
-            return f"one dtype, got {query.dtype} queries for {keys.dtype} keys"
+        dtypes = [tensor.dtype for tensor in (query, keys, values)]
+        if len(set(dtypes)) > 1:
+            return f"queries, keys and values of one dtype, got {dtypes}"
         if keys.shape[3] != values.shape[3]:
             return f"keys and values of one size, got {keys.shape[3]} and {values.shape[3]}"
         if keys.is_cuda and keys.shape[3] > _MOST_CUDA_DIM:
