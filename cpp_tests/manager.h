@@ -201,6 +201,10 @@ class Monitor {
     DeviceCall on(device());
     monitor_->on_step(layer, on(query), on(keys), on(slots), options, on.stream());
   }
+  void renew_due(Index layer, const ConstTensorView& keys, Stream) {
+    DeviceCall on(device());
+    monitor_->renew_due(layer, on(keys), on.stream());
+  }
   void on_finish(Index sequence) { monitor_->on_finish(sequence); }
   bool is_full(Index layer) const { return monitor_->is_full(layer); }
   Index kept_length(Index layer) const { return monitor_->kept_length(layer); }

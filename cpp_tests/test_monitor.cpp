@@ -84,7 +84,8 @@ class Engine {
     monitor.on_prefill_end(0, keys_.view(), Stream{});
   }
 
-  void step() {
+  /// One token a sequence: by on_step, or by the two calls that it stands for.
+  void step(bool in_two_calls = false) {
     HostTensor slots(DType::i32, {batch(), kHeads});
     slots.fill(static_cast<double>(monitor.graph().length(0)));
     if (reuse_) monitor.graph().next_slots(0, slots.view(), Stream{});
@@ -96,8 +97,13 @@ class Engine {
       for (Index h = 0; h < kHeads; ++h) write_key(b, h, slots.get_index({b, h}));
       ++next_[at(b)];
     }
-    monitor.on_step(0, query.view(), keys_.view(),
-                    reuse_ ? std::as_const(slots).view() : ConstTensorView{}, {}, Stream{});
+    const ConstTensorView taken = reuse_ ? std::as_const(slots).view() : ConstTensorView{};
+    if (in_two_calls) {
+      monitor.graph().update(0, query.view(), keys_.view(), taken, {}, Stream{});
+      monitor.renew_due(0, keys_.view(), Stream{});
+    } else {
+      monitor.on_step(0, query.view(), keys_.view(), taken, {}, Stream{});
+    }
   }
 
   HostTensor keep() {
@@ -158,6 +164,20 @@ TEST(Monitor, WalksEveryIntervalOfASequence) {
     engine.step();
     EXPECT_EQ(engine.walks(), (round + 1) * 2 * kHeads);
   }
+}
+
+TEST(Monitor, RenewsWhatIsDueAfterTokensThatCameAnotherWay) {
+  Engine one({Text(1), Text(2)}, monitor_config(4));
+  Engine other({Text(1), Text(2)}, monitor_config(4));
+  one.prefill({8, 4});
+  other.prefill({8, 4});
+  for (int i = 0; i < 9; ++i) {
+    one.step();
+    other.step(true);
+    EXPECT_EQ(other.walks(), one.walks());
+    EXPECT_EQ(other.monitor.graph().tokens_walked(0, 1), one.monitor.graph().tokens_walked(0, 1));
+  }
+  EXPECT_EQ(one.walks(), 3 * 2 * kHeads);
 }
 
 TEST(Monitor, WalksEveryIntervalWithoutAPrompt) {

@@ -80,8 +80,12 @@ void Monitor::on_prefill_end(std::int64_t layer, const ConstTensorView& keys, St
 
 void Monitor::on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
                       const ConstTensorView& slots, const ScoreOptions& options, Stream stream) {
-  GraphManager& graph = impl_->graph;
-  graph.update(layer, query, keys, slots, options, stream);
+  impl_->graph.update(layer, query, keys, slots, options, stream);
+  renew_due(layer, keys, stream);
+}
+
+void Monitor::renew_due(std::int64_t layer, const ConstTensorView& keys, Stream stream) {
+  const GraphManager& graph = impl_->graph;
   const std::int64_t interval = impl_->config.walk_interval;
   if (interval == 0) return;
   impl_->renew(layer, keys,

@@ -33,7 +33,8 @@ struct SPECTRALKV_API MonitorConfig {
 /// Decides when the graphs are walked and when the cache is cut. One Monitor serves one batch:
 ///
 ///     on_prefill (per layer and chunk) ... on_prefill_end
-///     every step: on_step (per layer); if is_full(layer): keep(layer), then compact or release
+///     every step: on_step, or graph().attend and renew_due (per layer);
+///         if is_full(layer): keep(layer), then compact or release
 ///     on_finish
 ///
 /// Each sequence keeps its own schedule, so that a sequence is treated in a batch as it would be
@@ -56,6 +57,10 @@ class SPECTRALKV_API Monitor {
   /// sequences whose walk_interval is over.
   void on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
                const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
+
+  /// What on_step does after GraphManager::update, for tokens that came by GraphManager::attend:
+  /// renews the importance of the sequences whose walk_interval is over.
+  void renew_due(std::int64_t layer, const ConstTensorView& keys, Stream stream);
 
   /// A sequence has ended: its slots hold no tokens any more, and no cut keeps them.
   void on_finish(std::int64_t sequence);

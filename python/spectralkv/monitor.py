@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from spectralkv import _core
 from spectralkv._arrays import Array, StreamLike
 from spectralkv.config import EvictionConfig, GraphConfig, MonitorConfig, Solver, WalkConfig
-from spectralkv.manager import GraphManager
+from spectralkv.manager import ALL_LAYERS, GraphManager
 
 __all__ = ["Monitor"]
 
@@ -124,6 +126,35 @@ class Monitor:
             keys,
         )
 
+    def attend(
+        self,
+        layer: int,
+        query: Array,
+        keys: Array,
+        values: Array,
+        *,
+        slots: Array | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        out: Array | None = None,
+        stream: StreamLike = None,
+    ) -> Array:
+        """`on_step` with its attention; arguments and result as in :meth:`GraphManager.attend`."""
+        attended = self._graph.attend(
+            layer,
+            query,
+            keys,
+            values,
+            slots=slots,
+            scale=scale,
+            softcap=softcap,
+            out=out,
+            stream=stream,
+        )
+        if self._config.walk_interval > 0:
+            self._queue.submit(self._core.renew_due, layer, (keys,), (), stream, keys)
+        return attended
+
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""
         self._core.on_finish(sequence)
@@ -159,6 +190,42 @@ class Monitor:
             lambda out, handle: self._core.keep(layer, queue.read(keys, handle), out, handle),
             stream,
         )
+
+    def keep_all(self, keys: Mapping[int, Array], *, stream: StreamLike = None) -> dict[int, Array]:
+        """Slots that stay in several layers, as `keep` returns them; their walks go together.
+
+        Parameters
+        ----------
+        keys
+            (B, Hkv, S, D) of each layer, by its index.
+        stream
+            See :class:`GraphManager`. Replays of a capture cut the sequences that were full, as far
+            as the host knew, when it was made.
+        """
+        graph, eviction = self._graph, self._config.eviction
+        marks = {layer: self._to_renew(layer) for layer in keys}
+        renew = graph.solve if self._config.solver == "exact" else graph.walk
+        due = [layer for layer in keys if any(marks[layer])]
+        if graph.walk_config.needs_novelty:
+            for layer in due:
+                graph.update_novelty(layer, keys[layer], stream=stream)
+        if len(due) == graph.graph_config.num_layers and len(set(map(tuple, marks.values()))) == 1:
+            renew(ALL_LAYERS, marks[due[0]], stream=stream)
+        else:
+            for layer in due:
+                renew(layer, marks[layer], stream=stream)
+        return {
+            layer: graph.select(layer, eviction, like=tensor, stream=stream)
+            for layer, tensor in keys.items()
+        }
+
+    def _to_renew(self, layer: int) -> list[bool]:
+        """Sequences that are full and got tokens since their last walk."""
+        graph = self._graph
+        return [
+            full and graph.tokens_walked(layer, sequence) != graph.tokens_seen(layer, sequence)
+            for sequence, full in enumerate(graph.full_sequences(layer, self._config.eviction))
+        ]
 
     def safety_mask(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Which tokens may go: uint8 (B, Hkv, length), see :meth:`GraphManager.safety_mask`."""

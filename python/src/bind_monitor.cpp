@@ -47,6 +47,12 @@ void init_monitor(nb::module_& m) {
           "layer"_a, "query"_a.noconvert(), "keys"_a.noconvert(),
           "slots"_a.noconvert().none() = nb::none(), "scale"_a = 0.0, "softcap"_a = 0.0,
           "stream"_a = 0, Release())
+      .def(
+          "renew_due",
+          [](Self& self, std::int64_t layer, const Input& keys, std::uintptr_t stream) {
+            self.renew_due(layer, view(keys), stream_of(stream));
+          },
+          "layer"_a, "keys"_a.noconvert(), "stream"_a = 0, Release())
       .def("on_finish", &Self::on_finish, "sequence"_a, Release())
       .def("is_full", &Self::is_full, "layer"_a)
       .def("kept_length", &Self::kept_length, "layer"_a)

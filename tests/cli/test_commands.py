@@ -45,7 +45,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == spectralkv.__version__
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "generate", "chat", "evaluate", "inspect", "info"):
+    for command in ("demo", "generate", "chat", "evaluate", "inspect", "bench", "info"):
         assert command in shown
     assert main(["evaluate", "perplexity", "--help"]) == 0
     assert "--policy" in capsys.readouterr().out

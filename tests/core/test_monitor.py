@@ -132,3 +132,72 @@ def test_a_finished_sequence_makes_room(arrays: Arrays) -> None:
     assert monitor.graph.tokens_held(0, 0) == 12
     assert monitor.graph.tokens_held(0, 1) == 0
     assert (monitor.graph.positions(0, like=keys)[1] == -1).all()
+
+
+def _fed(arrays: Arrays, layers: int, tokens: int, **options: object) -> tuple[object, object]:
+    """Return a monitor with as many tokens in each layer, and the keys (B, Hkv, S, D) of all."""
+    rng = np.random.default_rng(3)
+    monitor = spectralkv.Monitor(
+        spectralkv.GraphConfig(
+            num_layers=layers,
+            batch_size=2,
+            num_query_heads=2 * HEADS,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            capacity=64,
+            device=arrays.device,
+        ),
+        spectralkv.WalkConfig(num_walkers=256),
+        spectralkv.EvictionConfig(budget=40, interval=8, window=10, sinks=4),
+        **options,
+    )
+    keys = [
+        arrays(rng.standard_normal((2, HEADS, 64, DIM), dtype=np.float32)) for _ in range(layers)
+    ]
+    for layer in range(layers):
+        queries = rng.standard_normal((2, 2 * HEADS, tokens, DIM), dtype=np.float32)
+        valid = np.ones((2, tokens), dtype=bool)
+        valid[1, :5] = False
+        monitor.on_prefill(layer, arrays(queries), keys[layer], valid=arrays(valid))
+    return monitor, keys
+
+
+@pytest.mark.parametrize("solver", ["walk", "exact"])
+@pytest.mark.parametrize("layers", [[0, 1, 2], [2, 0]])
+@pytest.mark.parametrize("tokens", [50, 54, 30])
+def test_layers_that_are_cut_together_keep_what_each_would(
+    solver: str, layers: list[int], tokens: int, arrays: Arrays
+) -> None:
+    (one, keys), (other, _) = (_fed(arrays, 3, tokens, solver=solver) for _ in range(2))
+    together = one.keep_all({layer: keys[layer] for layer in layers})
+    assert list(together) == layers
+    for layer in layers:
+        alone = other.keep(layer, keys[layer])
+        np.testing.assert_array_equal(arrays.host(together[layer]), arrays.host(alone))
+        for sequence in range(2):
+            assert one.graph.tokens_walked(layer, sequence) == other.graph.tokens_walked(
+                layer, sequence
+            )
+    assert one.graph.statistics().walks == other.graph.statistics().walks
+
+
+def test_attending_walks_when_steps_would(arrays: Arrays) -> None:
+    rng = np.random.default_rng(4)
+    (steps, keys), (attends, _) = (_fed(arrays, 1, 20, walk_interval=3) for _ in range(2))
+    values = arrays(rng.standard_normal((2, HEADS, 64, DIM), dtype=np.float32))
+    for _ in range(8):
+        query = arrays(rng.standard_normal((2, 2 * HEADS, DIM), dtype=np.float32))
+        steps.on_step(0, query, keys[0])
+        attended = attends.attend(0, query, keys[0], values)
+        positions = steps.graph.positions(0, like=keys[0])
+        expected = spectralkv.decode_attention(
+            query, keys[0], values, positions=positions, length=positions.shape[2]
+        )
+        np.testing.assert_allclose(
+            arrays.host(attended), arrays.host(expected), rtol=1e-4, atol=1e-5
+        )
+        for sequence in range(2):
+            assert attends.graph.tokens_walked(0, sequence) == steps.graph.tokens_walked(
+                0, sequence
+            )
+    assert steps.graph.statistics().walks == attends.graph.statistics().walks > 0

@@ -20,7 +20,7 @@ def causal(count: int, size: int) -> torch.Tensor:
 
 
 def test_no_mask_means_no_padding() -> None:
-    assert masks.MaskReader().new_tokens(None, 2, 3, 3) == ((3, 3), None)
+    assert masks.MaskReader().new_tokens(None, 2, 3, 3) == ((3, 3), None, None)
 
 
 @pytest.mark.parametrize("form", ["bool", "additive", "infinite", "biased"])
@@ -33,19 +33,25 @@ def test_padding_is_read_off_the_diagonal(form: str) -> None:
         mask = torch.zeros(2, 1, 3, 5).masked_fill(~seen, closed)
     if form == "biased":
         mask = mask + torch.randn(2, 1, 3, 5).clamp(-5, 0)
-    counts, valid = masks.MaskReader().new_tokens(mask, 2, 3, 5)
+    counts, valid, visible = masks.MaskReader().new_tokens(mask, 2, 3, 5)
     assert counts == (3, 2)
     assert valid is not None
     assert valid.tolist() == [[True] * 3, [False, True, True]]
+    if form == "biased":
+        assert visible is not None
+        assert visible[1] < 4  # what has a bias is not seen as it is
+    else:
+        assert visible == (5, 4)
 
 
 def test_two_dimensional_and_shared_masks() -> None:
     reader = masks.MaskReader()
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    assert reader.new_tokens(mask, 2, 2, 4) == ((2, 2), None)
-    counts, _ = reader.new_tokens(mask, 2, 3, 4 + 1)
-    assert counts == (3, 2)
-    assert reader.new_tokens(causal(2, 6)[None, None], 3, 2, 6) == ((2, 2, 2), None)
+    assert reader.new_tokens(mask, 2, 2, 4) == ((2, 2), None, (4, 2))
+    assert reader.new_tokens(mask, 2, 3, 4 + 1).counts == (3, 2)
+    assert reader.new_tokens(causal(2, 6)[None, None], 3, 2, 6) == ((2, 2, 2), None, (6, 6, 6))
+    by_heads = causal(2, 6).expand(3, 4, 2, 6)
+    assert reader.new_tokens(by_heads, 3, 2, 6).visible == (-1, -1, -1)
 
 
 def test_a_mask_that_was_changed_in_place_is_read_again() -> None:

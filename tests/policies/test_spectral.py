@@ -165,3 +165,20 @@ def test_nothing_waits_for_a_busy_stream() -> None:
     stream.synchronize()
     assert torch.equal(keep, expected)
     assert torch.equal(slabs[1], slabs[0])
+
+
+def test_what_it_cannot_attend_with() -> None:
+    tracker = policies.Spectral(budget=100).trackers(1)[0]
+    assert isinstance(tracker, policies.AttendingTracker)
+    query, keys = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16)
+    assert tracker.obstacle(query, keys, keys) is None
+    half = keys.half()
+    assert "of one dtype, got [torch.float32, torch.float16, torch.float16]" in str(
+        tracker.obstacle(query, half, half)
+    )
+    expected = "keys and values of one size, got 16 and 8"
+    assert tracker.obstacle(query, keys, keys[..., :8]) == expected
+    assert tracker.capture_obstacle() is None
+    renewing = policies.Spectral(budget=100, walk_interval=4).trackers(1)[0]
+    assert isinstance(renewing, policies.AttendingTracker)
+    assert renewing.capture_obstacle() == "walk_interval=0, got 4"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from spectralkv.cli.bench import bench
 from spectralkv.cli.chat import chat
 from spectralkv.cli.demo import demo
 from spectralkv.cli.evaluate.ablations import ablations
@@ -34,6 +35,7 @@ app.add_typer(evaluate, name="evaluate")
 for study in (perplexity, needle, story, ruler, oracle, ablations, report):
     evaluate.command()(study)
 app.command()(inspect)
+app.command()(bench)
 app.command()(info)
 
 

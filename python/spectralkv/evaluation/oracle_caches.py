@@ -122,6 +122,14 @@ class KeptLayer(CacheLayerMixin):
         """Return -1: there is no bound."""
         return -1
 
+    def attend(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Leave the attention to the model."""
+
     def before_attention(
         self, query: torch.Tensor, mask: torch.Tensor | None, implementation: str
     ) -> torch.Tensor | None:

@@ -1,8 +1,18 @@
-"""Caches for Hugging Face transformers."""
+"""Caches for Hugging Face transformers, and a lean loop that decodes with them."""
 
 from __future__ import annotations
 
 from spectralkv.hf.cache import CacheStats, EvictingCache, SpectralCache
+from spectralkv.hf.decoding import DecodeLoop, Sampling, generate
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
 
-__all__ = ["CacheStats", "EvictingCache", "EvictingLayer", "EvictionEvent", "SpectralCache"]
+__all__ = [
+    "CacheStats",
+    "DecodeLoop",
+    "EvictingCache",
+    "EvictingLayer",
+    "EvictionEvent",
+    "Sampling",
+    "SpectralCache",
+    "generate",
+]

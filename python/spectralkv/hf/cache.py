@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from spectralkv.hf import masks, tap
-from spectralkv.hf.layer import EvictingLayer, EvictionEvent
+from spectralkv.hf.layer import Attention, EvictingLayer, EvictionEvent
 from spectralkv.hf.rotary import rotary_of
-from spectralkv.policies.base import Policy
+from spectralkv.policies.base import AttendingTracker, Policy
 from spectralkv.policies.spectral import Spectral
 
 
@@ -38,6 +39,8 @@ class CacheStats:
     """Layers of the model."""
     policy: str
     """Name of the policy."""
+    attention: str
+    """Who computed the attention of the last decode step: "policy", or "model", in brackets why."""
 
 
 class EvictingCache(Cache):
@@ -55,6 +58,14 @@ class EvictingCache(Cache):
         What to keep, see :mod:`spectralkv.policies`. One policy may serve many caches.
     on_evict : callable, optional
         Called with an :class:`EvictionEvent` before each cut of each layer.
+    attention : {"auto", "policy", "model"}
+        Who computes the attention of decode steps, forward passes of one new token a sequence.
+        The policy :class:`spectralkv.policies.Spectral` can: it reads each key once for the
+        attention and for its graph, and tokens stay in their slots. "auto": the policy on CUDA
+        where it can, else the model. "policy": the policy, or an error that says what is in its
+        way. "model": the model. Random walks draw where they restart in the order of slots: what
+        they keep is another sample of the same distribution than with "model", and, since tokens
+        take the slots of padding, than without padding.
 
     Raises
     ------
@@ -62,7 +73,7 @@ class EvictingCache(Cache):
         `config` or `policy` is something else.
     ValueError
         The model cannot be served: flex attention, an encoder-decoder, or layers that read other
-        layers' keys.
+        layers' keys. Or `attention` is something else, or "policy" with a policy that cannot.
 
     Warns
     -----
@@ -87,6 +98,7 @@ class EvictingCache(Cache):
         policy: Policy,
         *,
         on_evict: Callable[[EvictionEvent], None] | None = None,
+        attention: Attention = "auto",
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
@@ -96,6 +108,10 @@ class EvictingCache(Cache):
         if not isinstance(policy, Policy):
             raise TypeError(
                 f"[EvictingCache] policy must be a spectralkv Policy, got {type(policy).__name__}"
+            )
+        if attention not in ("auto", "policy", "model"):
+            raise ValueError(
+                f"[EvictingCache] attention must be 'auto', 'policy' or 'model', got {attention!r}"
             )
         self._policy = policy
         self._config = config.get_text_config(decoder=True)
@@ -107,12 +123,20 @@ class EvictingCache(Cache):
         if policy.budget is not None and ours:
             self._check_masks(layers)
         trackers = policy.trackers(len(ours))
+        if attention == "policy" and not any(isinstance(one, AttendingTracker) for one in trackers):
+            raise ValueError(
+                "[EvictingCache] attention='policy' expected a policy that attends (spectral) and "
+                f"layers that evict, got {policy.name} for {len(ours)} layers"
+            )
         reader = masks.MaskReader()
         for order, index in enumerate(ours):
             tracker = trackers[order] if trackers else None
             rotary = rotary_of(self._config, index) if policy.watches else None
-            layers[index] = EvictingLayer(index, policy, tracker, reader, rotary, on_evict)
+            layers[index] = EvictingLayer(
+                index, policy, tracker, reader, rotary, on_evict, attention
+            )
         super().__init__(layers=layers)
+        self._announces_cuts = on_evict is not None
         self._ours: list[EvictingLayer] = [layers[index] for index in ours]
         if policy.watches:
             tap.install()
@@ -134,6 +158,11 @@ class EvictingCache(Cache):
         """The layers whose tokens the policy chooses."""
         return tuple(self._ours)
 
+    @property
+    def announces_cuts(self) -> bool:
+        """Whether `on_evict` is called."""
+        return self._announces_cuts
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return length and offset of a layer's next mask.
 
@@ -147,6 +176,45 @@ class EvictingCache(Cache):
             self._refuse_flex()
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+    @contextmanager
+    def steps(self, count: int) -> Iterator[None]:
+        """Hold slabs and trackers still for `count` decode steps of a loop, see `DecodeLoop`.
+
+        Raises
+        ------
+        ValueError
+            The policy cannot attend, or there is no prompt.
+        """
+        if not self._ours:
+            raise ValueError("[decode] expected layers that evict, got a model without")
+        for layer in self._ours:
+            layer.check_steps()
+        for layer in self._ours:
+            layer.start_steps(count)
+        is_whole = False
+        try:
+            yield
+            is_whole = True
+        finally:
+            self.settle()
+            for layer in self._ours:
+                layer.end_steps(is_whole=is_whole)
+
+    def settle(self) -> None:
+        """Wait for the device, and learn what it holds after replays of captured steps."""
+        trackers = self._attending()
+        if trackers:
+            type(trackers[0]).settle(trackers)
+
+    def choose(self) -> list[torch.Tensor]:
+        """Return the slots that stay in each evicting layer, int32 (B, Hkv, M)."""
+        trackers = self._attending()
+        return type(trackers[0]).keep_all(trackers)
+
+    def _attending(self) -> list[AttendingTracker]:
+        trackers = [layer.tracker for layer in self._ours]
+        return [one for one in trackers if isinstance(one, AttendingTracker)]
 
     def stats(self) -> CacheStats:
         """Return what the cache has seen and holds, now."""
@@ -163,6 +231,7 @@ class EvictingCache(Cache):
             evicting_layers=len(ours) if self._policy.budget is not None else 0,
             total_layers=len(self.layers),
             policy=self._policy.name,
+            attention=ours[0].attended_by if ours else "model",
         )
 
     def _check_served(self) -> None:
@@ -211,6 +280,8 @@ class SpectralCache(EvictingCache):
         Tokens that each KV head keeps.
     on_evict : callable, optional
         See :class:`EvictingCache`.
+    attention : {"auto", "policy", "model"}
+        See :class:`EvictingCache`.
     **options
         Options of :class:`spectralkv.policies.Spectral`: interval, window, sinks, top_k, seed ...
 
@@ -226,9 +297,11 @@ class SpectralCache(EvictingCache):
         *,
         budget: int | None,
         on_evict: Callable[[EvictionEvent], None] | None = None,
+        attention: Attention = "auto",
         **options: Any,
     ) -> None:
-        super().__init__(config, Spectral(budget=budget, **options), on_evict=on_evict)
+        policy = Spectral(budget=budget, **options)
+        super().__init__(config, policy, on_evict=on_evict, attention=attention)
 
 
 def _tokens_seen(layer: Any) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -13,6 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 from spectralkv.config import Rotary
 from spectralkv.hf import masks, tap
 from spectralkv.policies.base import (
+    AttendingTracker,
+    DecodeStep,
     Observation,
     Policy,
     Tracker,
@@ -20,6 +23,25 @@ from spectralkv.policies.base import (
     host_numbers,
     live_slots,
     move_slots,
+)
+
+#: Who computes the attention of decode steps, see :class:`spectralkv.hf.EvictingCache`.
+Attention = Literal["auto", "policy", "model"]
+
+_layouts = itertools.count()
+
+# Options of attention functions that a decode step may have at any value.
+_FREE_OPTIONS = frozenset(
+    {
+        "scaling",
+        "softcap",
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_hidden_states",
+        "output_router_logits",
+    }
 )
 
 
@@ -46,6 +68,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     layer's length in tokens (`get_seq_length`) never shrinks by eviction; what it holds
     (`num_slots`) does.
 
+    While the model attends, slots follow the text and a cut moves what stays to the front. Where
+    the policy attends at decode steps, a cut frees slots, new tokens take them, and nothing
+    moves; what then needs slots in a row (several new tokens, the model's own attention) closes
+    the gaps first.
+
     Parameters
     ----------
     index : int
@@ -60,6 +87,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         How the model turns its keys.
     on_evict : callable or None
         Called with an :class:`EvictionEvent` before each cut.
+    attention : {"auto", "policy", "model"}
+        Who computes the attention of decode steps.
     """
 
     is_compileable = False
@@ -73,6 +102,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         reader: masks.MaskReader,
         rotary: Rotary | None = None,
         on_evict: Callable[[EvictionEvent], None] | None = None,
+        attention: Attention = "auto",
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.index = index
@@ -82,6 +112,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._reader = reader
         self._rotary = rotary
         self._on_evict = on_evict
+        self._attention = attention
         # `crop` restores what was before only where nothing can have been evicted in between.
         self.is_croppable = policy.budget is None
         self._clear()
@@ -95,12 +126,21 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._valid_slab: torch.Tensor | None = None  # bool (B, capacity); None: no empty slots
         self._size = 0  # slots in use
         self._capacity = 0
+        self._layout = next(_layouts)
         self._seen = 0  # tokens seen, padding included
         self._lengths: tuple[int, ...] = ()  # tokens held by each sequence
         self._tokens: tuple[int, ...] = ()  # real tokens seen by each, while a policy watches
         self._new: masks.NewTokens | None = None
         self._awaits_attention = False
         self._compacted = False  # slots no longer follow the text
+        self._scattered = False  # they have gaps, others for each head; the tracker knows them
+        self._ordered = True  # positions ascend with slots
+        self._newest = 0  # newest columns that no cut can have taken
+        # Key and value of a decode step, which wait to see whether the policy can attend.
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._fixed = False  # between `start_steps` and `end_steps`
+        self._obstacle: str | None = None  # what keeps the policy from attending for good
+        self._attended_by = "model (no decode step yet)"
         # Positions of the slots that were there at the last compaction, and the tokens each
         # sequence had seen then. Those of later slots follow from them.
         self._base_positions: torch.Tensor | None = None
@@ -155,27 +195,32 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "a compiled model, attention code outside of transformers, or an interrupted "
                 "forward pass bypass it. After an interruption, reset() the cache."
             )
-        start = self._size
         count = key_states.shape[2]
-        end = start + count
         self._check_new(key_states, value_states)
-        if end > self._capacity:
-            self._grow(end)
         if key_states.requires_grad or value_states.requires_grad:
             key_states, value_states = key_states.detach(), value_states.detach()
-        self._key_slab.narrow(2, start, count).copy_(key_states)  # type: ignore[union-attr]
-        self._value_slab.narrow(2, start, count).copy_(value_states)  # type: ignore[union-attr]
-        self._size = end
+        if self._fixed:
+            self._pending = key_states, value_states
+            tap.offer(self)
+            return self._show(self._capacity)
+        if self._may_attend(count):
+            self._pending = key_states, value_states
+            columns = self._columns(count)
+            self._make_room(columns)
+            shown = self._show(columns)
+        else:
+            shown = self._append(key_states, value_states)
         self._seen += count
-        keys, values = self._show()
+        self._newest += count
         if self._tracker is not None:
             self._awaits_attention = True
             tap.offer(self)
-        return keys, values
+        return shown
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the columns of the next mask, and the column its first one stands for."""
-        return self._size + query_length, self._seen - self._size
+        columns = self._columns(query_length)
+        return columns, self._seen + query_length - columns
 
     def get_seq_length(self) -> int:
         """Return the tokens seen; evicted ones count."""
@@ -185,7 +230,164 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Return -1: there is no bound on the tokens seen."""
         return -1
 
+    def _columns(self, count: int) -> int:
+        """Return the slots in use once `count` more tokens are in, at most."""
+        columns = self._size + count
+        if not self._scattered or not self._may_attend(count):
+            return columns
+        return min(columns, max(self._capacity, max(self._lengths) + 1))
+
+    def _may_attend(self, count: int) -> bool:
+        """Whether the policy may attend at a forward pass of `count` tokens.
+
+        The first pass of a sequence is the model's: it shows that attention passes the tap.
+        """
+        return (
+            count == 1
+            and self._size > 0
+            and self._attention != "model"
+            and self._obstacle is None
+            and isinstance(self._tracker, AttendingTracker)
+            and (self._attention == "policy" or self.device.type == "cuda")
+        )
+
+    def _append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new tokens behind all others."""
+        if self._scattered:
+            self._close_up()
+        start, count = self._size, key_states.shape[2]
+        end = start + count
+        if end > self._capacity:
+            self._grow(end)
+        self._key_slab.narrow(2, start, count).copy_(key_states)  # type: ignore[union-attr]
+        self._value_slab.narrow(2, start, count).copy_(value_states)  # type: ignore[union-attr]
+        self._size = end
+        return self._show()
+
     # -- what the tap calls
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Return the attention of a decode step, or None where the model is to compute it.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (B, Hq, Q, D).
+        mask : torch.Tensor or None
+            The model's mask.
+        options : mapping
+            What else the model handed to its attention function.
+
+        Returns
+        -------
+        torch.Tensor or None
+            (B, 1, Hq, Dv).
+
+        Raises
+        ------
+        RuntimeError
+            The policy was to attend and cannot.
+        """
+        if self._pending is None or not isinstance(self._tracker, AttendingTracker):
+            if query.shape[2] == 1 and self._obstacle is None:
+                self._attended_by = "model"
+            return None
+        (new_keys, new_values), self._pending = self._pending, None
+        if self._fixed:
+            return self._attend(self._tracker, query, new_keys, new_values, options)
+        self._obstacle = self._tracker.obstacle(query, new_keys, new_values)
+        obstacle = self._obstacle or self._obstacle_of_step(query, mask, options)
+        if obstacle is not None:
+            if self._attention == "policy":
+                raise RuntimeError(
+                    f"[cache] layer {self.index}: attention='policy' expected {obstacle}"
+                )
+            self._attended_by = f"model (the policy expected {obstacle})"
+            self._append(new_keys, new_values)
+            return None
+        self._attended_by = "policy"
+        self._awaits_attention = False
+        # Entering the contexts costs as much as the rest of this method; generate() needs neither.
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                attended = self._attend(self._tracker, query, new_keys, new_values, options)
+                self._take_in(self._tracker)
+                return attended
+        attended = self._attend(self._tracker, query, new_keys, new_values, options)
+        self._take_in(self._tracker)
+        return attended
+
+    def _attend(
+        self,
+        tracker: AttendingTracker,
+        query: torch.Tensor,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        scaling, softcap = options.get("scaling"), options.get("softcap")
+        attended = tracker.attend(
+            DecodeStep(
+                query=query[:, :, 0],
+                new_keys=new_keys[:, :, 0],
+                new_values=new_values[:, :, 0],
+                keys=self._key_slab,  # type: ignore[arg-type]
+                values=self._value_slab,  # type: ignore[arg-type]
+                scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+                softcap=softcap,
+            )
+        )
+        return attended[:, None]
+
+    def _take_in(self, tracker: AttendingTracker) -> None:
+        """Count a token that the policy attended with, and cut the sequences that are due."""
+        self._count_attended()
+        self._show()
+        keep = tracker.keep()
+        if keep is not None:
+            self._release(tracker, keep)
+
+    def _count_attended(self) -> None:
+        if not all(length == self._size for length in self._lengths):
+            self._scatter()  # some token took a slot before the last one
+        self._lengths = tuple(length + 1 for length in self._lengths)
+        self._tokens = tuple(count + 1 for count in self._tokens)
+        self._size = max(self._size, *self._lengths)
+
+    def _release(self, tracker: AttendingTracker, keep: torch.Tensor) -> None:
+        kept = self._check_cut(keep)
+        tracker.release(keep)
+        self._book_release(kept)
+
+    def _book_release(self, kept: tuple[int, ...]) -> None:
+        self._lengths, self._newest = kept, min(self._newest, self._policy.protected_window)
+        self._scatter()
+
+    def _obstacle_of_step(
+        self, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> str | None:
+        """Return what this step asks for that a policy does not do, as what was expected."""
+        for name, value in options.items():
+            # Numbers only: to ask a tensor is to wait for the device.
+            if name in _FREE_OPTIONS or value is None or value is False:
+                continue
+            if not (isinstance(value, (int, float)) and value == 0):
+                return f"no {name} in the model's attention, got {type(value).__name__}"
+        if query.requires_grad and torch.is_grad_enabled():
+            return "no gradients, got queries that require them"
+        new = self._reader.new_tokens(mask, query.shape[0], 1, self._seen)
+        if new.valid is not None:
+            return "a real token in each sequence, got padding"
+        visible = tuple(length + 1 for length in self._lengths)
+        if not self._compacted and new.visible not in (None, visible):
+            return (
+                "a mask that shows every cached token as it is, got one that hides or weighs some"
+            )
+        return None
 
     def before_attention(
         self, query: torch.Tensor, mask: torch.Tensor | None, implementation: str
@@ -246,6 +448,88 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if keep is not None:
             self._cut(keep)
 
+    # -- what a decode loop calls
+
+    def check_steps(self) -> None:
+        """Check that the policy can attend at the steps of a loop.
+
+        Raises
+        ------
+        ValueError
+            It cannot, or there is no prompt.
+        """
+        if self._attention == "model" or not isinstance(self._tracker, AttendingTracker):
+            raise ValueError(
+                "[decode] expected a cache whose policy attends (spectral, and attention='auto' or "
+                f"'policy'), got {self._policy.name} with attention={self._attention!r}"
+            )
+        if self.keys is None or self.values is None or self._awaits_attention:
+            raise ValueError(f"[decode] layer {self.index}: expected a prompt before the steps")
+        obstacle = self._tracker.obstacle(self.keys, self.keys, self.values)
+        if obstacle is not None:
+            raise ValueError(f"[decode] layer {self.index}: expected {obstacle}")
+
+    def start_steps(self, count: int) -> None:
+        """Make ready for `count` decode steps that look the same to the device.
+
+        Until `end_steps` a forward pass of one real token a sequence is attended by the policy and
+        changes nothing that the host knows: it may be captured and replayed. The loop counts steps
+        with `count_step`, and cuts.
+        """
+        held = max(self._lengths) if self._scattered else self._size
+        self._make_room(held + (count if self._policy.budget is None else 1))
+        self._fixed = True
+
+    def count_step(self) -> None:
+        """Count one step, queued or replayed."""
+        self._seen += 1
+        self._newest += 1
+        self._count_attended()
+
+    def due(self) -> tuple[bool, ...]:
+        """Return which sequences are to be cut."""
+        budget, interval = self._policy.budget, self._policy.interval
+        return tuple(budget is not None and held >= budget + interval for held in self._lengths)
+
+    def cut_by(self, keep: torch.Tensor) -> None:
+        """Cut to the slots that :meth:`AttendingTracker.keep_all` chose."""
+        if isinstance(self._tracker, AttendingTracker):
+            self._release(self._tracker, keep)
+
+    def count_cut(self) -> None:
+        """Count the replay of a cut."""
+        budget = self._policy.budget
+        self.evictions += 1
+        self._book_release(
+            tuple(
+                held if budget is None or not is_due else budget
+                for held, is_due in zip(self._lengths, self.due(), strict=True)
+            )
+        )
+
+    def end_steps(self, *, is_whole: bool) -> None:
+        """Go back to forward passes of any kind; if a step broke off, to none before `reset`."""
+        self._fixed = False
+        self._pending = None
+        self._awaits_attention = not is_whole
+        self._attended_by = "policy"
+        self._show()
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """State of the policy for this layer."""
+        return self._tracker
+
+    @property
+    def slabs(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(B, Hkv, capacity, ·): keys and values of all slots, used or not."""
+        return self._key_slab, self._value_slab
+
+    @property
+    def layout(self) -> int:
+        """A number that is never the same again once the slabs lie elsewhere."""
+        return self._layout
+
     # -- what generation calls
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -269,28 +553,40 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if count == 0 or not self.is_initialized:
             return
         base = 0 if self._base_positions is None else self._base_positions.shape[2]
-        reachable = self._size - base
-        if base:
-            reachable = min(self._size, reachable + self._policy.protected_window)
+        reachable = min(self._newest, self._size)
         if count > reachable:
             raise RuntimeError(
                 f"[crop] layer {self.index}: at most {reachable} tokens can be taken back "
                 f"(those since the last cut and the window), got {count}"
             )
         end = self._size - count
-        if self._valid_slab is None:
+        if self._valid_slab is None:  # there is no padding
             gone = (count,) * len(self._lengths)
         else:
             gone = tuple(self._valid_slab[:, end : self._size].sum(-1).tolist())
+        if not self._ordered and set(gone) != {count}:
+            raise RuntimeError(
+                f"[crop] layer {self.index}: padding among the newest tokens cannot be taken back "
+                f"once slots were reused, got {count} columns with {gone} tokens"
+            )
         self._lengths = tuple(map(operator.sub, self._lengths, gone))
         self._tokens = tuple(map(operator.sub, self._tokens, gone))
+        self._seen -= count
+        self._newest -= count
+        self._awaits_attention, self._pending = False, None
+        if isinstance(self._tracker, AttendingTracker) and (
+            self._scattered or (not self._ordered and end < base)
+        ):  # the newest tokens lie anywhere
+            self._tracker.truncate(count)
+            self._scatter()
+            self._size = self._tracker.num_slots
+            self._show()
+            return
         if self._base_positions is not None and end < base:
             lost = (self._base_positions[:, 0, end:] >= 0).sum(-1).tolist()
             self._base_positions = self._base_positions[:, :, :end]
             self._base_seen = tuple(map(operator.sub, self._base_seen, lost))
         self._size = end
-        self._seen -= count
-        self._awaits_attention = False
         self._show()
         if self._tracker is not None:
             self._tracker.truncate(count)
@@ -306,6 +602,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         with torch.inference_mode(False), torch.no_grad():
             index = torch.as_tensor(indices, device=self.device)
             index = index.nonzero()[:, 0] if index.dtype == torch.bool else index.to(torch.int64)
+            self._layout = next(_layouts)
             self._key_slab = self._key_slab.index_select(0, index)
             self._value_slab = self._value_slab.index_select(0, index)
             if self._valid_slab is not None:
@@ -337,8 +634,13 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def num_slots(self) -> int:
-        """Slots in use: what the longest sequence holds, empty slots included."""
-        return self._size
+        """Slots in use: what the longest sequence holds, padding that takes slots included."""
+        return max(self._lengths) if self._scattered else self._size
+
+    @property
+    def attended_by(self) -> str:
+        """Who computed the attention of the last decode step, see :class:`CacheStats`."""
+        return self._attended_by
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -349,6 +651,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Return int32 (B, Hkv, S): where in its text each slot's token stands, -1 if empty."""
         if self.keys is None:
             return torch.empty(0, 0, 0, dtype=torch.int32)
+        if self._scattered and isinstance(self._tracker, AttendingTracker):
+            return self._tracker.positions()
         batch, heads = self.keys.shape[:2]
         base = 0 if self._base_positions is None else self._base_positions.shape[2]
         if self._valid_slab is None:
@@ -378,11 +682,12 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # -- memory
 
-    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _show(self, slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if self._key_slab is None or self._value_slab is None:
             raise RuntimeError(f"[cache] layer {self.index} holds nothing yet")
-        self.keys = self._key_slab.narrow(2, 0, self._size)
-        self.values = self._value_slab.narrow(2, 0, self._size)
+        shown = self._size if slots is None else slots
+        self.keys = self._key_slab.narrow(2, 0, shown)
+        self.values = self._value_slab.narrow(2, 0, shown)
         return self.keys, self.values
 
     def _all_valid(self) -> torch.Tensor:
@@ -408,6 +713,29 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                     f"got {new.dtype} {tuple(shape)}"
                 )
 
+    def _make_room(self, needed: int) -> None:
+        """Make room for `needed` slots; where there is a budget, for all to come."""
+        if self._policy.budget is not None:
+            needed = max(needed, self._policy.budget + self._policy.interval)
+            if needed > self._capacity:
+                self._resize(needed, self._size)
+        elif needed > self._capacity:
+            self._grow(needed)
+
+    def _scatter(self) -> None:
+        """Note that slots have gaps from now on, and where they are the tracker knows."""
+        self._scattered = self._compacted = True
+        self._ordered = False
+        self._valid_slab = None
+
+    def _close_up(self) -> None:
+        """Move what is held to the front, so that slots have no gaps."""
+        if not isinstance(self._tracker, AttendingTracker):
+            raise RuntimeError(f"[cache] layer {self.index} has no gaps to close")
+        with torch.inference_mode(False), torch.no_grad():
+            self._show()
+            self._compact(self._tracker.held(), self._lengths)
+
     def _grow(self, needed: int) -> None:
         # An eighth more than needed, but no more than the policy lets come together.
         capacity = needed + max(64, needed // 8)
@@ -428,14 +756,17 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._value_slab = _resized(self._value_slab, capacity, used, 2)
             self._valid_slab = _resized(self._valid_slab, capacity, used, 1)
             self._capacity = capacity
+            self._layout = next(_layouts)
 
     def _close_gaps(self, valid: torch.Tensor) -> None:
         """Drop empty slots, unless they all come before the tokens."""
         if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             heads = self.keys.shape[1]  # type: ignore[union-attr]
             self._compact(live_slots(valid, self._lengths, heads), self._lengths)
+            self._newest = min(self._newest, self._policy.protected_window)
 
-    def _cut(self, keep: torch.Tensor) -> None:
+    def _check_cut(self, keep: torch.Tensor) -> tuple[int, ...]:
+        """Check and announce what stays; return how many tokens each sequence keeps."""
         shape = self.keys.shape  # type: ignore[union-attr]
         look = self._tracker is None or not self._tracker.checks_kept
         kept = check_keep(
@@ -452,7 +783,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 )
             )
         self.evictions += 1
-        self._compact(keep, kept)
+        return kept
+
+    def _cut(self, keep: torch.Tensor) -> None:
+        self._compact(keep, self._check_cut(keep))
+        self._newest = min(self._newest, self._policy.protected_window)
         budget = self._policy.budget
         if budget is not None and self._capacity > budget + self._policy.interval:
             self._resize(budget + self._policy.interval, self._size)
@@ -467,7 +802,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         move_slots(positions, keep)
         self._base_positions = positions[:, :, :size].masked_fill(keep < 0, -1)
         self._base_seen = self._tokens
-        self._size, self._lengths, self._compacted = size, kept, True
+        self._size, self._lengths = size, kept
+        self._compacted, self._scattered = True, False
         if min(kept, default=size) == size:
             self._valid_slab = None
         else:

@@ -15,6 +15,9 @@ class NewTokens(NamedTuple):
     """Real tokens of each sequence."""
     valid: torch.Tensor | None
     """Bool (B, Q); None: all are real."""
+    visible: tuple[int, ...] | None = None
+    """Columns that the newest token of each sequence sees as they are, without a bias; -1: that
+    differs by heads. None: all it can."""
 
 
 class MaskReader:
@@ -55,8 +58,9 @@ class MaskReader:
             return self._answer
         # A copy: a view would keep the whole mask of a prompt.
         valid = _diagonal(mask, count).expand(batch, count).clone()
-        counts = tuple(valid.sum(-1).tolist())
-        answer = NewTokens(counts, None if min(counts, default=count) == count else valid)
+        both = torch.stack((valid.sum(-1), _visible(mask).expand(batch)))
+        counts, visible = map(tuple, both.tolist())  # one wait for the device
+        answer = NewTokens(counts, None if min(counts, default=count) == count else valid, visible)
         self._mask, self._seen, self._answer = weakref.ref(mask), seen, answer
         return answer
 
@@ -71,6 +75,16 @@ def _diagonal(mask: torch.Tensor, count: int) -> torch.Tensor:
         )
     diagonal = mask[:, 0].diagonal(mask.shape[3] - count, dim1=-2, dim2=-1)
     return is_open(diagonal)
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Return int64 (B) or (1): the columns that the newest token sees without a bias."""
+    if mask.dim() == 2:
+        return (mask != 0).sum(-1)
+    if mask.shape[1] != 1:
+        return torch.full((1,), -1, device=mask.device)
+    newest = mask[:, 0, -1]
+    return (newest if mask.dtype == torch.bool else newest == 0).sum(-1)
 
 
 def is_open(mask: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,12 @@ class TappedLayer(Protocol):
     """What the tap needs of a cache layer."""
 
     keys: torch.Tensor | None
+    values: torch.Tensor | None
+
+    def attend(
+        self, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Return the attention (B, 1, Hq, Dv) of a decode step; None: the model computes it."""
 
     def before_attention(
         self, query: torch.Tensor, mask: torch.Tensor | None, implementation: str
@@ -75,6 +81,17 @@ def _tapped_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
     return get_interface
 
 
+def _options(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
+    """Return what a call of an attention function asks for, by name."""
+    if args:
+        return {"positional arguments": args, **kwargs}
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return {"output_attentions": True, **kwargs}
+    return kwargs
+
+
 def _tapped(attention: Callable[..., Any], implementation: str) -> Callable[..., Any]:
     @functools.wraps(attention)
     def tapped_attention(
@@ -90,8 +107,11 @@ def _tapped(attention: Callable[..., Any], implementation: str) -> Callable[...,
         if layer is None or layer.keys is not key:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         _offer.layer = None
+        attended = layer.attend(query, attention_mask, _options(module, args, kwargs))
+        if attended is not None:
+            return attended, None
         mask = layer.before_attention(query, attention_mask, implementation)
-        result = attention(module, query, key, value, mask, *args, **kwargs)
+        result = attention(module, query, layer.keys, layer.values, mask, *args, **kwargs)
         layer.after_attention(query, kwargs.get("scaling"), kwargs.get("softcap"))
         return result
 

@@ -11,6 +11,8 @@ from dataclasses import fields
 from typing import Any
 
 from spectralkv.policies.base import (
+    AttendingTracker,
+    DecodeStep,
     Observation,
     Policy,
     ScoreTracker,
@@ -34,6 +36,8 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "AttendingTracker",
+    "DecodeStep",
     "Full",
     "KeyDiff",
     "LazyEviction",

@@ -176,6 +176,89 @@ class Tracker(ABC):
         """Bytes of this state. A part that layers share is counted by one of them."""
 
 
+class DecodeStep(NamedTuple):
+    """One new token a sequence, for a policy that attends itself. Axes as in :class:`Observation`.
+
+    Keys and values are all slots of the cache, in use or not; the new token is in none yet.
+    """
+
+    query: torch.Tensor
+    """(B, Hq, D), with rotary embedding applied."""
+    new_keys: torch.Tensor
+    """(B, Hkv, D)"""
+    new_values: torch.Tensor
+    """(B, Hkv, Dv)"""
+    keys: torch.Tensor
+    """(B, Hkv, S, D), written."""
+    values: torch.Tensor
+    """(B, Hkv, S, Dv), written."""
+    scaling: float
+    """Factor of the dot products."""
+    softcap: float | None
+    """Logits become ``softcap * tanh(logits / softcap)``. None: they stay as they are."""
+
+
+class AttendingTracker(Tracker):
+    """A tracker that can compute the attention of decode steps itself, over slots in any order.
+
+    A cache may then leave tokens where they are: it frees slots by :meth:`release`, and each new
+    token takes a free one.
+    """
+
+    @abstractmethod
+    def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+        """Return what keeps it from attending with tensors like these, or None.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (B, Hq, Q, D).
+        keys, values : torch.Tensor
+            (B, Hkv, S, D) and (B, Hkv, S, Dv).
+        """
+
+    @abstractmethod
+    def attend(self, step: DecodeStep) -> torch.Tensor:
+        """Write the new tokens into free slots, take them in, and return their attention.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, Hq, Dv), of the query's dtype.
+        """
+
+    @abstractmethod
+    def release(self, keep: torch.Tensor) -> None:
+        """Free the slots that are not in `keep`, as :meth:`keep` returns it; nothing moves."""
+
+    @classmethod
+    @abstractmethod
+    def keep_all(cls, trackers: Sequence[AttendingTracker]) -> list[torch.Tensor]:
+        """Return what `keep` returns for each layer of a cache, of which sequences are due."""
+
+    @classmethod
+    @abstractmethod
+    def settle(cls, trackers: Sequence[AttendingTracker]) -> None:
+        """Wait for the device, and learn what it holds after replays of captured calls."""
+
+    @abstractmethod
+    def capture_obstacle(self) -> str | None:
+        """Return what keeps :meth:`attend` from being captured into a CUDA graph, or None."""
+
+    @abstractmethod
+    def held(self) -> torch.Tensor:
+        """Return int32 (B, Hkv, M): all slots that hold a token, as :meth:`keep` writes them."""
+
+    @abstractmethod
+    def positions(self) -> torch.Tensor:
+        """Return int32 (B, Hkv, num_slots): the position of each slot's token, -1 if empty."""
+
+    @property
+    @abstractmethod
+    def num_slots(self) -> int:
+        """Slots in use: those behind hold no token."""
+
+
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
 

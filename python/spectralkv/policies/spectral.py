@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +18,10 @@ from spectralkv.config import (
     apply_preset,
 )
 from spectralkv.monitor import Monitor
-from spectralkv.policies.base import Observation, Policy, Tracker
+from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
 
+# Of the core's attention.
+_MOST_CUDA_DIM = 256
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
 # Times the slots a layer needs that its graph may hold on CUDA before it gives memory back.
@@ -214,7 +217,7 @@ class _Monitors:
         )
 
 
-class _SpectralTracker(Tracker):
+class _SpectralTracker(AttendingTracker):
     checks_kept = True
 
     def __init__(self, policy: Spectral, layer: int, monitors: _Monitors) -> None:
@@ -253,12 +256,77 @@ class _SpectralTracker(Tracker):
                 softcap=observation.softcap,
             )
 
+    def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+        dtypes = [tensor.dtype for tensor in (query, keys, values)]
+        if len(set(dtypes)) > 1:
+            return f"queries, keys and values of one dtype, got {dtypes}"
+        if keys.shape[3] != values.shape[3]:
+            return f"keys and values of one size, got {keys.shape[3]} and {values.shape[3]}"
+        if keys.is_cuda and keys.shape[3] > _MOST_CUDA_DIM:
+            return f"heads of at most {_MOST_CUDA_DIM} dimensions, got {keys.shape[3]}"
+        return None
+
+    def attend(self, step: DecodeStep) -> torch.Tensor:
+        monitor, graph = self._active(), self._active().graph
+        capacity = step.keys.shape[2]
+        if graph.capacity(self._layer) != capacity:  # steps under capture are sized by it
+            graph.reserve(self._layer, capacity)
+        self._keys, self._capacity = step.keys, capacity
+        slots = graph.place(self._layer, step.new_keys, step.new_values, step.keys, step.values)
+        attended: torch.Tensor = monitor.attend(
+            self._layer,
+            step.query,
+            step.keys,
+            step.values,
+            slots=slots,
+            scale=step.scaling,
+            softcap=step.softcap,
+        )
+        return attended
+
+    def release(self, keep: torch.Tensor) -> None:
+        self._active().graph.release(self._layer, keep, kept=self._counts_of(keep))
+        self._chosen = None
+
+    @classmethod
+    def keep_all(cls, trackers: Sequence[AttendingTracker]) -> list[torch.Tensor]:
+        keeps: dict[tuple[Monitor, int], torch.Tensor] = {}
+        for monitor, ours in _by_monitor(trackers).items():
+            kept = {one._layer: monitor.kept_counts(one._layer) for one in ours}
+            chosen = monitor.keep_all({one._layer: one._keys for one in ours})
+            for one in ours:
+                one._kept, one._chosen = kept[one._layer], chosen[one._layer]
+                keeps[monitor, one._layer] = chosen[one._layer]
+        return [keeps[one._active(), one._layer] for one in _own(trackers)]
+
+    @classmethod
+    def settle(cls, trackers: Sequence[AttendingTracker]) -> None:
+        for monitor in _by_monitor(trackers):
+            monitor.graph.refresh()
+            monitor.graph.synchronize()
+
+    def capture_obstacle(self) -> str | None:
+        interval = self._policy.walk_interval
+        return None if interval == 0 else f"walk_interval=0, got {interval}"
+
+    def held(self) -> torch.Tensor:
+        graph = self._active().graph
+        never = EvictionConfig(budget=_MOST_SLOTS - 1, interval=1)
+        self._kept = graph.kept_counts(self._layer, never)
+        self._chosen = graph.select(self._layer, never, like=self._like())
+        return self._chosen
+
+    def positions(self) -> torch.Tensor:
+        positions: torch.Tensor = self._active().graph.positions(self._layer, like=self._like())
+        return positions
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self._monitor is None else self._monitor.graph.length(self._layer)
+
     def scores(self) -> torch.Tensor:
         """Return the visits of all populations together, as of the last walk."""
-        monitor, keys = self._active(), self._keys
-        if keys is None:
-            raise RuntimeError("[spectral] scores need an observation, got none")
-        scores: torch.Tensor = monitor.graph.scores(self._layer, like=keys)
+        scores: torch.Tensor = self._active().graph.scores(self._layer, like=self._like())
         return scores
 
     def keep(self) -> torch.Tensor | None:
@@ -271,7 +339,7 @@ class _SpectralTracker(Tracker):
         return keep
 
     def compact(self, keep: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        kept = self._kept if keep is self._chosen else ()
+        kept = self._counts_of(keep)
         self._active().graph.compact(self._layer, keep, keys, values, kept=kept)
         self._chosen = None
         self._keys = keys[:, :, : keep.shape[2]]
@@ -314,7 +382,26 @@ class _SpectralTracker(Tracker):
             return 0
         return int(self._monitor.graph.memory_use().graph_bytes)
 
+    def _counts_of(self, keep: torch.Tensor) -> list[int]:
+        """Return how many slots each sequence keeps; empty: it is not known."""
+        return self._kept if keep is self._chosen else []
+
+    def _like(self) -> torch.Tensor:
+        """Return a tensor that tells results their device."""
+        return torch.empty(0, device=self._active().graph.graph_config.device)
+
     def _active(self) -> Monitor:
         if self._monitor is None:
             raise RuntimeError("[spectral] there is nothing to rank: no token was observed")
         return self._monitor
+
+
+def _own(trackers: Sequence[AttendingTracker]) -> list[_SpectralTracker]:
+    return [tracker for tracker in trackers if isinstance(tracker, _SpectralTracker)]
+
+
+def _by_monitor(trackers: Sequence[AttendingTracker]) -> dict[Monitor, list[_SpectralTracker]]:
+    groups: dict[Monitor, list[_SpectralTracker]] = {}
+    for tracker in _own(trackers):
+        groups.setdefault(tracker._active(), []).append(tracker)
+    return groups
