@@ -277,6 +277,43 @@ TEST_F(CudaAsync, ReplaysAppendTokens) {
   expect_same_state(expected, decoder);
 }
 
+TEST_F(CudaAsync, AttendDoesNotWaitAndCanBeCaptured) {
+  warm_up();
+  Decoder expected;
+  Decoder decoder;
+  const OwnStream stream;
+  DeviceTensor values(Decoder::random_tensor(5, {2, 2, 48, 64}));
+  DeviceTensor wanted(HostTensor(DType::f16, {2, 4, 64}));
+  DeviceTensor out(HostTensor(DType::f16, {2, 4, 64}));
+  const auto attend = [&](Decoder& one, DeviceTensor& to) {
+    one.manager.attend(0, one.query().view(), one.keys().view(), values.view(), {}, to.view(), {},
+                       stream.stream());
+  };
+  const auto expect_same_output = [&] {
+    const HostTensor right = wanted.read(stream);
+    const HostTensor actual = out.read(stream);
+    right.for_each([&](const std::vector<Index>& index) {
+      EXPECT_NEAR(actual.get(index), right.get(index), 4e-3);
+    });
+  };
+  attend(expected, wanted);
+  launch_spin(kBusyMilliseconds, stream.handle());
+  attend(decoder, out);
+  EXPECT_TRUE(stream.is_busy()) << "the call waited until the stream was idle";
+  expect_same_output();
+  decoder.manager.synchronize();
+  const Graph graph(stream, [&] { attend(decoder, out); });
+  for (int i = 0; i < 4; ++i) {
+    attend(expected, wanted);
+    out.poison(stream);
+    graph.replay(stream);
+    expect_same_output();
+  }
+  decoder.manager.refresh();
+  expect_same_counts(expected, decoder);
+  expect_same_state(expected, decoder);
+}
+
 TEST_F(CudaAsync, ACaptureThatCannotWorkSaysSo) {
   warm_up();
   Decoder decoder;

@@ -33,12 +33,17 @@ from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCHMARKS = ("bench_update", "bench_rows", "bench_walk", "bench_move")
+BENCHMARKS = ("bench_update", "bench_attend", "bench_rows", "bench_walk", "bench_move")
 #: Status that compute-sanitizer ends with when it found something.
 SANITIZER_STATUS = 86
 #: Short tests that together launch every kernel: compute-sanitizer makes each many times as long.
 SANITIZER_FILTER = ":".join(
     (
+        "Attend.AppliesScaleAndSoftcap",
+        "Attend.CountsRowsThatAreNotFinite",
+        "Attend.TakesFreeSlotsAndPassesOverEmptyOnes",
+        "DecodeAttention.EqualsTheReference",
+        "DecodeAttention.IsNanWhereNothingIsSeen",
         "ScoreTopK.AppliesScaleAndSoftcap",
         "ScoreTopK.ReadsKeysThatSequencesShare",
         "OneHead.*",

@@ -312,6 +312,161 @@ def compare_update(clock: Clock, options: argparse.Namespace, batch: int, length
     )
 
 
+# ---- attend
+
+
+def exact_output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention in fp64: (B, Hq, D), (B, Hkv, S, D) twice -> (B, Hq, D)."""
+    grouped = query.double().unflatten(1, (KV_HEADS, GROUP))
+    scores = grouped @ keys.double().transpose(2, 3) * HEAD_DIM**-0.5
+    return (scores.softmax(-1) @ values.double()).flatten(1, 2)
+
+
+def attention_rivals(options: argparse.Namespace) -> dict[str, Callable[..., Tensor]]:
+    """Attention of one token: (B, Hq, D), (B, Hkv, S, D) twice -> (B, Hq, D)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def sdpa_by(backend: SDPBackend) -> Callable[..., Tensor]:
+        def rival(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    query[:, :, None], keys, values, enable_gqa=True
+                )[:, :, 0]
+
+        return rival
+
+    rivals = {
+        f"sdpa {name}": sdpa_by(backend)
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+            ("math", SDPBackend.MATH),
+        )
+    }
+    if "attend" in options.compile:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = torch.compile(flex_attention, dynamic=False)
+        rivals["flex_attention"] = lambda query, keys, values: flex(
+            query[:, :, None], keys, values, enable_gqa=True
+        )[:, :, 0]
+    try:
+        import flashinfer
+    except ImportError:
+        return rivals
+
+    def by_flashinfer(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                flashinfer.single_decode_with_kv_cache(
+                    query[b], keys[b], values[b], kv_layout="HND", use_tensor_cores=True
+                )
+                for b in range(query.shape[0])
+            ]
+        )
+
+    rivals["flashinfer"] = by_flashinfer
+    return rivals
+
+
+def bench_attend(clock: Clock, options: argparse.Namespace) -> Iterator[Row]:
+    """Attention with its row of the graph, against attention and against update behind it."""
+    shapes = [(1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (8, 65536)]
+    for batch, length in shapes[:3] if options.quick else shapes:
+        yield compare_attend(clock, options, batch, length)
+
+
+def compare_attend(clock: Clock, options: argparse.Namespace, batch: int, length: int) -> Row:
+    """One shape. Rivals compute the attention alone."""
+    repeats = options.repeats
+    capacity = length + 2 * repeats + 64  # attend and update take slots
+    layers = clock.copies(2 * batch * KV_HEADS * length * HEAD_DIM * 2)
+    keys = [bf16(batch, KV_HEADS, capacity, HEAD_DIM) for _ in range(layers)]
+    values = [bf16(batch, KV_HEADS, capacity, HEAD_DIM) for _ in range(layers)]
+    queries = [bf16(batch, QUERY_HEADS, HEAD_DIM) for _ in range(layers)]
+    manager = filled_manager(keys, length)
+    outs = [torch.empty_like(query) for query in queries]
+    with torch.cuda.stream(clock.stream):
+        manager.attend(0, queries[0], keys[0], values[0], out=outs[0])
+        neighbors = manager.rows(0, like=keys[0])[0][:, :, length]
+    clock.stream.synchronize()
+    seen = slice(0, length + 1)
+    error = 0.0
+    right = True
+    for b in range(batch):
+        one = slice(b, b + 1)
+        exact = exact_output(queries[0][one], keys[0][one, :, seen], values[0][one, :, seen])
+        error = max(error, (outs[0][one].double() - exact).abs().max().item())
+        attention = exact_attention(queries[0][one], keys[0][one, :, seen])
+        right = right and agrees_with_fp64(neighbors[one], attention, length)
+    for layer in range(1, layers):
+        manager.attend(layer, queries[layer], keys[layer], values[layer], out=outs[layer])
+    manager.synchronize()
+
+    def attend() -> None:
+        for layer in range(layers):
+            manager.attend(layer, queries[layer], keys[layer], values[layer], out=outs[layer])
+
+    def update() -> None:
+        for layer in range(layers):
+            manager.update(layer, queries[layer], keys[layer])
+
+    def rival_of(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def rival() -> None:
+            for layer in range(layers):
+                function(queries[layer], keys[layer][:, :, :length], values[layer][:, :, :length])
+
+        return rival
+
+    graphs = {
+        "ours": clock.capture(attend, warm_up=False),
+        "update": clock.capture(update, warm_up=False),
+        "ours, attention alone": clock.capture(rival_of(spectralkv.decode_attention)),
+    }
+    failed: dict[str, float | str | bool] = {}
+    for name, function in attention_rivals(options).items():
+        try:
+            graphs[name] = clock.capture(rival_of(function))
+        except Exception as cause:  # a version of torch or a device may lack a variant
+            failed[f"no {name}"] = f"{type(cause).__name__}: {cause}"[:200]
+            torch.cuda.synchronize()
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    functions = replays(graphs)
+    functions["copy"] = lambda _: [target.copy_(source) for _ in range(layers)]
+    timings = clock.alternate(functions, repeats, calls=layers)
+    manager.refresh()
+    mine = timings.pop("ours")
+    alone = timings.pop("ours, attention alone")
+    bandwidth = 2 * 2**30 / timings.pop("copy").median * 1e6
+    updated = timings.pop("update")
+    size = 2 * batch * KV_HEADS * length * HEAD_DIM * 2
+    figures: dict[str, float | str | bool] = {
+        "gbs": size / mine.median * 1e-3,
+        "copy_gbs": bandwidth / 1e9,
+        "fraction_of_copy": size / mine.median * 1e6 / bandwidth,
+        "attention_alone_us": alone.median,
+        "update_alone_us": updated.median,
+        "tap_costs": mine.median / alone.median - 1,
+        "rotating_layers": layers,
+        "equals_fp64": right,
+        "largest_error": error,
+        **failed,
+    }
+    if timings:
+        best = min(timing.median for timing in timings.values())
+        figures["best_attention_and_update_us"] = best + updated.median
+    return Row(
+        bench="attend",
+        case=f"B={batch} S={length} bf16 Hq=32 Hkv=8 D=128 K=8, graph replay",
+        ours=mine,
+        rivals=timings,
+        figures=figures,
+    )
+
+
 # ---- update_rows
 
 
@@ -858,6 +1013,7 @@ def profile_overlap(
 
 BENCHES: dict[str, Callable[[Clock, argparse.Namespace], Iterator[Row]]] = {
     "update": bench_update,
+    "attend": bench_attend,
     "rows": bench_rows,
     "compact": bench_compact,
     "walk": bench_walk,
@@ -930,7 +1086,7 @@ def main() -> int:
     parser.add_argument(
         "--compile",
         nargs="*",
-        choices=("update", "walk"),
+        choices=("update", "attend", "walk"),
         default=("update",),
         help="where torch.compile is a rival, too; it takes its time to compile",
     )

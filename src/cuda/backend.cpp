@@ -59,6 +59,19 @@ TableView<T> table_of(const BasicTensorView<Pointer>& view) {
           .slot_stride = view.rank > 2 ? view.stride(2) : 0};
 }
 
+cuda::AttendArgs attend_args(const cuda::UpdateArgs& update, const AttendedViews& attended) {
+  return {
+      .update = update, .values = tokens_of(attended.values), .out = table_of<void>(attended.out)};
+}
+
+/// Whether the current device can attend with these shapes.
+void check_attend_shape(std::string_view operation, std::int64_t group, std::int64_t head_dim) {
+  check_range(operation, "head_dim on CUDA", head_dim, 1, cuda::kMostAttendDim);
+  if (cuda::attend_fits(group, head_dim)) return;
+  throw_invalid(operation, "the number of query heads of a KV head",
+                "so small that their sums fit the device's shared memory", std::to_string(group));
+}
+
 /// Marks of sequences [first, first + SequenceMarks::kMost); no entries: all.
 SequenceMarks marks_of(std::span<const std::uint8_t> entries, std::int64_t first,
                        std::int64_t batch) {
@@ -206,22 +219,29 @@ class CudaBackend final : public Backend {
 
   std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                    Stream stream) override {
+    const std::string_view operation = args.attends() ? "attend" : "update";
     const DeviceGuard guard(graph_.device.index);
-    const cudaStream_t queue = begin_beside_walk("update", stream);
+    if (args.attends()) check_attend_shape(operation, view(layer).group, graph_.head_dim);
+    const cudaStream_t queue = begin_beside_walk(operation, stream);
     const std::int64_t count = args.queries.size(2);
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
     if (view(layer).batch == 0) return added;
     if (count == 1 && args.valid.empty()) {
       change(queue, [&] {
         if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
-        cuda::launch_update(view(layer),
-                            {.queries = tokens_of(args.queries),
-                             .keys = tokens_of(args.keys),
-                             .slots = args.slots.empty() ? TableView<const std::int32_t>{}
-                                                         : table_of<const std::int32_t>(args.slots),
-                             .scale = static_cast<float>(args.scale),
-                             .softcap = static_cast<float>(args.softcap)},
-                            is_recording(stream) ? view(layer).capacity : args.length, queue);
+        const cuda::UpdateArgs update{.queries = tokens_of(args.queries),
+                                      .keys = tokens_of(args.keys),
+                                      .slots = args.slots.empty()
+                                                   ? TableView<const std::int32_t>{}
+                                                   : table_of<const std::int32_t>(args.slots),
+                                      .scale = static_cast<float>(args.scale),
+                                      .softcap = static_cast<float>(args.softcap)};
+        const std::int64_t extent = is_recording(stream) ? view(layer).capacity : args.length;
+        if (args.attends()) {
+          cuda::launch_attend(view(layer), attend_args(update, args.attended), extent, queue);
+        } else {
+          cuda::launch_update(view(layer), update, extent, queue);
+        }
       });
       return added;
     }
@@ -662,7 +682,8 @@ class CudaBackend final : public Backend {
     const auto kind = static_cast<cuda::Fault>(record.fault);
     const bool slots = kind == cuda::Fault::slot_range || kind == cuda::Fault::slot_taken ||
                        kind == cuda::Fault::slots_differ || kind == cuda::Fault::layer_full;
-    cuda::throw_fault(operation == "update" || !slots ? operation : "update", record);
+    const bool takes_slots = operation == "update" || operation == "attend";
+    cuda::throw_fault(takes_slots || !slots ? operation : "update", record);
   }
 
   cudaStream_t begin(std::string_view operation, Stream stream) const {
@@ -996,15 +1017,43 @@ LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& pos
 
 }  // namespace
 
+namespace {
+
+void require_device(const std::string& operation, Device device) {
+  const int devices = cuda::device_count();
+  if (devices > device.index) return;
+  throw BackendUnavailable("[" + operation + "] no backend for " + name_of(device) + ": " +
+                           (devices == 0 ? cuda::status()
+                                         : "this machine has " + std::to_string(devices) +
+                                               " CUDA device" + (devices == 1 ? "" : "s")));
+}
+
+}  // namespace
+
+void decode_attention_on_cuda(const AttentionArgs& args, int device, Stream stream) {
+  require_device("decode_attention", {DeviceType::cuda, device});
+  const DeviceGuard guard(device);
+  const std::int64_t group = args.query.size(1) / args.keys.size(1);
+  check_attend_shape("decode_attention", group, args.query.size(2));
+  const cuda::UpdateArgs update{.queries = tokens_of(args.query),
+                                .keys = tokens_of(args.keys),
+                                .slots = {},
+                                .scale = static_cast<float>(args.scale),
+                                .softcap = static_cast<float>(args.softcap)};
+  cuda::launch_decode_attention(
+      {.batch = args.query.size(0),
+       .heads = args.keys.size(1),
+       .group = group,
+       .head_dim = args.query.size(2),
+       .length = args.length,
+       .positions = args.positions.empty() ? TableView<const std::int32_t>{}
+                                           : table_of<const std::int32_t>(args.positions)},
+      attend_args(update, args.attended), handle_of(stream));
+}
+
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
                                            const std::vector<LayerState>& layers) {
-  const int devices = cuda::device_count();
-  if (devices <= graph.device.index) {
-    throw BackendUnavailable("[GraphManager] no backend for " + name_of(graph.device) + ": " +
-                             (devices == 0 ? cuda::status()
-                                           : "this machine has " + std::to_string(devices) +
-                                                 " CUDA device" + (devices == 1 ? "" : "s")));
-  }
+  require_device("GraphManager", graph.device);
   const DeviceGuard guard(graph.device.index);
   return std::make_unique<CudaBackend>(graph, walk, layers);
 }

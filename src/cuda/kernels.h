@@ -42,6 +42,36 @@ void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t 
 void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                    const UpdatePlan& plan, cudaStream_t stream);
 
+// ---- attend.cu
+
+struct AttendArgs {
+  UpdateArgs update;
+  TokensView values;
+  TableView<void> out;  ///< (B, Hq), each D contiguous elements of the keys' dtype
+};
+
+/// Longest rows that attention takes on CUDA.
+inline constexpr std::int64_t kMostAttendDim = 256;
+
+/// Whether the current device has the shared memory for rows of that many query heads.
+bool attend_fits(std::int64_t group, std::int64_t head_dim);
+
+/// One new token a sequence: its attention, and all that launch_update does. One launch where
+/// shared memory holds the scores of a graph; else launch_update follows, and keys are read again.
+void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
+                   cudaStream_t stream);
+
+/// What an attention without a graph runs over.
+struct AttendShape {
+  std::int64_t batch;
+  std::int64_t heads;  ///< KV heads
+  std::int64_t group;
+  std::int64_t head_dim;
+  std::int64_t length;                      ///< slots
+  TableView<const std::int32_t> positions;  ///< data null: every slot is attended to
+};
+void launch_decode_attention(const AttendShape& shape, const AttendArgs& args, cudaStream_t stream);
+
 // ---- update_rows.cu
 
 struct UpdateRowsArgs {

@@ -11,289 +11,18 @@
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
-#include "cuda/device/attention_row.cuh"
+#include "cuda/device/exp_sum.cuh"
 #include "cuda/device/key_dots.cuh"
+#include "cuda/device/new_row.cuh"
 #include "cuda/device/thread_cluster.cuh"
 #include "cuda/device/top_k.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch_shape.h"
 
 namespace spectralkv::cuda {
 namespace {
 
 constexpr int kPortableCluster = 8;
-constexpr int kMostCluster = 16;
-constexpr float kLog2E = 1.44269504F;
-
-/// Where a block keeps what in shared memory; offsets in bytes.
-struct Layout {
-  int lists;      ///< u64 (cluster, 32): candidates of all blocks, in the first block
-  int sums;       ///< u64 (cluster, query heads): maximum and sum of a block
-  int warp_sums;  ///< u64 (warps, query heads)
-  int shifts;     ///< f32 (query heads): binary logarithm of the softmax's sum
-  int barred;     ///< one bit a slot: gets no edge
-  int scores;     ///< f32 (query heads, pitch), in units of log(2)
-  int pitch;      ///< the rows of a tile fall into different banks
-
-  __host__ __device__ Layout(int query_heads, int cluster, int threads, int slots)
-      : lists(0),
-        sums(8 * 32 * cluster),
-        warp_sums(sums + 8 * cluster * query_heads),
-        shifts(warp_sums + threads / 4 * query_heads),
-        barred(shifts + 4 * query_heads),
-        scores(barred + (slots + 31) / 32 * 4),
-        pitch(slots + 8) {}
-};
-
-/// Bytes of all of it.
-std::int64_t layout_bytes(int query_heads, int cluster, int threads, std::int64_t slots) {
-  const std::int64_t sums = std::int64_t{query_heads} * (8 * cluster + threads / 4 + 4);
-  return 8 * 32 * cluster + sums + (slots + 31) / 32 * 4 + 4 * (slots + 8) * query_heads;
-}
-
-__device__ std::int64_t slot_at(const UpdateArgs& args, std::int64_t b, std::int64_t h,
-                                std::int64_t length) {
-  if (args.slots.data == nullptr) return length;
-  return args.slots.data[b * args.slots.sequence_stride + h * args.slots.head_stride];
-}
-
-/// Slots that may be taken lie below this: the host has seen to it that so many keys are there.
-__device__ inline std::int64_t slot_limit(const LayerView& layer, std::int64_t extent) {
-  return min(layer.capacity, extent);
-}
-
-/// Whether the slots of all sequences can be taken; each thread of a block says whether those that
-/// it looked at can. Every graph looks at all of them, so that all decide alike before any writes.
-__device__ __noinline__ bool check_slots(const LayerView& layer, const UpdateArgs& args,
-                                         std::int64_t length, std::int64_t extent) {
-  const std::int64_t limit = slot_limit(layer, extent);
-  if (args.slots.data == nullptr) {
-    if (length < limit) return true;
-    if (threadIdx.x == 0) report(layer, Fault::layer_full, 0, 0, length + 1, limit);
-    return false;
-  }
-  bool good = true;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < layer.batch * layer.heads;
-       i += static_cast<int>(blockDim.x)) {
-    const std::int64_t b = i / layer.heads;
-    const std::int64_t h = i % layer.heads;
-    const std::int64_t g = h / layer.heads_per_graph;
-    const std::int64_t slot = slot_at(args, b, h, length);
-    Fault fault = Fault::none;
-    std::int64_t other = 0;
-    if (slot < 0 || slot >= limit) {
-      fault = Fault::slot_range;
-      other = limit - 1;
-    } else if (slot < length && positions_of(layer, b, g)[slot] >= 0) {
-      fault = Fault::slot_taken;
-    } else {
-      other = slot_at(args, b, g * layer.heads_per_graph, length);
-      if (slot != other) fault = Fault::slots_differ;
-    }
-    if (fault == Fault::none) continue;
-    good = false;
-    report(layer, fault, b, h, slot, other);
-  }
-  return good;
-}
-
-/// Takes the slots and counts the tokens, by one warp. `counters` are those of sequence `lane`,
-/// where there is such a one.
-__device__ void take_slots(const LayerView& layer, const UpdateArgs& args, std::int64_t length,
-                           const SequenceCounters& counters) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int graphs = layer.batch * layer.graphs;
-  int behind = static_cast<int>(length);
-  bool ordered = true;
-#pragma unroll 1
-  for (int first = 0; first < graphs; first += 32) {
-    const int i = min(first + lane, graphs - 1);
-    const int b = i / layer.graphs;
-    const int g = i % layer.graphs;
-    std::int64_t seen = __shfl_sync(0xffffffffU, counters.seen, b % 32);
-    if (b >= 32) seen = layer.sequences[b].seen;
-    const std::int64_t slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
-    positions_of(layer, b, g)[slot] = static_cast<std::int32_t>(seen);
-    behind = max(behind, static_cast<int>(slot) + 1);
-    ordered = ordered && slot == length;
-  }
-  ordered = __all_sync(0xffffffffU, ordered) != 0;
-  for (int offset = 16; offset > 0; offset /= 2) {
-    behind = max(behind, __shfl_xor_sync(0xffffffffU, behind, offset));
-  }
-#pragma unroll 1
-  for (int b = lane; b < layer.batch; b += 32) {
-    const SequenceCounters& before = b < 32 ? counters : layer.sequences[b];
-    layer.sequences[b].seen = before.seen + 1;
-    layer.sequences[b].held = before.held + 1;
-  }
-  if (lane != 0) return;
-  layer.counters->length = behind;
-  if (!ordered) layer.counters->ordered = 0;
-}
-
-/// Of sequence `lane`, for take_slots: asked for early, it is there when it is needed.
-__device__ inline SequenceCounters counters_of_lane(const LayerView& layer) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  SequenceCounters counters{};
-  if (lane < layer.batch) {
-    counters.seen = layer.sequences[lane].seen;
-    counters.held = layer.sequences[lane].held;
-  }
-  return counters;
-}
-
-/// write_row by one warp: `best` has 32 candidates in descending order, 0 behind the last, with
-/// their probabilities among all tokens.
-__device__ void write_row(const LayerView& layer, std::int32_t* row, const std::uint64_t* best) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::uint64_t own = best[lane];
-  const int count = __popc(__ballot_sync(0xffffffffU, own != 0));
-  if (lane < layer.top_k) row[lane] = own != 0 ? slot_of(own) : -1;
-  if (layer.law == EdgeLaw::uniform) return;
-  if (layer.law == EdgeLaw::attention) {
-    std::uint64_t widths = own != 0 ? attention_width(static_cast<double>(value_of(own))) : 0U;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const std::uint64_t before = __shfl_up_sync(0xffffffffU, widths, offset);
-      if (lane >= offset) widths += before;
-    }
-    if (lane < layer.top_k) {
-      row[layer.top_k + lane] = static_cast<std::int32_t>(attention_threshold(widths));
-    }
-    return;
-  }
-  double total = 0.0;
-  double sum = 0.0;
-#pragma unroll 4
-  for (int k = 0; k < count; ++k) {
-    total += static_cast<double>(value_of(best[k]));
-    if (k == lane) sum = total;
-  }
-  std::uint32_t threshold = 0;
-  if (lane + 1 < count) {
-    const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
-    threshold = scaled < 0x1p32 ? static_cast<std::uint32_t>(scaled) : kAllOnes;
-  } else if (count > 0) {
-    threshold = kAllOnes;
-  }
-  if (lane < layer.top_k) row[layer.top_k + lane] = static_cast<std::int32_t>(threshold);
-}
-
-/// Whether queries of a graph and the keys of its new token are numbers, by all threads of a block.
-template <class T>
-__device__ __noinline__ bool all_finite(const LayerView& layer, const UpdateArgs& args,
-                                        std::int64_t b, std::int64_t g, std::int64_t slot) {
-  const int dim = layer.head_dim;
-  const int query_heads = layer.heads_per_graph * layer.group;
-  const std::int64_t first_head = g * layer.heads_per_graph;
-  int finite = 1;
-  for (int h = 0; h < query_heads; ++h) {
-    const T* query = key_at<T>(args.queries, b, first_head * layer.group + h, 0);
-    for (int d = static_cast<int>(threadIdx.x); d < dim; d += static_cast<int>(blockDim.x)) {
-      if (!isfinite(as_float(query[d]))) finite = 0;
-    }
-  }
-  for (int h = 0; h < layer.heads_per_graph; ++h) {
-    const T* key = key_at<T>(args.keys, b, first_head + h, slot);
-    for (int d = static_cast<int>(threadIdx.x); d < dim; d += static_cast<int>(blockDim.x)) {
-      if (!isfinite(as_float(key[d]))) finite = 0;
-    }
-  }
-  return __syncthreads_and(finite) != 0;
-}
-
-/// 2^x, 0 where that is subnormal.
-__device__ inline float exp2_of(float x) {
-  float result = 0.0F;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-__device__ inline float log2_of(float x) {
-  float result = 0.0F;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-/// Sum of 2^(x - maximum), whose maximum may still rise. Scores are finite or -inf.
-struct ExpSum {
-  float maximum = -FLT_MAX;
-  float sum = 0.0F;
-
-  __device__ void add(float x) {
-    const float above = x - maximum;
-    const float factor = exp2_of(-fabsf(above));
-    sum = above > 0.0F ? fmaf(sum, factor, 1.0F) : sum + factor;
-    maximum = fmaxf(maximum, x);
-  }
-  __device__ void add(const ExpSum& other) {
-    const float highest = fmaxf(maximum, other.maximum);
-    sum = sum * exp2_of(maximum - highest) + other.sum * exp2_of(other.maximum - highest);
-    maximum = highest;
-  }
-  /// What is subtracted from a score to get the logarithm of its probability.
-  __device__ float shift() const { return sum > 0.0F ? maximum + log2_of(sum) : INFINITY; }
-
-  /// Of `count` that lie `stride` apart.
-  __device__ static ExpSum of(const std::uint64_t* packed, int count, int stride) {
-    constexpr int kAtOnce = 8;
-    ExpSum all;
-#pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      ExpSum parts[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < count) parts[i] = unpacked(packed[(first + i) * stride]);
-      }
-      float highest = all.maximum;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, parts[i].maximum);
-      all.sum *= exp2_of(all.maximum - highest);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        all.sum = fmaf(parts[i].sum, exp2_of(parts[i].maximum - highest), all.sum);
-      }
-      all.maximum = highest;
-    }
-    return all;
-  }
-  __device__ ExpSum from_lane(int offset) const {
-    return {.maximum = __shfl_xor_sync(0xffffffffU, maximum, offset),
-            .sum = __shfl_xor_sync(0xffffffffU, sum, offset)};
-  }
-  __device__ std::uint64_t packed() const {
-    return std::uint64_t{__float_as_uint(maximum)} << 32U | __float_as_uint(sum);
-  }
-  __device__ static ExpSum unpacked(std::uint64_t bits) {
-    return {.maximum = __uint_as_float(static_cast<std::uint32_t>(bits >> 32U)),
-            .sum = __uint_as_float(static_cast<std::uint32_t>(bits))};
-  }
-};
-
-/// Scores count in units of log(2): their exponentials are powers of 2. This takes the softcap into
-/// account; -inf stays.
-__device__ inline float soften(const UpdateArgs& args, float score) {
-  const float cap = args.softcap * kLog2E;
-  return score > -INFINITY ? cap * tanhf(score / cap) : score;
-}
-/// The score of a dot product, -inf where it is no number.
-__device__ inline float scaled(const UpdateArgs& args, float dot) {
-  const float x = dot * (args.scale * kLog2E);
-  if (!(fabsf(x) <= FLT_MAX)) return -INFINITY;
-  return args.softcap > 0.0F ? soften(args, x) : x;
-}
-
-/// Slots that the new token sees: its own may lie behind all others.
-__device__ inline int visible_slots(const LayerView& layer, std::int64_t slot, std::int64_t length,
-                                    std::int64_t extent) {
-  const bool fits = slot >= 0 && slot < slot_limit(layer, extent);
-  return static_cast<int>(min(fits ? max(length, slot + 1) : length, extent));
-}
-/// Slots of each of `parts` blocks.
-__host__ __device__ inline int part_of(int slots, int parts) {
-  const unsigned tiles = static_cast<unsigned>(slots + kTile - 1) / kTile;
-  const auto count = static_cast<unsigned>(parts);
-  return static_cast<int>((tiles + count - 1) / count * kTile);
-}
 
 /// Calls `use(task, first query head of the graph)` for all of the graph's query heads, as many at
 /// a time as Dots takes.
@@ -330,43 +59,6 @@ __device__ inline void sum_warp(ExpSum (&sums)[Dots::kValues]) {
   }
 }
 
-/// The row and what else belongs to a new slot, by one warp. Not drawn: `best` has none.
-__device__ inline void finish_row(const LayerView& layer, std::int64_t b, std::int64_t g,
-                                  std::int64_t slot, bool drawn, const std::uint64_t* best) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  write_row(layer, row_of(layer, b, g, slot), best);
-  if (lane < layer.populations) {
-    scores_of(layer, b, g, lane)[slot] = 0.0F;
-    if (layer.visits != nullptr) visits_of(layer, b, g, lane)[slot] = 0U;
-  }
-  if (lane != 0) return;
-  if (layer.novelty != nullptr) novelty_of(layer, b, g)[slot] = 0U;
-  atomicAdd(&layer.statistics->rows_written, 1ULL);
-  if (!drawn) atomicAdd(&layer.statistics->rows_nonfinite, 1ULL);
-}
-
-/// By one warp, once all blocks of its graph have got what they read of what take_slots changes:
-/// lane 0 gets a ticket, and the graph with the last one takes the slots of all. It waits for no
-/// write of others, so nothing is fenced.
-__device__ inline std::uint32_t take_ticket(const LayerView& layer) {
-  if (threadIdx.x % 32 != 0) return 0;
-  return atomicInc(&layer.counters->ticket,
-                   static_cast<std::uint32_t>(layer.batch * layer.graphs - 1));
-}
-__device__ inline bool is_last(const LayerView& layer, std::uint32_t ticket) {
-  return __shfl_sync(0xffffffffU, ticket, 0) ==
-         static_cast<std::uint32_t>(layer.batch * layer.graphs - 1);
-}
-
-struct Shared {
-  TopKScratch top_k;
-  std::uint64_t reports[kMostCluster];  ///< of all blocks, in the first: see kernel
-  Mailbox sums;                         ///< of all blocks, to all blocks
-  Mailbox lists;                        ///< of all blocks, to the first
-  int suspect;                          ///< the block met a new key without a score
-  int merged;                           ///< candidates of the graph
-};
-
 /// A cluster of thread blocks a graph, clusters along x, sequences along y.
 template <class Dots>
 __global__ void __launch_bounds__(Dots::kMostThreads)
@@ -375,7 +67,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename Dots::T;
   extern __shared__ std::uint64_t memory[];
-  __shared__ Shared shared;
+  __shared__ RowShared shared;
   const std::int64_t length = layer.counters->length;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
@@ -383,10 +75,13 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   const int warp = thread / 32;
   const int warps = threads / 32;
   const int cluster = cluster_size();
-  const int rank = cluster_rank();
   const int b = static_cast<int>(blockIdx.y);
   const int g = static_cast<int>(blockIdx.x) >> (31 - __clz(cluster));  // a power of two
   const int query_heads = layer.heads_per_graph * layer.group;
+
+  const RowLayout layout(query_heads, cluster, threads, most_slots);
+  const RowBlock block(layout, reinterpret_cast<unsigned char*>(memory), cluster, query_heads);
+  const int rank = block.rank;
 
   const bool fault = rank == 0 && thread == 0 && has_fault(layer);
   const bool finishes = rank == 0 && warp == 1;
@@ -401,18 +96,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   }
   cluster_arrive();
   if (warp == 1) clear(shared.top_k, lane);
-
-  const Layout layout(query_heads, cluster, threads, most_slots);
-  auto* const bytes = reinterpret_cast<unsigned char*>(memory);
-  auto* const lists = reinterpret_cast<std::uint64_t*>(bytes + layout.lists);
-  auto* const sums = reinterpret_cast<std::uint64_t*>(bytes + layout.sums);
-  auto* const warp_sums = reinterpret_cast<std::uint64_t*>(bytes + layout.warp_sums);
-  auto* const shifts = reinterpret_cast<float*>(bytes + layout.shifts);
-  auto* const barred = reinterpret_cast<std::uint32_t*>(bytes + layout.barred);
-  auto* const scores = reinterpret_cast<float*>(bytes + layout.scores);
-  const int pitch = layout.pitch;
-#pragma unroll 1
-  for (int i = thread; i < (most_slots + 31) / 32; i += threads) barred[i] = 0;
+  block.clear_barred(most_slots);
   __syncthreads();
 
   // The length of the layer is still on its way: what needs it comes after the queries.
@@ -439,10 +123,10 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
                 const bool finite = fabsf(x) <= FLT_MAX;
                 const float score = seen & finite ? x : -INFINITY;
                 mine[i].add(score);
-                if (valid) scores[(first_query + column) * pitch + j - begin] = score;
+                if (valid) block.scores[(first_query + column) * block.pitch + j - begin] = score;
                 // Both are rare: sinks and the new token itself.
                 if (i == 0 && seen && place < layer.num_sinks) {
-                  atomicOr(&barred[(j - begin) / 32], 1U << ((j - begin) % 32));
+                  atomicOr(&block.barred[(j - begin) / 32], 1U << ((j - begin) % 32));
                 }
                 if (seen & !finite && place == kOwnPlace) shared.suspect = 1;
               });
@@ -451,7 +135,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
     for (int i = 0; i < Dots::kValues; ++i) {
       const int column = Dots::column(lane, i);
       if (lane < Dots::kFirstRowBit && column < described.query_heads) {
-        warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
+        block.warp_sums[warp * query_heads + first_query + column] = mine[i].packed();
       }
     }
   });
@@ -462,93 +146,33 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
       ExpSum sum;
 #pragma unroll 1
       for (int j = thread; j < end - begin; j += threads) {
-        const float score = soften(args, scores[q * pitch + j]);
-        scores[q * pitch + j] = score;
+        const float score = soften(args, block.scores[q * block.pitch + j]);
+        block.scores[q * block.pitch + j] = score;
         sum.add(score);
       }
       for (int offset = 16; offset > 0; offset /= 2) sum.add(sum.from_lane(offset));
-      if (lane == 0) warp_sums[warp * query_heads + q] = sum.packed();
+      if (lane == 0) block.warp_sums[warp * query_heads + q] = sum.packed();
     }
     __syncthreads();
   }
 
   cluster_wait();
-#pragma unroll 1
-  for (int i = thread; i < cluster * query_heads; i += threads) {
-    const int to = i / query_heads;
-    const int q = i - to * query_heads;
-    const ExpSum sum = ExpSum::of(warp_sums + q, warps, query_heads);
-    post(&sums[rank * query_heads + q], to, sum.packed(), shared.sums);
-  }
+  block.post_sums(shared, 0, query_heads);
   bool good = true;
   if (rank == 0) good = check_slots(layer, args, length, extent) && !fault;
-  wait_for_mail(shared.sums);
-#pragma unroll 1
-  for (int q = thread; q < query_heads; q += threads) {
-    shifts[q] = ExpSum::of(sums + q, cluster, query_heads).shift();
-  }
+  block.take_shifts(shared);
   good = __syncthreads_and(good ? 1 : 0) != 0;
   std::uint32_t ticket = 0;
   if (finishes) ticket = take_ticket(layer);
-
-  const float weight = 1.0F / static_cast<float>(query_heads);
-  float highest = 0.0F;
-  constexpr int kAtOnce = 2;
-#pragma unroll 1
-  for (int first = thread; first < end - begin; first += kAtOnce * threads) {
-    float probabilities[kAtOnce] = {};
-    // Where there is no second one: the first again, which no other thread writes meanwhile.
-    const int second = first + threads < end - begin ? first + threads : first;
-#pragma unroll 4
-    for (int q = 0; q < query_heads; ++q) {
-      const float shift = shifts[q];
-      const float* const plane = scores + q * pitch;
-      probabilities[0] += exp2_of(plane[first] - shift);
-      probabilities[1] += exp2_of(plane[second] - shift);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int j = first + i * threads;
-      if (j >= end - begin) break;
-      const bool is_barred = (barred[j / 32] >> (j % 32) & 1U) != 0;
-      const float probability = is_barred ? 0.0F : probabilities[i] * weight;
-      scores[j] = probability;
-      highest = fmaxf(highest, probability);
-    }
-  }
-  const Found found = block_top_k(scores, end - begin, begin, highest, layer.top_k, shared.top_k);
-  if (warp == 0) {
-    post(&lists[rank * 32 + lane], 0, lane < found.count ? found.candidates[lane] : 0,
-         shared.lists);
-  } else if (warp == 1 && lane == 0) {
-    const auto suspect = static_cast<std::uint64_t>(shared.suspect);
-    post(&shared.reports[rank], 0, suspect << 32U | found.bound, shared.lists);
-  }
-  if (rank != 0) return;
-  wait_for_mail(shared.lists);
-
-  // The highest bound of any block leaves few candidates.
-  const std::uint64_t report = lane < cluster ? shared.reports[lane] : 0;
-  const std::uint32_t bound = warp_max(static_cast<std::uint32_t>(report));
-  bool drawn = __any_sync(0xffffffffU, report >> 32U != 0) == 0;
-  if (!drawn && good) drawn = all_finite<T>(layer, args, b, g, slot);
-  if (warp == 0) shared.top_k.best[lane] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (int i = thread; drawn && i < cluster * 32; i += threads) {
-    const std::uint64_t own = lists[i];
-    if (own == 0 || own >> 32U < bound) continue;
-    shared.top_k.list[atomicAdd(&shared.merged, 1)] = own;
-  }
-  __syncthreads();
-  rank_list(shared.top_k, shared.merged, layer.top_k);
-  __syncthreads();
-  if (!good) return;
-  if (warp == 0) {
-    finish_row(layer, b, g, slot, drawn, shared.top_k.best);
-  } else if (finishes && is_last(layer, ticket)) {
-    take_slots(layer, args, length, counters);
-  }
+  draw_new_row<T>(layer, args, block, shared,
+                  {.length = length,
+                   .slot = slot,
+                   .b = b,
+                   .g = g,
+                   .good = good,
+                   .ticket = ticket,
+                   .counters = counters},
+                  begin, end, [] {});
 #endif
 }
 
@@ -784,17 +408,9 @@ std::int64_t shared_bytes(const LayerView& layer, std::int64_t extent, int clust
                       slots_a_block(extent, cluster));
 }
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 int most_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-         static_cast<int>(sizeof(Shared));
+         static_cast<int>(sizeof(RowShared));
 }
 
 template <class Dots>
@@ -825,16 +441,6 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
   check(cudaLaunchKernelEx(&config, kernel, layer, args, extent,
                            static_cast<int>(slots_a_block(extent, plan.cluster))),
         "update_kernel");
-}
-
-bool rows_start_at(const TokensView& tokens, std::int64_t bytes, std::int64_t element) {
-  const auto is_multiple = [&](std::int64_t stride) { return stride * element % bytes == 0; };
-  return reinterpret_cast<std::uintptr_t>(tokens.data) % static_cast<std::uintptr_t>(bytes) == 0 &&
-         is_multiple(tokens.sequence_stride) && is_multiple(tokens.head_stride) &&
-         is_multiple(tokens.token_stride);
-}
-bool is_near(std::int64_t stride, std::int64_t element) {
-  return stride >= 0 && stride * element <= std::int64_t{0xffffffff};
 }
 
 /// Whether the current device runs clusters of kMostCluster blocks that use all shared memory.

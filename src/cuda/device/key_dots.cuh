@@ -7,6 +7,8 @@
 // differ in bits kFirstRowBit and up. `place` is the position of the slot's token, or kOwnPlace, or
 // kNoPlace where the slot is empty or behind the end of the last tile. `valid` is false where there
 // is no such query head.
+//
+// Who needs more than the dot products hands over a tap, see NoTap.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,11 +41,24 @@ struct DotsTask {
   int end;
   int own_slot;
 
+  __device__ std::int32_t position(int slot) const { return positions[slot]; }
+
   __device__ std::int32_t place(int slot, std::int32_t position) const {
     const std::int32_t place = slot == own_slot ? kOwnPlace : position;
     return slot < end ? place : kNoPlace;
   }
 };
+
+/// What a warp calls around its tiles: begin(task, tile) when the keys of its first tile are on
+/// their way, and tile(task, tile, seen, next) when the dot products of a tile were emitted. Bit
+/// Dots::seen_bit(slot of the tile) of `seen` says whether the slot holds a token that the queries
+/// see; `next` is the warp's next tile, -1 behind the last.
+struct NoTap {
+  static constexpr bool kActive = false;
+};
+
+/// `seen` of a tile whose slots are all seen.
+inline constexpr std::uint32_t kAllSeen = 0x55555555U;
 
 template <int kOffset>
 __device__ inline uint4 load_key(const unsigned char* address) {
@@ -80,10 +95,11 @@ __device__ inline void multiply(float (&c)[4], const uint4& a, std::uint32_t b0,
 /// key takes two rows, each with half of the columns, and the right operand must hold the half that
 /// belongs to the row: up to 4 query heads fit into its 8 columns with both halves (the upper rows'
 /// results count in the lower columns and the other way round), 8 take two instructions.
-template <class Element, int kBlocks, int kHeads>
+template <class Element, int kBlocks, int kHeads, int kDepth = kBlocks <= 2 ? 4 : 2>
 struct TensorDots {
   using T = Element;
   static constexpr int kColumns = kHeads;
+  static constexpr int kRowBlocks = kBlocks;
   static constexpr bool kPaired = kHeads == 4;
   static constexpr int kPanels = kPaired ? 1 : kHeads / 8;
   static constexpr int kValues = 2 * kPanels;
@@ -93,16 +109,18 @@ struct TensorDots {
   static constexpr int kUnits = kBlocks / kUnitBlocks;  ///< of a tile
   /// Blocks without columns behind the end of the shortest row that comes here.
   static constexpr int kFullBlocks = kBlocks == 2 ? 0 : kBlocks <= 4 ? kBlocks - 1 : 4;
-  static constexpr int kStages = kBlocks <= 2 ? 4 : 2;
+  static constexpr int kStages = kDepth;
   static constexpr int kHalves = kPaired ? 1 : 2;  ///< right operands of a panel
   static_assert(kStages % kUnits == 0);
 
   __device__ static int column(int lane, int i) {
     return kPaired ? lane % 2 * 2 + i : i / 2 * 8 + lane % 4 * 2 + i % 2;
   }
+  __device__ static int seen_bit(int slot) { return slot % 8 * 4 + slot / 8 * 2; }
 
-  template <class Find, class Emit>
-  __device__ static void run(DotsTask<T> task, int warp, int warps, Find&& find, Emit&& emit) {
+  template <class Task, class Find, class Emit, class Tap = NoTap>
+  __device__ static void run(Task task, int warp, int warps, Find&& find, Emit&& emit,
+                             Tap&& tap = {}) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int row = lane / 4;
     const bool upper = lane % 4 >= 2;
@@ -159,10 +177,10 @@ struct TensorDots {
       const int first = task.begin + tile * kTile + row;
       if (stage % kUnits == 0) {
         if constexpr (kPaired) {
-          position[stage][0] = task.positions[min(first + (upper ? 8 : 0), task.end - 1)];
+          position[stage][0] = task.position(min(first + (upper ? 8 : 0), task.end - 1));
         } else {
-          position[stage][0] = task.positions[min(first, task.end - 1)];
-          position[stage][1] = task.positions[min(first + 8, task.end - 1)];
+          position[stage][0] = task.position(min(first, task.end - 1));
+          position[stage][1] = task.position(min(first + 8, task.end - 1));
         }
       }
 #pragma unroll
@@ -176,6 +194,8 @@ struct TensorDots {
     for (int stage = 0; stage < kStages; ++stage) {
       load(stage, min(warp + stage / kUnits * warps, tiles - 1));
     }
+    constexpr bool kTapped = std::remove_cvref_t<Tap>::kActive;
+    if constexpr (kTapped) tap.begin(task, warp);
     constexpr int kRound = kStages / kUnits;  // tiles
 #pragma unroll 1
     for (int first = warp; first < tiles; first += kRound * warps) {
@@ -230,6 +250,21 @@ struct TensorDots {
             }
           }
         }
+        if constexpr (kTapped) {
+          const auto holders = [&](int from, std::int32_t position) {
+            return __ballot_sync(0xffffffffU, task.place(from, position) != kNoPlace);
+          };
+          // Lane 4 r knows slot r; slot r + 8 is known to lane 4 r + 2, or to lane 4 r as well.
+          std::uint32_t seen = 0;
+          if constexpr (kPaired) {
+            seen = holders(slot + (upper ? 8 : 0), at_position[0]) & kAllSeen;
+          } else {
+            constexpr std::uint32_t kFirstLanes = 0x11111111U;
+            seen = (holders(slot, at_position[0]) & kFirstLanes) |
+                   (holders(slot + 8, at_position[1]) & kFirstLanes) << 2U;
+          }
+          tap.tile(task, tile, seen, tile + warps < tiles ? tile + warps : -1);
+        }
       }
     }
   }
@@ -252,14 +287,20 @@ struct CoreDots {
   };
 
   __device__ static int column(int lane, int i) { return lane % 2 * kValues + i; }
+  __device__ static int seen_bit(int slot) { return 2 * slot; }
 
-  template <class Find, class Emit>
-  __device__ static void run(DotsTask<T> task, int warp, int warps, Find&& find, Emit&& emit) {
+  template <class Task, class Find, class Emit, class Tap = NoTap>
+  __device__ static void run(Task task, int warp, int warps, Find&& find, Emit&& emit,
+                             Tap&& tap = {}) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int team = lane / kLanes;
     const int member = lane % kLanes;
     find(task);
     const int tiles = (task.end - task.begin + kTile - 1) / kTile;
+    constexpr bool kTapped = std::remove_cvref_t<Tap>::kActive;
+    if constexpr (kTapped) {
+      if (warp < tiles) tap.begin(task, warp);
+    }
     for (int tile = warp; tile < tiles; tile += warps) {
       const int first = task.begin + tile * kTile + team * kSlots;
       const T* keys[kSlots];
@@ -268,7 +309,7 @@ struct CoreDots {
         keys[s] = task.keys + min(first + s, task.end - 1) * task.key_stride;
       }
       const int slot = first + member / 2;
-      const std::int32_t position = task.positions[min(slot, task.end - 1)];
+      const std::int32_t position = task.position(min(slot, task.end - 1));
       float sums[kSlots * kHeads] = {};
       Vector next[kSlots];
       const auto load = [&](int at) {
@@ -317,6 +358,11 @@ struct CoreDots {
       for (int i = 0; i < kValues; ++i) {
         const int at_column = column(lane, i);
         emit(i, at_column, slot, task.place(slot, position), sums[i], at_column < task.query_heads);
+      }
+      if constexpr (kTapped) {
+        const std::uint32_t holders =
+            __ballot_sync(0xffffffffU, task.place(slot, position) != kNoPlace);
+        tap.tile(task, tile, holders & kAllSeen, tile + warps < tiles ? tile + warps : -1);
       }
     }
   }

@@ -1,5 +1,4 @@
-// Thread-block clusters: but for cluster_sync, for kernels that are only launched where there are
-// such (sm_90 and up).
+// Thread-block clusters. Where there are none (below sm_90) each block is one of its own.
 //
 // Blocks tell each other numbers by mail: a mailbox counts the bytes that come in, and those who
 // wait for it need no barrier and no fence. A block without others must not send mail: it writes
@@ -13,14 +12,18 @@
 namespace spectralkv::cuda {
 
 __device__ inline int cluster_size() {
-  std::uint32_t size = 0;
+  std::uint32_t size = 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+#endif
   return static_cast<int>(size);
 }
 
 __device__ inline int cluster_rank() {
   std::uint32_t rank = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
   return static_cast<int>(rank);
 }
 
@@ -43,28 +46,36 @@ struct Mailbox {
 };
 
 /// By one thread, before cluster_arrive: `bytes` will come in.
-__device__ inline void open_mailbox(Mailbox& box, int bytes) {
+__device__ inline void open_mailbox([[maybe_unused]] Mailbox& box, [[maybe_unused]] int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 /// All threads of all blocks arrive, then wait before they post: the mailboxes are open.
 __device__ inline void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 }
 __device__ inline void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 
 /// Writes `value` where block `rank` has its copy of `address`, and tells its copy of `box`.
-__device__ inline void post(std::uint64_t* address, int rank, std::uint64_t value, Mailbox& box) {
+__device__ inline void post(std::uint64_t* address, [[maybe_unused]] int rank, std::uint64_t value,
+                            [[maybe_unused]] Mailbox& box) {
   if (cluster_size() == 1) {
     *address = value;
     return;
   }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto local = static_cast<std::uint32_t>(__cvta_generic_to_shared(address));
   const auto local_box = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   asm volatile(
@@ -75,14 +86,16 @@ __device__ inline void post(std::uint64_t* address, int rank, std::uint64_t valu
       :
       : "r"(local), "r"(local_box), "r"(rank), "l"(value)
       : "memory");
+#endif
 }
 
 /// By all threads: everything that was announced has come.
-__device__ inline void wait_for_mail(Mailbox& box) {
+__device__ inline void wait_for_mail([[maybe_unused]] Mailbox& box) {
   if (cluster_size() == 1) {
     __syncthreads();
     return;
   }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(&box.barrier));
   std::uint32_t complete = 0;
   while (complete == 0) {
@@ -94,6 +107,7 @@ __device__ inline void wait_for_mail(Mailbox& box) {
         : "r"(address)
         : "memory");
   }
+#endif
 }
 
 }  // namespace spectralkv::cuda
