@@ -23,6 +23,7 @@ def test_bench_writes_numbers_and_a_picture(
         assert main(["bench", *options, *SMALL, "--output", str(folder)]) == 0
         shown = capsys.readouterr().out
         assert "DecodeLoop 20%" in shown
+        assert "replayed as CUDA graphs: none" in shown
         assert "noise at 130" in shown
         content = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
         assert [row["context"] for row in content["rows"]] == [100] * 5 + [130] * 5

@@ -167,6 +167,8 @@ def test_turns_and_prompts_in_chunks(device: str) -> None:
     assert torch.equal(generate(model, prompt, caches[1], max_new_tokens=60), expected)
     with pytest.raises(ValueError, match="tokens that the cache has not seen, got 10 of which"):
         generate(model, prompt[:, :10], caches[1])
+    with pytest.raises(ValueError, match="prefill_chunk_size must be 1 or more, got 0"):
+        generate(model, prompt, cache_of(model), prefill_chunk_size=0)
 
 
 def test_after_a_loop_any_forward_pass_goes(device: str) -> None:

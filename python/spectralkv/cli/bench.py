@@ -98,24 +98,24 @@ def _show(result: BenchResult, *, where: str) -> None:
     table = Table(title=f"{result.model}, batch {result.config.batch}, {where}")
     table.add_column("context", justify="right")
     table.add_column("cache", no_wrap=True)
-    for name in ("ms a step", "tokens/s", "KV", "graph", "peak", "captured"):
-        table.add_column(name, justify="right")
+    for name in ("ms a step", "tokens/s", "KV, graph", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         if row.failure:
             table.add_row(f"{row.context:,}", row.kind, row.failure)
             continue
-        times = [1000.0 * seconds for seconds in row.step_seconds]
+        times = row.step_seconds
         table.add_row(
             f"{row.context:,}",
             row.kind,
-            f"{1000.0 * row.seconds:.2f} ({min(times):.2f}-{max(times):.2f})",
+            f"{1000.0 * row.seconds:.2f} ±{(max(times) - min(times)) / 2.0 / row.seconds:.0%}",
             f"{row.tokens_per_s:,.1f}",
-            shared.size(row.kv_bytes),
-            shared.size(row.graph_bytes),
+            shared.size(row.kv_bytes + row.graph_bytes),
             "-" if row.peak_bytes is None else shared.size(row.peak_bytes),
-            "yes" if row.is_captured else "no",
         )
     out = Console(highlight=False)
     out.print(table)
+    replayed = dict.fromkeys(row.kind for row in result.rows if row.is_captured)
+    out.print(f"replayed as CUDA graphs: {', '.join(replayed) or 'none'}", markup=False)
     for context in result.config.contexts:
         out.print(f"noise at {context:,}: {result.noise(context):.1%}", markup=False)

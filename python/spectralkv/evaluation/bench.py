@@ -318,17 +318,30 @@ def plot_bench(result: BenchResult, path: Path, *, where: str) -> None:
 
     figure, (speed, memory) = plots.new_figure(11.0, 4.6, columns=2)
     kinds = list(dict.fromkeys(row.kind for row in result.rows))
-    for order, kind in enumerate(kinds):
+    shares = list(result.config.budgets)
+    for kind in kinds:
         rows = [row for row in result.rows if row.kind == kind and not row.failure]
         rows = list({row.context: row for row in reversed(rows)}.values())[::-1]
-        colour = plots.FULL_COLOUR if order == 0 else plots.COLOURS[(order - 1) % 8]
-        style = {"marker": "o", "color": colour, "label": kind, "linewidth": 1.8}
+        name, _, share = kind.partition(" ")
+        # A colour a budget, and dashes for what is not the best of its kind.
+        colour = plots.FULL_COLOUR
+        if share:
+            order = [f"{one:.0%}" for one in shares].index(share)
+            colour = plots.COLOURS[order % len(plots.COLOURS)]
+        style = {
+            "marker": "o",
+            "color": colour,
+            "label": kind,
+            "linewidth": 1.8,
+            "linestyle": "--" if name in ("StaticCache", "EvictingCache") else "-",
+        }
         at = [row.context for row in rows]
         speed.plot(at, [row.tokens_per_s for row in rows], **style)
         held = [(row.kv_bytes + row.graph_bytes) / 2**20 for row in rows]
         memory.plot(at, held, **style)
     for axis, label in ((speed, "tokens/s"), (memory, "keys, values and graph (MiB)")):
         axis.set_xscale("log", base=2)
+        axis.set_xticks(result.config.contexts, [f"{one:,}" for one in result.config.contexts])
         axis.set_xlabel("context (tokens)")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)

@@ -464,6 +464,10 @@ def generate(
         pad = eos[0] if eos else 0
     if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
         raise ValueError("[generate] padding must be on the left, got a mask that ends with 0")
+    if prefill_chunk_size is not None and prefill_chunk_size < 1:
+        raise ValueError(
+            f"[generate] prefill_chunk_size must be 1 or more, got {prefill_chunk_size}"
+        )
     if streamer is not None:
         streamer.put(input_ids.cpu())
     with torch.no_grad():

@@ -139,6 +139,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Key and value of a decode step, which wait to see whether the policy can attend.
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._fixed = False  # between `start_steps` and `end_steps`
+        self._query_heads = 0  # of the model, as the first queries show
         self._obstacle: str | None = None  # what keeps the policy from attending for good
         self._attended_by = "model (no decode step yet)"
         # Positions of the slots that were there at the last compaction, and the tokens each
@@ -421,6 +422,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._tracker is None or self._new is None or self.keys is None or self.values is None:
             raise RuntimeError(f"[cache] layer {self.index}: attention without an update")
         self._awaits_attention = False
+        self._query_heads = query.shape[1]
         valid = None if self._valid_slab is None else self._valid_slab[:, : self._size]
         observation = Observation(
             query=query,
@@ -465,7 +467,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if self.keys is None or self.values is None or self._awaits_attention:
             raise ValueError(f"[decode] layer {self.index}: expected a prompt before the steps")
-        obstacle = self._tracker.obstacle(self.keys, self.keys, self.values)
+        batch, _, _, dim = self.keys.shape
+        query = self.keys.new_empty(batch, self._query_heads, 1, dim)
+        obstacle = self._tracker.obstacle(query, self.keys, self.values)
         if obstacle is not None:
             raise ValueError(f"[decode] layer {self.index}: expected {obstacle}")
 

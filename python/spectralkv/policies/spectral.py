@@ -20,8 +20,9 @@ from spectralkv.config import (
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
 
-# Of the core's attention.
+# Of the core's attention, whose sums lie in shared memory.
 _MOST_CUDA_DIM = 256
+_MOST_CUDA_SUMS = 16 * 256
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
 # Times the slots a layer needs that its graph may hold on CUDA before it gives memory back.
@@ -262,8 +263,12 @@ class _SpectralTracker(AttendingTracker):
             return f"queries, keys and values of one dtype, got {dtypes}"
         if keys.shape[3] != values.shape[3]:
             return f"keys and values of one size, got {keys.shape[3]} and {values.shape[3]}"
-        if keys.is_cuda and keys.shape[3] > _MOST_CUDA_DIM:
-            return f"heads of at most {_MOST_CUDA_DIM} dimensions, got {keys.shape[3]}"
+        group, dim = query.shape[1] // keys.shape[1], keys.shape[3]
+        if keys.is_cuda and (dim > _MOST_CUDA_DIM or group * dim > _MOST_CUDA_SUMS):
+            return (
+                f"at most {_MOST_CUDA_DIM} dimensions, and {_MOST_CUDA_SUMS} of all query heads of "
+                f"a KV head together, got {group} heads of {dim}"
+            )
         return None
 
     def attend(self, step: DecodeStep) -> torch.Tensor:
