@@ -28,11 +28,9 @@ OURS = ["spectral"]
 CANDIDATES = [
     "spectral",
     "spectral:populations=recent:edges:0.5+novelty:all:0.5",
-    "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
     "spectral:novelty_width=1",
-    "spectral:novelty_width=9",
 ]
-# The same by random walks, and what the default was before phrases.
+# Others by random walks, and what the default was before phrases.
 WALK = "spectral:solver=walk"
 WALKS = [
     WALK,
@@ -99,12 +97,15 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         return Job(name, [*task, *many("--policy", policies)])
 
     plan = [
-        perplexity("perplexity-ours", CANDIDATES, *low, *shares, *held),
+        perplexity("perplexity-ours", OURS, *low, *shares, *held),
+        perplexity("perplexity-candidates", CANDIDATES[1:], *shares, *held),
         of("needle-ours", needles, CANDIDATES),
         of("variants-ours", variants, OURS),
         of("ruler-ours", ruler, OURS),
         of("lengths-ours", lengths, OURS),
+        of("tuning-needle", [*needles, "--seed", "1"], CANDIDATES),
         of("aware-ours", aware, OURS),
+        perplexity("tuning-perplexity", CANDIDATES, "--budget", "0.2", *tune),
         perplexity("perplexity-published", PUBLISHED[:4], *low, *shares, *held),
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
         perplexity("perplexity-tuned", TUNED, *shares, *held),
@@ -117,15 +118,13 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         of("ruler", ruler, [WALK, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
         of("needle-variants", variants, [WALK, "keydiff", "h2o", "snapkv", "rkv"]),
         of("needle-aware", aware, [WALK, "keydiff", "h2o", "snapkv", "rkv"]),
-        of("tuning-needle", [*needles, "--seed", "1"], CANDIDATES),
-        perplexity("tuning-perplexity", CANDIDATES, "--budget", "0.2", *tune),
         of("tuning-needle-walks", [*needles, "--seed", "1"], [*WALKS, "keydiff"]),
         perplexity("tuning-perplexity-walks", [*WALKS, *TUNED], "--budget", "0.2", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
+        plan[2:2] = [perplexity("perplexity-8k-ours", OURS, "--budget", "0.2", *eight)]
         plan += [
-            perplexity("perplexity-8k-ours", OURS, "--budget", "0.2", *eight),
             perplexity("perplexity-8k", [WALK, *TUNED[:1]], "--budget", "0.2", *eight),
             perplexity("perplexity-8k-2", ["h2o", *TUNED[2:]], "--budget", "0.2", *eight),
             of("needle-lengths", lengths, [WALK, "keydiff", "h2o"]),
