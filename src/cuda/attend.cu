@@ -72,7 +72,8 @@ struct AttendLayout {
   __host__ __device__ static int aligned(int offset) { return (offset + 15) / 16 * 16; }
 };
 
-struct AttendShared {
+/// Of a multiple of 16 bytes, so that the memory behind it begins where it ends.
+struct alignas(16) AttendShared {
   RowShared row;
   Mailbox parts;  ///< of all blocks, to all blocks
 };

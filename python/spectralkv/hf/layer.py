@@ -28,6 +28,10 @@ from spectralkv.policies.base import (
 #: Who computes the attention of decode steps, see :class:`spectralkv.hf.EvictingCache`.
 Attention = Literal["auto", "policy", "model"]
 
+#: Types of devices on which "auto" is the policy outside of a decode loop, too: none yet, for the
+#: CUDA kernel has not been measured.
+_ATTENDS_BY_DEFAULT: frozenset[str] = frozenset()
+
 _layouts = itertools.count()
 
 # Options of attention functions that a decode step may have at any value.
@@ -249,7 +253,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             and self._attention != "model"
             and self._obstacle is None
             and isinstance(self._tracker, AttendingTracker)
-            and (self._attention == "policy" or self.device.type == "cuda")
+            and (self._attention == "policy" or self.device.type in _ATTENDS_BY_DEFAULT)
         )
 
     def _append(
