@@ -1,4 +1,4 @@
-"""An extension of Griffe: docstrings say roles and formulas in reStructuredText, the site Markdown."""
+"""An extension of Griffe: roles and formulas of docstrings, in reStructuredText, as Markdown."""
 
 from __future__ import annotations
 

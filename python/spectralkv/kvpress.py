@@ -1,4 +1,4 @@
-"""This package's policies as presses of NVIDIA's kvpress: ``pip install kvpress``.
+"""Policies as presses of NVIDIA's kvpress: ``pip install 'spectralkv[kvpress]'``.
 
 kvpress wants an older transformers than :mod:`spectralkv.hf`, which is not needed here.
 """
@@ -22,7 +22,7 @@ __all__ = ["PolicyPress", "SpectralPress"]
 
 
 @dataclass
-class PolicyPress(BasePress):
+class PolicyPress(BasePress):  # type: ignore[misc]
     """A press that keeps what a policy chooses, while the prompt is read and while tokens are made.
 
     Unlike a ``DecodingPress`` it sees each query where it stands, turned by its own position, and

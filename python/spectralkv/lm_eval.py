@@ -1,12 +1,12 @@
-"""Models with a cache of this package for EleutherAI's lm-evaluation-harness: ``pip install lm-eval[hf]``.
+"""The model ``spectralkv`` of EleutherAI's lm-evaluation-harness.
 
-    python -m spectralkv.lm_eval --model spectralkv --tasks gsm8k \\
-        --model_args pretrained=my-model,policy=spectral,budget=512
+``pip install 'spectralkv[lm-eval]'``, then ``python -m spectralkv.lm_eval --model spectralkv --tasks
+gsm8k --model_args pretrained=my-model,policy=spectral,budget=512``: the harness's own command line,
+which knows the model here.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
