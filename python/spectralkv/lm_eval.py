@@ -1,8 +1,8 @@
 """The model ``spectralkv`` of EleutherAI's lm-evaluation-harness.
 
-``pip install 'spectralkv[lm-eval]'``, then ``python -m spectralkv.lm_eval --model spectralkv --tasks
-gsm8k --model_args pretrained=my-model,policy=spectral,budget=512``: the harness's own command line,
-which knows the model here.
+``pip install 'spectralkv[lm-eval]'``, then ``python -m spectralkv.lm_eval --model spectralkv
+--tasks gsm8k --model_args pretrained=my-model,policy=spectral,budget=512``: the harness's own
+command line, which knows the model here.
 """
 
 from __future__ import annotations
