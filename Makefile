@@ -30,7 +30,7 @@ CXX_SOURCES = $(shell find include src python/src cpp_tests benchmarks examples 
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
 PY_SOURCES = python tests benchmarks examples tools
 
-.PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench gpu-check clean distclean FORCE
+.PHONY: help venv build test test-cpp test-python demo lint format tidy stubs bench gpu-check docs clean distclean FORCE
 
 help: ## This list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -138,6 +138,15 @@ bench: $(STAMPS)/dev $(STAMPS)/runtime ## Benchmarks: every stage in C++, and be
 gpu-check: $(DEBS)/googletest.stamp ## On a machine with an NVIDIA GPU: build, tests, sanitizers, benchmarks, one JSON
 	$(step) 'GPU check'
 	@$(BASE_PYTHON) tools/gpu_check.py --jobs $(JOBS) $(GPU_CHECK)
+
+$(STAMPS)/docs: pyproject.toml $(CONSTRAINTS) | $(STAMPS)/venv
+	$(step) 'tools of the documentation'
+	@$(PIP) -qq --group docs
+	@touch $@
+
+docs: $(STAMPS)/docs ## The documentation's site, in build/site; every warning is an error
+	$(step) 'docs'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # ---- the look of the code
 

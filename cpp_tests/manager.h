@@ -158,6 +158,10 @@ class GraphManager {
     DeviceCall on(device());
     manager_->load_restart_weights(layer, on(weights), on.stream());
   }
+  std::vector<std::uint8_t> save_layer(Index layer) const { return manager_->save_layer(layer); }
+  void load_layer(Index layer, std::span<const std::uint8_t> saved) {
+    manager_->load_layer(layer, saved);
+  }
   void restart_distribution(Index layer, int population, const TensorView& out, Stream) const {
     DeviceCall on(device());
     manager_->restart_distribution(layer, population, on(out), on.stream());

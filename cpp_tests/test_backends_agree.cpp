@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
@@ -79,7 +80,7 @@ class Life {
 
   void step() {
     const Index layer = random_.integer(0, config_.num_layers - 1);
-    switch (random_.integer(0, 9)) {
+    switch (random_.integer(0, 10)) {
       case 0:
         return load(layer, random_.integer(1, config_.capacity));
       case 1:
@@ -97,6 +98,8 @@ class Life {
         return reuse(layer);
       case 8:
         return rearrange(layer);
+      case 9:
+        return swap(layer);
       default:
         return truncate(layer);
     }
@@ -288,6 +291,17 @@ class Life {
     });
     EXPECT_EQ(threw[0], threw[1]);
     pair_.expect_same_state("truncate");
+  }
+
+  /// Each goes on from what the other saved.
+  void swap(Index layer) {
+    std::vector<std::vector<std::uint8_t>> saved;
+    pair_.both([&](GraphManager& manager) { saved.push_back(manager.save_layer(layer)); });
+    pair_.both([&](GraphManager& manager) {
+      manager.load_layer(layer, saved.back());
+      saved.pop_back();
+    });
+    pair_.expect_same_state("load_layer");
   }
 
   Random random_;

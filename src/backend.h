@@ -172,6 +172,10 @@ class Backend {
   virtual void restart_distribution(std::int64_t layer, int population, const TensorView& out,
                                     Stream stream) const = 0;
 
+  virtual std::vector<std::uint8_t> save_layer(std::int64_t layer) const = 0;
+  /// Returns the host's view of the layer, whose capacity stays.
+  virtual LayerState load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) = 0;
+
   virtual void synchronize() const = 0;
   /// What the device counts, where that may differ from the host's view; `state` is that view.
   virtual void refresh(std::int64_t layer, LayerState& state) const = 0;

@@ -718,6 +718,16 @@ void GraphManager::restart_distribution(std::int64_t layer, int population, cons
   impl_->backend->restart_distribution(layer, population, out, stream);
 }
 
+std::vector<std::uint8_t> GraphManager::save_layer(std::int64_t layer) const {
+  impl_->layer_state("save_layer", layer);
+  return impl_->backend->save_layer(layer);
+}
+
+void GraphManager::load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) {
+  LayerState& state = impl_->layer_state("load_layer", layer);
+  state = impl_->backend->load_layer(layer, saved);
+}
+
 Statistics GraphManager::statistics() const {
   Statistics statistics = impl_->statistics;
   const detail::BackendStatistics counted = impl_->backend->statistics();

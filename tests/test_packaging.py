@@ -116,13 +116,17 @@ def test_a_cmake_project_builds_against_the_installed_package(version: str, tmp_
         pytest.skip("no CMake on this machine")
     run(
         cmake,
-        *("-S", ROOT / "examples" / "consumer", "-B", tmp_path),
+        *("-S", ROOT / "examples" / "embed", "-B", tmp_path),
         f"-DCMAKE_CXX_COMPILER={compiler()}",
         f"-DCMAKE_PREFIX_PATH={spectralkv.get_cmake_dir()}",
         "-DCMAKE_BUILD_TYPE=Release",
     )
     run(cmake, "--build", tmp_path)
-    assert version in run(tmp_path / "consumer")
+    shown = run(tmp_path / "embed", "--tokens", "300", "--budget", "80")
+    assert f"spectralkv {version}," in shown
+    held = re.search(r"300 tokens seen, (\d+) held", shown)
+    assert held
+    assert 80 <= int(held[1]) < 112
 
 
 @pytest.mark.parametrize("folder", ["src", "cpp_tests", "benchmarks/cpp", "python"])
@@ -140,5 +144,6 @@ def test_every_cpp_file_is_listed_in_the_build(folder: str) -> None:
 
 
 def test_importing_the_package_imports_no_framework() -> None:
-    code = "import spectralkv, sys; print([m for m in ('numpy', 'torch') if m in sys.modules])"
+    others = "('numpy', 'torch', 'transformers', 'kvpress', 'lm_eval')"
+    code = f"import spectralkv, sys; print([m for m in {others} if m in sys.modules])"
     assert run(sys.executable, "-c", code).strip() == "[]"

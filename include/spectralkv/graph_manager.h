@@ -56,11 +56,11 @@ struct MemoryUse {
 /// stream; walks and solves touch only the manager's own memory and run on a side stream of low
 /// priority, between the caller's work before them and the first call that needs their result.
 /// Calls on different streams are ordered by the manager. Some calls wait for the device: those
-/// that take or return memory, load a graph, truncate, read statistics, or must count what a tensor
-/// on the device holds (padding marks; kept lists without `kept`; slots and kept lists with
-/// GraphConfig::eager_checks). Without eager checks the device checks slots and kept lists itself:
-/// a faulty one stops all later changes, and the calls that come after the device found it throw
-/// InvalidArgument until reset(kAllLayers).
+/// that take or return memory, save or load a graph, truncate, read statistics, or must count what
+/// a tensor on the device holds (padding marks; kept lists without `kept`; slots and kept lists
+/// with GraphConfig::eager_checks). Without eager checks the device checks slots and kept lists
+/// itself: a faulty one stops all later changes, and the calls that come after the device found it
+/// throw InvalidArgument until reset(kAllLayers).
 ///
 /// `update`, `attend`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`,
 /// `scores` and the like may be captured into a CUDA graph, on the captured stream alone;
@@ -226,6 +226,15 @@ class SPECTRALKV_API GraphManager {
   /// Writes f32 (B, G, length): the restart distribution of a population.
   void restart_distribution(std::int64_t layer, int population, const TensorView& out,
                             Stream stream) const;
+
+  /// All that the graphs of a layer hold and go on from, so that load_layer of a manager with the
+  /// same configuration, on any device, goes on as this one would. Waits for the device.
+  /// After replays of captured calls, refresh() first.
+  std::vector<std::uint8_t> save_layer(std::int64_t layer) const;
+  /// Replaces a layer, its number of sequences included, by a saved one, which must fit the edge
+  /// law, top_k, scope, heads and populations of this manager and, with its length, the capacity of
+  /// the layer. Waits for the device.
+  void load_layer(std::int64_t layer, std::span<const std::uint8_t> saved);
 
   Statistics statistics() const;
   MemoryUse memory_use() const;

@@ -625,6 +625,26 @@ class GraphManager:
             positions,
         )
 
+    def save_layer(self, layer: int) -> bytes:
+        """Return all that the graphs of a layer hold; waits.
+
+        A manager of the same configuration, on any device, that loads it goes on as this one
+        would. After replays of captured calls, `refresh` first.
+        """
+        return self._core.save_layer(layer)
+
+    def load_layer(self, layer: int, saved: bytes) -> None:
+        """Replace a layer, its number of sequences included, by a saved one; waits.
+
+        Raises
+        ------
+        InvalidArgument
+            A ``ValueError``: the bytes are damaged, of another version, or of graphs with another
+            edge law, top_k, scope, number of heads or populations; or they are longer than the
+            layer's capacity.
+        """
+        self._core.load_layer(layer, saved)
+
     def restart_distribution(
         self, layer: int, population: int, *, like: Array, stream: StreamLike = None
     ) -> Array:

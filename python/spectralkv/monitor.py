@@ -67,6 +67,22 @@ class Monitor:
         self._graph = GraphManager._wrap(self._core.graph, graph, walk)
         self._queue = self._graph._queue
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Monitor:
+        graph, config = self._graph, self._config
+        copied = Monitor(
+            graph.graph_config,
+            graph.walk_config,
+            config.eviction,
+            solver=config.solver,
+            walk_interval=config.walk_interval,
+            top_fraction=config.top_fraction,
+            row_stride=config.row_stride,
+        )
+        for layer in range(graph.graph_config.num_layers):
+            copied.graph.reserve(layer, graph.capacity(layer))
+            copied.graph.load_layer(layer, graph.save_layer(layer))
+        return copied
+
     @property
     def config(self) -> MonitorConfig:
         """Settings."""

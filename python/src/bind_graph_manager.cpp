@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "bindings.h"
@@ -223,6 +224,24 @@ void init_graph_manager(nb::module_& m) {
             self.restart_distribution(layer, population, writable(out), stream_of(stream));
           },
           "layer"_a, "population"_a, "out"_a.noconvert(), "stream"_a = 0, Release())
+      .def(
+          "save_layer",
+          [](const Self& self, std::int64_t layer) {
+            const auto saved = [&] {
+              const nb::gil_scoped_release release;
+              return self.save_layer(layer);
+            }();
+            return nb::bytes(saved.data(), saved.size());
+          },
+          "layer"_a)
+      .def(
+          "load_layer",
+          [](Self& self, std::int64_t layer, const nb::bytes& saved) {
+            const std::span bytes(static_cast<const std::uint8_t*>(saved.data()), saved.size());
+            const nb::gil_scoped_release release;
+            self.load_layer(layer, bytes);
+          },
+          "layer"_a, "saved"_a)
       .def("statistics", &Self::statistics, Release())
       .def("memory_use", &Self::memory_use);
 }

@@ -351,6 +351,16 @@ class CpuBackend final : public Backend {
     }
   }
 
+  std::vector<std::uint8_t> save_layer(std::int64_t layer) const override {
+    return detail::save_layer(graph_, walk_, mine(layer), state(layer));
+  }
+
+  LayerState load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) override {
+    LoadedLayer loaded = detail::load_layer(graph_, walk_, state(layer).capacity, saved);
+    mine(layer) = std::move(loaded.layer);
+    return loaded.state;
+  }
+
   void synchronize() const override {}
   void refresh(std::int64_t, LayerState&) const override {}
   BackendStatistics statistics() const override { return statistics_; }

@@ -337,6 +337,19 @@ void remap_row(ConstRow from, Row to, EdgeLaw law, int top_k, const std::int32_t
 LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTensorView& positions,
                        const ConstTensorView& neighbors, const ConstTensorView& probabilities);
 
+/// saved_layer.cpp
+
+/// See GraphManager::save_layer; `layer` is what `state` says, on this device or copied from it.
+std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig& walk,
+                                     const CpuLayer& layer, const LayerState& state);
+struct LoadedLayer {
+  CpuLayer layer;
+  LayerState state;
+};
+/// Throws InvalidArgument where the bytes are no layer of these graphs.
+LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t capacity,
+                       std::span<const std::uint8_t> saved);
+
 /// novelty.cpp
 void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLayer& layer,
                     const ConstTensorView& keys, std::int64_t length,

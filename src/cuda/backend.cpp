@@ -150,7 +150,7 @@ class CudaBackend final : public Backend {
     for (std::size_t l = 0; l < states.size(); ++l) {
       layers_.emplace_back(graph_, walk_, shared(), static_cast<std::int64_t>(l), states[l].batch,
                            states[l].capacity, own);
-      upload_counters(static_cast<std::int64_t>(l), own);
+      upload_counters(layers_.back().view(), states[l], own);
     }
     scratch_ = missing_scratch(all_views(), own);
     upload_views(own);
@@ -559,6 +559,8 @@ class CudaBackend final : public Backend {
   LoadResult load_rows(std::int64_t layer, const ConstTensorView& positions,
                        const ConstTensorView& neighbors, const ConstTensorView& probabilities,
                        Stream stream) override;
+  std::vector<std::uint8_t> save_layer(std::int64_t layer) const override;
+  LayerState load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) override;
 
   void load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
                             Stream stream) override {
@@ -866,23 +868,17 @@ class CudaBackend final : public Backend {
     check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
   }
 
-  void upload_counters(std::int64_t layer, cudaStream_t queue) {
-    const LayerState& host = state(layer);
-    upload_counters(view(layer), host.length, host.ordered, host.seen, host.held, queue);
-  }
-
   /// Waits for what is queued.
-  void upload_counters(const LayerView& layer, std::int64_t length, bool ordered,
-                       const std::vector<std::int64_t>& seen, const std::vector<std::int64_t>& held,
-                       cudaStream_t queue) {
+  static void upload_counters(const LayerView& layer, const LayerState& host, cudaStream_t queue) {
     std::vector<SequenceCounters> sequences;
-    for (std::size_t b = 0; b < seen.size(); ++b) {
-      sequences.push_back({.seen = seen[b],
-                           .held = held[b],
-                           .walked_at = -1,
-                           .walk_block = state(layer.index).walk_block[b]});
+    for (std::size_t b = 0; b < host.seen.size(); ++b) {
+      sequences.push_back({.seen = host.seen[b],
+                           .held = host.held[b],
+                           .walked_at = host.walked_at[b],
+                           .walk_block = host.walk_block[b]});
     }
-    const LayerCounters counters{.length = length, .ordered = ordered ? 1 : 0, .ticket = 0};
+    const LayerCounters counters{
+        .length = host.length, .ordered = host.ordered ? 1 : 0, .ticket = 0};
     check(
         cudaMemcpyAsync(layer.sequences, sequences.data(),
                         sequences.size() * sizeof(SequenceCounters), cudaMemcpyHostToDevice, queue),
@@ -909,6 +905,25 @@ class CudaBackend final : public Backend {
     check(cudaMemcpyAsync(view(layer).counters, &counters, sizeof(counters), cudaMemcpyHostToDevice,
                           queue),
           "cudaMemcpyAsync");
+  }
+
+  /// Copies all arrays of a layer between the device and a layer of the same shape in host memory.
+  static void copy_layer(const LayerView& device, CpuLayer& host, cudaMemcpyKind kind,
+                         cudaStream_t queue) {
+    constexpr std::int64_t kWord = 4;
+    const std::int64_t slots = std::int64_t{device.batch} * device.graphs * device.capacity;
+    if (slots == 0) return;
+    const auto copy = [&](void* on_device, void* on_host, std::int64_t words) {
+      const bool upload = kind == cudaMemcpyHostToDevice;
+      check(cudaMemcpyAsync(upload ? on_device : on_host, upload ? on_host : on_device,
+                            static_cast<std::size_t>(slots * words * kWord), kind, queue),
+            "cudaMemcpyAsync");
+    };
+    copy(device.positions, host.positions(0, 0), 1);
+    copy(device.rows, host.row(0, 0, 0).neighbors, device.row_words);
+    copy(device.scores, host.scores(0, 0, 0), device.populations);
+    if (device.visits != nullptr) copy(device.visits, host.visits(0, 0, 0), device.populations);
+    if (device.novelty != nullptr) copy(device.novelty, host.novelty(0, 0), 1);
   }
 
   /// Follows every change of restart weights.
@@ -1001,20 +1016,40 @@ LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& pos
   LoadResult result = load_graphs(graph_, loaded, host_positions.view(), host_neighbors.view(),
                                   host_probabilities.view());
   LayerMemory next(graph_, walk_, shared(), layer, memory.batch, memory.capacity, queue);
-  const std::int64_t slots = std::int64_t{memory.batch} * memory.graphs * memory.capacity;
-  constexpr std::int64_t kWord = 4;
-  if (slots > 0) {
-    check(cudaMemcpyAsync(next.view().positions, loaded.positions(0, 0),
-                          static_cast<std::size_t>(slots * kWord), cudaMemcpyHostToDevice, queue),
-          "cudaMemcpyAsync");
-    check(cudaMemcpyAsync(next.view().rows, loaded.row(0, 0, 0).neighbors,
-                          static_cast<std::size_t>(slots * memory.row_words * kWord),
-                          cudaMemcpyHostToDevice, queue),
-          "cudaMemcpyAsync");
-  }
-  upload_counters(next.view(), positions.size(2), result.ordered, result.seen, result.held, queue);
+  copy_layer(next.view(), loaded, cudaMemcpyHostToDevice, queue);
+  LayerState host = state(layer);
+  host.length = positions.size(2);
+  host.ordered = result.ordered;
+  host.seen = result.seen;
+  host.held = result.held;
+  std::fill(host.walked_at.begin(), host.walked_at.end(), -1);
+  upload_counters(next.view(), host, queue);
   replace_layer(layer, next, order_.own());
   return result;
+}
+
+std::vector<std::uint8_t> CudaBackend::save_layer(std::int64_t layer) const {
+  const DeviceGuard guard(graph_.device.index);
+  raise_reported("save_layer");
+  const cudaStream_t own = order_.own();
+  const LayerView& memory = view(layer);
+  CpuLayer copy(graph_, walk_, memory.batch, memory.capacity);
+  copy_layer(memory, copy, cudaMemcpyDeviceToHost, own);
+  check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+  return detail::save_layer(graph_, walk_, copy, state(layer));
+}
+
+LayerState CudaBackend::load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) {
+  const DeviceGuard guard(graph_.device.index);
+  raise_reported("load_layer");
+  LoadedLayer loaded = detail::load_layer(graph_, walk_, state(layer).capacity, saved);
+  const cudaStream_t own = order_.own();
+  LayerMemory next(graph_, walk_, shared(), layer, loaded.state.batch, loaded.state.capacity, own);
+  copy_layer(next.view(), loaded.layer, cudaMemcpyHostToDevice, own);
+  upload_counters(next.view(), loaded.state, own);
+  replace_layer(layer, next, own);
+  change(own, [&] { refresh_restart_tables(layer, loaded.state.length, own); });
+  return loaded.state;
 }
 
 }  // namespace

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -74,6 +76,24 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
         config.top_k = 16  # type: ignore[misc]
     with pytest.raises(TypeError):
         spectralkv.GraphConfig(1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        spectralkv.Rotary(inv_freq=(1.0, 0.1), interleaved=True),
+        spectralkv.GraphConfig(capacity=9, rotary=spectralkv.Rotary(inv_freq=(1.0,))),
+        spectralkv.Population(restart="novelty", count="all", share=0.4, decay=0.5),
+        spectralkv.WalkConfig(populations=(spectralkv.Population(restart="current"),)),
+        spectralkv.EvictionConfig(budget=100),
+        spectralkv.MonitorConfig(eviction=spectralkv.EvictionConfig(budget=100), solver="exact"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_copies_and_pickles_are_equal(config: Any) -> None:
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert other == config
+        assert hash(other) == hash(config)
 
 
 def test_presets() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import pickle
 from typing import Any
 
 import hypothesis
@@ -12,10 +15,11 @@ import torch
 from test_scores import HEADS, observe, tokens
 
 import reference
-from spectralkv import policies
+from spectralkv import Population, policies
 from spectralkv.evaluation import CacheSettings, PolicySpec
 from spectralkv.evaluation.caches import create_policy
 from spectralkv.policies import base
+from spectralkv.policies.plain import from_dict, to_dict
 from spectralkv.policies.queries import QueryWindow
 
 hypothesis.settings.register_profile("quick", max_examples=60, deadline=None)
@@ -124,6 +128,33 @@ def test_a_common_window_changes_the_votes_no_more_than_it_must() -> None:
     assert policies.RKV(**narrow).num_queries == 4
     assert policies.SnapKV(**wide).num_queries == 50
     assert policies.SnapKV(**wide, queries=32).num_queries == 32
+
+
+@pytest.mark.parametrize("name", policies.available())
+def test_copies_pickles_and_plain_data_are_equal(name: str) -> None:
+    options: dict[str, Any] = {"budget": None if name == "full" else 200}
+    if name == "spectral":
+        options["populations"] = (Population(share=0.5), Population(share=0.5, decay=0.5))
+    if name == "mix":
+        options |= {"of": "h2o+spectral", "h2o__decay": 0.5, "spectral__populations": None}
+    policy = policies.create(name, **options)
+    for other in (
+        pickle.loads(pickle.dumps(policy)),
+        copy.deepcopy(policy),
+        from_dict(json.loads(json.dumps(to_dict(policy)))),
+    ):
+        assert type(other) is type(policy)
+        assert other == policy
+
+
+def test_an_option_that_is_no_plain_data_is_named() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Learned(policies.KeyDiff):
+        table: torch.Tensor
+
+    policy = Learned(budget=200, table=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"keydiff's table must be made of .*, got Tensor"):
+        to_dict(policy)
 
 
 def test_policies_are_frozen_and_keyword_only() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from spectralkv.hf import masks, tap
+from spectralkv.hf import masks, saving, tap
 from spectralkv.hf.layer import Attention, EvictingLayer, EvictionEvent
 from spectralkv.hf.rotary import rotary_of
 from spectralkv.policies.base import AttendingTracker, Policy
 from spectralkv.policies.spectral import Spectral
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,8 @@ class EvictingCache(Cache):
     540
     """
 
+    _policy_type: ClassVar[type[Policy]] = Policy  # type: ignore[type-abstract]
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -100,6 +106,22 @@ class EvictingCache(Cache):
         *,
         on_evict: Callable[[EvictionEvent], None] | None = None,
         attention: Attention = "auto",
+    ) -> None:
+        self._build(config, policy, on_evict, attention)
+        if policy.budget is not None and len(self._ours) < len(self.layers):
+            warnings.warn(
+                f"{len(self._ours)} of {len(self.layers)} layers of this model evict; the others "
+                "have a sliding window or a cache of their own and stay as they are",
+                UserWarning,
+                stacklevel=2 if type(self) is EvictingCache else 3,
+            )
+
+    def _build(
+        self,
+        config: PreTrainedConfig,
+        policy: Policy,
+        on_evict: Callable[[EvictionEvent], None] | None,
+        attention: Attention,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(
@@ -136,18 +158,86 @@ class EvictingCache(Cache):
             layers[index] = EvictingLayer(
                 index, policy, tracker, reader, rotary, on_evict, attention
             )
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
         self._announces_cuts = on_evict is not None
         self._ours: list[EvictingLayer] = [layers[index] for index in ours]
         if policy.watches:
             tap.install()
-        if policy.budget is not None and len(ours) < len(layers):
-            warnings.warn(
-                f"{len(ours)} of {len(layers)} layers of this model evict; the others have a "
-                "sliding window or a cache of their own and stay as they are",
-                UserWarning,
-                stacklevel=2 if type(self) is EvictingCache else 3,
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file, from which :meth:`load` goes on.
+
+        Keys, values, positions and all that the policy remembers are kept exactly, graphs and the
+        state of their random numbers included: what is generated after :meth:`load` is what would
+        have been generated without it. Not kept are `on_evict`, the device, and the counts of
+        :meth:`spectralkv.GraphManager.statistics`. Tokens are not in the file, nor weights.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file; one that is there is replaced once the new one is complete.
+
+        Raises
+        ------
+        RuntimeError
+            A forward pass is under way, or was interrupted.
+        TypeError
+            A layer is of a kind, or the policy of one's own, that cannot be saved.
+        """
+        saving.write(path, self._config, self._policy, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        *,
+        policy: Policy | None = None,
+        device: str | torch.device = "cpu",
+        on_evict: Callable[[EvictionEvent], None] | None = None,
+        attention: Attention = "auto",
+    ) -> Self:
+        """Return the cache that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+        config : PreTrainedConfig
+            Configuration of the model that fed the cache. Its shape is compared with the saved
+            one; that the weights are the same is for the caller to know.
+        policy : Policy, optional
+            The policy that was saved, where it is of one's own; None: the one in the file.
+        device : str or torch.device
+            Where the model is.
+        on_evict : callable, optional
+        attention : {"auto", "policy", "model"}
+            As in the constructor.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            It is no saved cache, or of another version, model or policy.
+
+        Examples
+        --------
+        >>> cache.save("talk.safetensors")  # doctest: +SKIP
+        >>> cache = EvictingCache.load("talk.safetensors", model.config)  # doctest: +SKIP
+        """
+        saved = saving.SavedCache(path)
+        used = saved.policy(policy)
+        if not isinstance(used, cls._policy_type):
+            raise ValueError(
+                f"[load] policy of a {cls.__name__} must be {cls._policy_type.name}, "
+                f"got {used.name}: load it with EvictingCache.load"
             )
+        cache = cls.__new__(cls)
+        cache._build(config, used, on_evict, attention)
+        saved.check_model(cache._config)
+        saved.read_into(cache.layers, device)
+        return cache
 
     @property
     def policy(self) -> Policy:
@@ -291,6 +381,8 @@ class SpectralCache(EvictingCache):
     >>> cache = SpectralCache(model.config, budget=512)  # doctest: +SKIP
     >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
     """
+
+    _policy_type = Spectral
 
     def __init__(
         self,

@@ -143,7 +143,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Key and value of a decode step, which wait to see whether the policy can attend.
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
         self._fixed = False  # between `start_steps` and `end_steps`
-        self._query_heads = 0  # of the model, as the first queries show
+        # Of the model, as its last attention showed: query heads, factor of the dot products,
+        # softcap.
+        self._shown: tuple[int, float, float | None] | None = None
         self._obstacle: str | None = None  # what keeps the policy from attending for good
         self._attended_by = "model (no decode step yet)"
         # Positions of the slots that were there at the last compaction, and the tokens each
@@ -426,25 +428,35 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._tracker is None or self._new is None or self.keys is None or self.values is None:
             raise RuntimeError(f"[cache] layer {self.index}: attention without an update")
         self._awaits_attention = False
-        self._query_heads = query.shape[1]
-        valid = None if self._valid_slab is None else self._valid_slab[:, : self._size]
-        observation = Observation(
-            query=query,
-            keys=self.keys,
-            values=self.values,
-            lengths=self._lengths,
-            valid=valid,
-            new_valid=self._new.valid,
-            scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            rotary=self._rotary,
-        )
+        if scaling is None:
+            scaling = query.shape[3] ** -0.5
+        self._shown = query.shape[1], scaling, softcap
+        observation = self._observation(query, self._new.valid, scaling, softcap)
         # Entering the contexts costs as much as the rest of this method; generate() needs neither.
         if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 self._observe(self._tracker, observation)
         else:
             self._observe(self._tracker, observation)
+
+    def _observation(
+        self,
+        query: torch.Tensor,
+        new_valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Observation:
+        return Observation(
+            query=query,
+            keys=self.keys,  # type: ignore[arg-type] # the caller has looked
+            values=self.values,  # type: ignore[arg-type]
+            lengths=self._lengths,
+            valid=None if self._valid_slab is None else self._valid_slab[:, : self._size],
+            new_valid=new_valid,
+            scaling=scaling,
+            softcap=softcap,
+            rotary=self._rotary,
+        )
 
     def _observe(self, tracker: Tracker, observation: Observation) -> None:
         tracker.observe(observation)
@@ -469,10 +481,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 "[decode] expected a cache whose policy attends (spectral, and attention='auto' or "
                 f"'policy'), got {self._policy.name} with attention={self._attention!r}"
             )
-        if self.keys is None or self.values is None or self._awaits_attention:
+        if self.keys is None or self.values is None or self._awaits_attention or not self._shown:
             raise ValueError(f"[decode] layer {self.index}: expected a prompt before the steps")
+        query_heads = self._shown[0]
         batch, _, _, dim = self.keys.shape
-        query = self.keys.new_empty(batch, self._query_heads, 1, dim)
+        query = self.keys.new_empty(batch, query_heads, 1, dim)
         obstacle = self._tracker.obstacle(query, self.keys, self.values)
         if obstacle is not None:
             raise ValueError(f"[decode] layer {self.index}: expected {obstacle}")
@@ -637,6 +650,85 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.evictions = 0
         if self._tracker is not None:
             self._tracker.reset()
+
+    # -- saving
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return all that :meth:`load_state_dict` needs: tensors, and what JSON can hold.
+
+        Raises
+        ------
+        RuntimeError
+            A forward pass is under way, or was interrupted.
+        TypeError
+            The policy's tracker cannot be saved.
+        """
+        if self._awaits_attention:
+            raise RuntimeError(
+                f"[save] layer {self.index}: expected a forward pass that has ended, got one that "
+                "is under way or was interrupted"
+            )
+        if self._scattered:
+            self._close_up()
+        if self.keys is None or self.values is None:
+            return {}, {}
+        tensors = {"keys": self.keys, "values": self.values}
+        if self._valid_slab is not None:
+            tensors["valid"] = self._valid_slab[:, : self._size]
+        if self._base_positions is not None:
+            tensors["positions"] = self._base_positions
+        if self._tracker is not None:
+            own = self._tracker.state_dict()
+            tensors.update({f"policy.{name}": tensor for name, tensor in own.items()})
+        numbers = {
+            "seen": self._seen,
+            "lengths": self._lengths,
+            "tokens": self._tokens,
+            "base_seen": self._base_seen,
+            "compacted": self._compacted,
+            "evictions": self.evictions,
+            "attention": self._shown,
+            "newest": self._newest,
+            "ordered": self._ordered,
+        }
+        return tensors, numbers
+
+    def load_state_dict(
+        self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]
+    ) -> None:
+        """Take over what :meth:`state_dict` of a layer of the same model and policy returned.
+
+        The tensors become this layer's own.
+        """
+        self.reset()
+        if not tensors:
+            return
+        keys, values = tensors["keys"], tensors["values"]
+        self.lazy_initialization(keys, values)
+        self._key_slab, self._value_slab = keys, values
+        self._valid_slab = tensors.get("valid")
+        self._base_positions = tensors.get("positions")
+        self._size = self._capacity = keys.shape[2]
+        self._seen = numbers["seen"]
+        self._lengths = tuple(numbers["lengths"])
+        self._tokens = tuple(numbers["tokens"])
+        self._base_seen = tuple(numbers["base_seen"])
+        self._compacted = numbers["compacted"]
+        self.evictions = numbers["evictions"]
+        self._show()
+        self._newest, self._ordered = numbers["newest"], numbers["ordered"]
+        if self._tracker is None or numbers["attention"] is None:
+            return
+        heads, scaling, softcap = self._shown = tuple(numbers["attention"])
+        no_queries = keys.new_empty(keys.shape[0], heads, 0, keys.shape[3])
+        own = {
+            name.removeprefix("policy."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("policy.")
+        }
+        self._tracker.reserve(self._capacity)
+        held = self._observation(no_queries, None, scaling, softcap)
+        self._tracker.load_state_dict(own, held)
 
     # -- inspection
 

@@ -52,6 +52,7 @@ __all__ = [
     "Tracker",
     "available",
     "create",
+    "options_of",
     "plain_name",
     "select_slots",
 ]
@@ -97,14 +98,11 @@ def create(name: str, **options: Any) -> Policy:
     >>> create("h2o", budget=512).interval
     32
     """
-    by_name = {plain_name(policy.name): policy for policy in _POLICIES}
-    policy = by_name.get(plain_name(name))
-    if policy is None:
-        raise ValueError(f"[create] policy must be one of {', '.join(available())}, got {name!r}")
+    policy = _named(name)
     if policy is Mix and (nested := tuple(item for item in options.items() if "__" in item[0])):
         rest = {key: value for key, value in options.items() if "__" not in key}
         options = {**rest, "options": (*rest.get("options", ()), *nested)}
-    known = {field.name: field for field in fields(policy)}
+    known = options_of(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
@@ -114,3 +112,22 @@ def create(name: str, **options: Any) -> Policy:
     if policy is not Full and "budget" not in options:
         raise ValueError(f"[create] {policy.name} must have a budget, got none")
     return policy(**options)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Return the names of a policy's options.
+
+    Raises
+    ------
+    ValueError
+        There is no such policy.
+    """
+    return tuple(field.name for field in fields(_named(name)))
+
+
+def _named(name: str) -> type[Policy]:
+    by_name = {plain_name(policy.name): policy for policy in _POLICIES}
+    policy = by_name.get(plain_name(name))
+    if policy is None:
+        raise ValueError(f"[create] policy must be one of {', '.join(available())}, got {name!r}")
+    return policy

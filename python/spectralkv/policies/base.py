@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -175,6 +175,38 @@ class Tracker(ABC):
     def nbytes(self) -> int:
         """Bytes of this state. A part that layers share is counted by one of them."""
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all that :meth:`load_state_dict` needs to go on as this tracker would.
+
+        Raises
+        ------
+        TypeError
+            This kind of tracker cannot be saved.
+        """
+        raise TypeError(
+            f"[{type(self).__name__}] a tracker that is saved must have state_dict and "
+            "load_state_dict, got one without"
+        )
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, torch.Tensor],  # noqa: ARG002
+        held: Observation,  # noqa: ARG002
+    ) -> None:
+        """Take over what :meth:`state_dict` returned; this tracker has seen nothing yet.
+
+        Parameters
+        ----------
+        state : mapping of str to torch.Tensor
+            On the device of the keys.
+        held : Observation
+            What the layer holds, with no new tokens: `query` is (B, Hq, 0, D).
+        """
+        raise TypeError(
+            f"[{type(self).__name__}] a tracker that is loaded must have state_dict and "
+            "load_state_dict, got one without"
+        )
+
 
 class DecodeStep(NamedTuple):
     """One new token a sequence, for a policy that attends itself. Axes as in :class:`Observation`.
@@ -334,6 +366,26 @@ class ScoreTracker(Tracker, Generic[PolicyT]):
     def nbytes(self) -> int:
         """Bytes of this state."""
         return 0
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return nothing: keys and values say it all. A tracker that gathers more adds that.
+
+        Raises
+        ------
+        TypeError
+            The tracker gathers more (it has an ``observe`` of its own) and does not add it.
+        """
+        cls = type(self)
+        gathers = cls.observe is not ScoreTracker.observe
+        if gathers and cls.state_dict is ScoreTracker.state_dict:
+            return super().state_dict()
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        """Take over what :meth:`state_dict` returned; this tracker has seen nothing yet."""
+        if state and type(self).load_state_dict is ScoreTracker.load_state_dict:
+            super().load_state_dict(state, held)
+        self._last = held
 
     def _observed(self) -> Observation:
         if self._last is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -127,6 +128,16 @@ class _LazyTracker(SlotTracker[LazyEviction]):
 
     def nbytes(self) -> int:
         return super().nbytes() + (0 if self._step is None else self._step.nbytes)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = super().state_dict()
+        if self._step is not None:
+            state["step"] = self._step
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        super().load_state_dict(state, held)
+        self._step = state.get("step")
 
     def _steps(self, observation: Observation) -> torch.Tensor:
         """Count the new queries: int32 (B, Q), of each the step it is; padding is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -203,6 +204,24 @@ class _MixTracker(ScoreTracker[Mix]):
         super().reset()
         for part in self._parts:
             part.reset()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{index}.{name}": tensor
+            for index, part in enumerate(self._parts)
+            for name, tensor in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        super().load_state_dict(state, held)
+        for index, part in enumerate(self._parts):
+            prefix = f"{index}."
+            own = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
+            part.load_state_dict(own, held)
 
     def nbytes(self) -> int:
         return sum(part.nbytes() for part in self._parts)

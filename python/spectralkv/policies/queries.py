@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 
@@ -93,6 +94,10 @@ class QueryWindow:
         self._blocks.clear()
         self._valid, self._count = None, 0
 
+    def load(self, query: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Hold what :meth:`queries` returned, and nothing else."""
+        self._blocks, self._valid, self._count = deque([query]), valid, query.shape[2]
+
     def nbytes(self) -> int:
         """Bytes held."""
         valid = 0 if self._valid is None else self._valid.nbytes
@@ -140,6 +145,22 @@ class QueryTracker(ScoreTracker[PolicyT]):
     def nbytes(self) -> int:
         """Bytes of this state."""
         return self._queries.nbytes()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the newest queries, and which of them are there."""
+        state = super().state_dict()
+        held = self._queries.queries()
+        if held is not None:
+            state["queries"] = held[0]
+            if held[1] is not None:
+                state["queries_valid"] = held[1]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        """Take over what :meth:`state_dict` returned; this tracker has seen nothing yet."""
+        super().load_state_dict(state, held)
+        if "queries" in state:
+            self._queries.load(state["queries"].clone(), state.get("queries_valid"))
 
     def _newest_queries(self) -> torch.Tensor:
         # A sequence that holds fewer is never cut, so which of them are empty does not matter.

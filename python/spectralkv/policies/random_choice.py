@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from spectralkv.policies.base import Policy, ScoreTracker, Tracker
+from spectralkv.policies.base import Observation, Policy, ScoreTracker, Tracker
 
 _MASK = (1 << 64) - 1
 
@@ -74,6 +75,13 @@ class _RandomTracker(ScoreTracker[Random]):
     def reset(self) -> None:
         super().reset()
         self._cuts = []
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {**super().state_dict(), "cuts": torch.tensor(self._cuts, dtype=torch.int64)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        super().load_state_dict(state, held)
+        self._cuts = state["cuts"].tolist()
 
     def _seed_of(self, cuts: int) -> int:
         # splitmix64's finalizer: neighbouring seeds must not give related streams.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from spectralkv.policies.base import Observation, PolicyT, ScoreTracker, move_slots
@@ -61,6 +63,19 @@ class SlotTracker(ScoreTracker[PolicyT]):
     def nbytes(self) -> int:
         """Bytes of this state."""
         return 0 if self._slab is None else self._slab.nbytes
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the numbers of the slots in use, (B, Hkv, S, width)."""
+        state = super().state_dict()
+        if self._slab is not None:
+            state["slots"] = self._slab[:, :, : self._size]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        """Take over what :meth:`state_dict` returned; this tracker has seen nothing yet."""
+        super().load_state_dict(state, held)
+        if "slots" in state:
+            self._slab, self._size = state["slots"].clone(), state["slots"].shape[2]
 
     def _take_in(self, observation: Observation, dtype: torch.dtype) -> torch.Tensor:
         """Make the new tokens' slots zero, and return a view (B, Hkv, S, width) of all slots.

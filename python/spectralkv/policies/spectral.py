@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -181,6 +182,12 @@ class _Monitors:
             monitor = self._make(batch, query_heads, heads, head_dim, device, rotary)
             self._by_shape[shape] = monitor
             return monitor, True
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Monitors:
+        copied = _Monitors(self._policy, self._num_layers)
+        with self._lock:
+            copied._by_shape = copy.deepcopy(self._by_shape, memo)
+        return copied
 
     def clear(self) -> None:
         """Forget all monitors."""
@@ -377,10 +384,19 @@ class _SpectralTracker(AttendingTracker):
         self._keys, self._monitor, self._counts_memory = None, None, False
         self._monitors.clear()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _SpectralTracker:
-        raise TypeError(
-            "[spectral] a cache with graphs cannot be copied; feed the prompt to a new one"
-        )
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        if self._monitor is None:
+            return {}
+        saved = bytearray(self._monitor.graph.save_layer(self._layer))
+        return {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
+        if "graph" not in state:
+            return
+        self._monitor, self._counts_memory = self._monitors.get(held)
+        self.reserve(held.keys.shape[2])
+        self._monitor.graph.load_layer(self._layer, state["graph"].cpu().numpy().tobytes())
+        self._keys = held.keys
 
     def nbytes(self) -> int:
         if self._monitor is None or not self._counts_memory:

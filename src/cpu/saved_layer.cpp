@@ -1,0 +1,248 @@
+// A layer as bytes, and back.
+//
+// Words of this machine's byte order: a header, the sequences, then graph by graph positions, rows
+// and, population by population, scores and visits, at last the restart weights. Each part's size
+// follows from the header.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cpu/layer.h"
+#include "validate.h"
+
+namespace spectralkv::detail {
+namespace {
+
+constexpr std::string_view kOperation = "load_layer";
+constexpr std::int64_t kMagic = 0x6b'76'6c'61'79'65'72'00;  // "kvlayer"
+constexpr std::int64_t kVersion = 1;
+
+/// What a saved layer says of itself; all its fields are numbers, in the order of the file.
+struct Header {
+  std::int64_t magic = kMagic;
+  std::int64_t version = kVersion;
+  std::int64_t law = 0;
+  std::int64_t top_k = 0;
+  std::int64_t graphs = 0;
+  std::int64_t populations = 0;
+  std::int64_t has_visits = 0;
+  std::int64_t has_weights = 0;  ///< room for restart weights
+  std::int64_t batch = 0;
+  std::int64_t length = 0;
+  std::int64_t ordered = 0;
+  std::int64_t has_novelty = 0;  ///< restart weights were computed
+};
+
+struct Sequence {
+  std::int64_t seen = 0;
+  std::int64_t walked_at = 0;
+  std::uint64_t walk_block = 0;
+};
+
+Header header_of(const GraphConfig& graph, const WalkConfig& walk) {
+  return {.law = static_cast<std::int64_t>(graph.edge_law),
+          .top_k = graph.top_k,
+          .graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1,
+          .populations = static_cast<std::int64_t>(walk.populations.size()),
+          .has_visits = needs_visits(walk) ? 1 : 0,
+          .has_weights = walk.needs_novelty() ? 1 : 0};
+}
+
+class Writer {
+ public:
+  template <class T>
+  void put(const T* values, std::int64_t count) {
+    const auto* from = reinterpret_cast<const std::uint8_t*>(values);
+    bytes_.insert(bytes_.end(), from, from + count * static_cast<std::int64_t>(sizeof(T)));
+  }
+  std::vector<std::uint8_t> take() { return std::move(bytes_); }
+
+ private:
+  std::vector<std::uint8_t> bytes_;
+};
+
+class Reader {
+ public:
+  explicit Reader(std::span<const std::uint8_t> bytes) : bytes_(bytes) {}
+
+  std::int64_t left() const { return static_cast<std::int64_t>(bytes_.size()); }
+
+  /// The caller has made sure that they are there.
+  template <class T>
+  void get(T* values, std::int64_t count) {
+    const auto size = static_cast<std::size_t>(count) * sizeof(T);
+    if (size == 0) return;
+    std::memcpy(values, bytes_.data(), size);
+    bytes_ = bytes_.subspan(size);
+  }
+
+ private:
+  std::span<const std::uint8_t> bytes_;
+};
+
+/// All runs of a graph's arrays, in the order of the file.
+template <class Layer, class Function>
+void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, std::int64_t b,
+                  std::int64_t g, Function&& function) {
+  const std::int64_t n = header.length;
+  function(layer.positions(b, g), n);
+  function(layer.row(b, g, 0).neighbors, n * row_words);
+  for (int p = 0; p < header.populations; ++p) {
+    function(layer.scores(b, g, p), n);
+    if (header.has_visits != 0) function(layer.visits(b, g, p), n);
+  }
+  if (header.has_weights != 0) function(layer.novelty(b, g), n);
+}
+
+std::int64_t bytes_of(const Header& header, std::int64_t row_words) {
+  const std::int64_t words_of_slot =
+      1 + row_words + header.populations * (1 + header.has_visits) + header.has_weights;
+  return header.batch * (static_cast<std::int64_t>(sizeof(Sequence)) +
+                         header.graphs * header.length * words_of_slot * 4);
+}
+
+void check_header(const Header& header, const Header& mine, std::int64_t capacity) {
+  const auto equal = [](std::string_view what, std::int64_t got, std::int64_t expected) {
+    if (got != expected) {
+      throw_invalid(kOperation, what, std::to_string(expected), std::to_string(got));
+    }
+  };
+  if (header.magic != kMagic) {
+    throw_invalid(kOperation, "the bytes", "those of a saved layer", "others");
+  }
+  equal("the version of the saved layer", header.version, mine.version);
+  equal("its edge law", header.law, mine.law);
+  equal("its top_k", header.top_k, mine.top_k);
+  equal("its graphs a sequence", header.graphs, mine.graphs);
+  equal("its number of populations", header.populations, mine.populations);
+  equal("whether it holds visits", header.has_visits, mine.has_visits);
+  equal("whether it holds restart weights", header.has_weights, mine.has_weights);
+  check_range(kOperation, "its number of sequences", header.batch, 1, 1 << 20);
+  check_range(kOperation, "its length", header.length, 0, capacity);
+  check_range(kOperation, "its mark of order", header.ordered, 0, 1);
+  check_range(kOperation, "its mark of restart weights", header.has_novelty, 0, header.has_weights);
+}
+
+void check_sequence(const Sequence& sequence) {
+  check_range(kOperation, "tokens seen", sequence.seen, 0,
+              std::numeric_limits<std::int32_t>::max());
+  check_range(kOperation, "tokens walked", sequence.walked_at, -1, sequence.seen);
+}
+
+/// Returns the tokens that the graph holds.
+std::int64_t check_positions(const std::int32_t* positions, const Header& header,
+                             std::int64_t seen) {
+  std::vector<std::int32_t> held;
+  for (std::int64_t slot = 0; slot < header.length; ++slot) {
+    check_range(kOperation, "a position", positions[slot], -1, seen - 1);
+    if (positions[slot] >= 0) held.push_back(positions[slot]);
+  }
+  const bool ascends = std::is_sorted(held.begin(), held.end());
+  std::sort(held.begin(), held.end());
+  const bool unique = std::adjacent_find(held.begin(), held.end()) == held.end();
+  if (!unique || (header.ordered != 0 && !ascends)) {
+    throw_invalid(kOperation, "the positions of a graph",
+                  header.ordered != 0 ? "unique and ascending" : "unique", "others");
+  }
+  return static_cast<std::int64_t>(held.size());
+}
+
+void check_row(ConstRow row, const Header& header) {
+  for (int k = 0; k < header.top_k; ++k) {
+    check_range(kOperation, "a neighbour", row.neighbors[k], -1, header.length - 1);
+  }
+  if (row.thresholds != nullptr && !std::is_sorted(row.thresholds, row.thresholds + header.top_k)) {
+    throw_invalid(kOperation, "the thresholds of a row", "ascending", "others");
+  }
+}
+
+}  // namespace
+
+std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig& walk,
+                                     const CpuLayer& layer, const LayerState& state) {
+  Header header = header_of(graph, walk);
+  header.batch = state.batch;
+  header.length = state.length;
+  header.ordered = state.ordered ? 1 : 0;
+  header.has_novelty = state.has_novelty ? 1 : 0;
+  Writer writer;
+  writer.put(&header, 1);
+  for (std::size_t b = 0; b < state.seen.size(); ++b) {
+    const Sequence sequence{state.seen[b], state.walked_at[b], state.walk_block[b]};
+    writer.put(&sequence, 1);
+  }
+  for (std::int64_t b = 0; b < header.batch; ++b) {
+    for (std::int64_t g = 0; g < header.graphs; ++g) {
+      for_each_run(layer, header, words_of_row(graph), b, g,
+                   [&](const auto* values, std::int64_t count) { writer.put(values, count); });
+    }
+  }
+  return writer.take();
+}
+
+LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t capacity,
+                       std::span<const std::uint8_t> saved) {
+  Reader reader(saved);
+  Header header;
+  constexpr auto kHeaderBytes = static_cast<std::int64_t>(sizeof(Header));
+  if (reader.left() < kHeaderBytes) {
+    throw_invalid(kOperation, "the bytes", std::to_string(kHeaderBytes) + " at least",
+                  std::to_string(reader.left()));
+  }
+  reader.get(&header, 1);
+  check_header(header, header_of(graph, walk), capacity);
+  const std::int64_t row_words = words_of_row(graph);
+  if (reader.left() != bytes_of(header, row_words)) {
+    throw_invalid(kOperation, "the bytes behind the header",
+                  std::to_string(bytes_of(header, row_words)), std::to_string(reader.left()));
+  }
+
+  LoadedLayer loaded{.layer = CpuLayer(graph, walk, header.batch, capacity), .state = {}};
+  LayerState& state = loaded.state;
+  state.batch = header.batch;
+  state.capacity = capacity;
+  state.length = header.length;
+  state.ordered = header.ordered != 0;
+  state.has_novelty = header.has_novelty != 0;
+  for (std::int64_t b = 0; b < header.batch; ++b) {
+    Sequence sequence;
+    reader.get(&sequence, 1);
+    check_sequence(sequence);
+    state.seen.push_back(sequence.seen);
+    state.walked_at.push_back(sequence.walked_at);
+    state.walk_block.push_back(sequence.walk_block);
+  }
+  for (std::int64_t b = 0; b < header.batch; ++b) {
+    for (std::int64_t g = 0; g < header.graphs; ++g) {
+      for_each_run(loaded.layer, header, row_words, b, g,
+                   [&](auto* values, std::int64_t count) { reader.get(values, count); });
+      const std::int64_t held = check_positions(loaded.layer.positions(b, g), header,
+                                                state.seen[static_cast<std::size_t>(b)]);
+      if (g == 0) state.held.push_back(held);
+      if (held != state.held.back()) {
+        throw_invalid(kOperation, "the number of tokens of each graph of a sequence",
+                      std::to_string(state.held.back()), std::to_string(held));
+      }
+      for (std::int64_t slot = 0; slot < header.length; ++slot) {
+        check_row(loaded.layer.row(b, g, slot), header);
+      }
+      for (int p = 0; p < header.populations; ++p) {
+        const float* scores = loaded.layer.scores(b, g, p);
+        if (!std::all_of(scores, scores + header.length,
+                         [](float score) { return std::isfinite(score) && score >= 0.0F; })) {
+          throw_invalid(kOperation, "scores", "finite and non-negative", "others");
+        }
+      }
+    }
+  }
+  return loaded;
+}
+
+}  // namespace spectralkv::detail
