@@ -88,6 +88,22 @@ def test_a_conversation_goes_on_as_if_never_saved(name: str, tmp_path: Path, dev
         ids = expected
 
 
+def test_slots_with_gaps_are_closed_to_be_saved(tmp_path: Path, device: str) -> None:
+    model = model_for(POLICIES["spectral"], device)
+    ids = random_ids(2, 120, device=device)
+    plain = make_cache(model.config, POLICIES["spectral"])
+    cache = make_cache(model.config, POLICIES["spectral"], attention="policy")
+    for each in (plain, cache):
+        feed(model, each, ids[:, :70], [20] + [1] * 50)
+    assert cache.stats().attention == "policy"
+    loaded = reload(cache, model, tmp_path / "talk.safetensors", attention="policy")
+    expected = feed(model, plain, ids[:, 70:], [1] * 50)
+    for each in (cache, loaded):
+        got = feed(model, each, ids[:, 70:], [1] * 50)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert each.get_seq_length() == 120
+
+
 @pytest.mark.parametrize("name", ["spectral", "h2o", "snapkv", "lazy_eviction", "mix"])
 def test_padded_sequences_go_on(name: str, tmp_path: Path, device: str) -> None:
     model = model_for(POLICIES[name], device)
