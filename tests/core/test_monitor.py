@@ -55,7 +55,9 @@ def _run(
     return [[int(p) for p in row if p >= 0] for row in positions[:, 0]]
 
 
-@pytest.mark.parametrize("options", [{}, {"walk_interval": 5}, {"solver": "exact"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "walk"}, {"walk_interval": 5, "solver": "walk"}]
+)
 def test_a_padded_sequence_is_treated_as_alone(options: dict[str, object], arrays: Arrays) -> None:
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((2, 2 * HEADS, 130, DIM), dtype=np.float32)
@@ -183,7 +185,8 @@ def test_layers_that_are_cut_together_keep_what_each_would(
 
 def test_attending_walks_when_steps_would(arrays: Arrays) -> None:
     rng = np.random.default_rng(4)
-    (steps, keys), (attends, _) = (_fed(arrays, 1, 20, walk_interval=3) for _ in range(2))
+    options = {"walk_interval": 3, "solver": "walk"}
+    (steps, keys), (attends, _) = (_fed(arrays, 1, 20, **options) for _ in range(2))
     values = arrays(rng.standard_normal((2, HEADS, 64, DIM), dtype=np.float32))
     for _ in range(8):
         query = arrays(rng.standard_normal((2, 2 * HEADS, DIM), dtype=np.float32))

@@ -98,7 +98,7 @@ def test_walks_follow_the_seed(device: str) -> None:
     query, keys = tokens(1, 60, device=device)
 
     def scores(seed: int) -> torch.Tensor:
-        (tracker,) = policies.Spectral(**OPTIONS, seed=seed).trackers(1)
+        (tracker,) = policies.Spectral(**OPTIONS, solver="walk", seed=seed).trackers(1)
         observe(tracker, query, keys, 0, 60)
         tracker.keep()
         return tracker.scores()
