@@ -27,20 +27,17 @@ from queue import SimpleQueue
 OURS = ["spectral"]
 CANDIDATES = [
     "spectral",
-    "spectral:populations=recent:edges:0.5+novelty:all:0.5",
-    "spectral:novelty_width=1",
+    # Single tokens in place of phrases, and halves.
+    "spectral:novelty_width=1,restart_prob=0.5,populations=recent:edges:0.5+novelty:all:0.5",
+    "spectral:novelty_width=9,populations=recent:edges:0.5+novelty:all:0.5",
+    "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
+    "spectral:edge_law=attention,top_k=16,populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4",
 ]
-# Others by random walks, and what the default was before phrases.
-WALK = "spectral:solver=walk"
-WALKS = [
-    WALK,
-    "spectral:novelty_width=1,restart_prob=0.5,populations=recent:edges:0.5+novelty:all:0.5,solver=walk",
-    "spectral:novelty_width=9,populations=recent:edges:0.5+novelty:all:0.5,solver=walk",
-    "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25,solver=walk",
-    (
-        "spectral:edge_law=attention,top_k=16,"
-        "populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4,solver=walk"
-    ),
+# Without the noise of walks.
+EXACT = [
+    "spectral:solver=exact",
+    "spectral:populations=recent:edges:0.5+novelty:all:0.5,solver=exact",
+    "spectral:novelty_width=1,solver=exact",
 ]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
@@ -89,45 +86,60 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
     def perplexity(name: str, policies: list[str], *more: str) -> Job:
         return Job(name, ["perplexity", *texts, *many("--policy", policies), *more])
 
-    aware = [*needles, *("--question", "aware")]
-    variants = [*needles, *many("--variant", ["multi_key", "multi_value", "multi_query"])]
-    lengths = [*needles, *many("--length", ["900", "3600"])]
-
-    def of(name: str, task: list[str], policies: list[str]) -> Job:
-        return Job(name, [*task, *many("--policy", policies)])
-
     plan = [
-        perplexity("perplexity-ours", OURS, *low, *shares, *held),
-        perplexity("perplexity-candidates", CANDIDATES[1:], *shares, *held),
-        of("needle-ours", needles, CANDIDATES),
-        of("variants-ours", variants, OURS),
-        of("ruler-ours", ruler, OURS),
-        of("lengths-ours", lengths, OURS),
-        of("tuning-needle", [*needles, "--seed", "1"], CANDIDATES),
-        of("aware-ours", aware, OURS),
-        perplexity("tuning-perplexity", CANDIDATES, "--budget", "0.2", *tune),
         perplexity("perplexity-published", PUBLISHED[:4], *low, *shares, *held),
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
         perplexity("perplexity-tuned", TUNED, *shares, *held),
-        perplexity("perplexity-walks", WALKS, *shares, *held),
-        perplexity(
-            "perplexity-limits", [WALK], "--clairvoyant", "all,256,64", *low, *shares, *held
+        perplexity("perplexity-ours", CANDIDATES, *shares, *held),
+        perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
+        perplexity("perplexity-exact", EXACT[:1], *low, *shares, *held),
+        perplexity("perplexity-exact-2", EXACT[1:], *shares, *held),
+        Job("needle-exact", [*needles, *many("--policy", EXACT[:1])]),
+        perplexity("tuning-perplexity-exact", EXACT, "--budget", "0.2", *tune),
+        Job("needle-rivals", [*needles, *many("--policy", ["keydiff", *ATTENTION, *TUNED[2:]])]),
+        Job("needle-ours", [*needles, *many("--policy", CANDIDATES)]),
+        Job(
+            "ruler",
+            [
+                *ruler,
+                *many("--policy", [*OURS, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
+            ],
         ),
-        of("needle-rivals", needles, ["keydiff", *ATTENTION, *TUNED[2:]]),
-        of("needle-walks", needles, WALKS),
-        of("ruler", ruler, [WALK, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
-        of("needle-variants", variants, [WALK, "keydiff", "h2o", "snapkv", "rkv"]),
-        of("needle-aware", aware, [WALK, "keydiff", "h2o", "snapkv", "rkv"]),
-        of("tuning-needle-walks", [*needles, "--seed", "1"], [*WALKS, "keydiff"]),
-        perplexity("tuning-perplexity-walks", [*WALKS, *TUNED], "--budget", "0.2", *tune),
+        Job(
+            "needle-variants",
+            [
+                *needles,
+                *many("--variant", ["multi_key", "multi_value", "multi_query"]),
+                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+            ],
+        ),
+        Job(
+            "needle-aware",
+            [
+                *needles,
+                *("--question", "aware"),
+                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+            ],
+        ),
+        Job(
+            "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
+        ),
+        perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
-        plan[2:2] = [perplexity("perplexity-8k-ours", OURS, "--budget", "0.2", *eight)]
         plan += [
-            perplexity("perplexity-8k", [WALK, *TUNED[:1]], "--budget", "0.2", *eight),
+            perplexity("perplexity-8k", [*OURS, *TUNED[:1]], "--budget", "0.2", *eight),
+            perplexity("perplexity-8k-exact", EXACT[:1], "--budget", "0.2", *eight),
             perplexity("perplexity-8k-2", ["h2o", *TUNED[2:]], "--budget", "0.2", *eight),
-            of("needle-lengths", lengths, [WALK, "keydiff", "h2o"]),
+            Job(
+                "needle-lengths",
+                [
+                    *needles,
+                    *many("--length", ["900", "3600"]),
+                    *many("--policy", [*OURS, "keydiff", "h2o"]),
+                ],
+            ),
         ]
     plan += [
         Job(f"ablation-{part}", ["ablations", *texts, *many("--axis", names), *tune])
@@ -144,8 +156,12 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         )
     )
     if long:
-        four = [*ruler, *("--length", "4096")]
-        plan += [of("ruler-4k-ours", four, OURS), of("ruler-4k", four, [WALK, "h2o", "keydiff"])]
+        plan.append(
+            Job(
+                "ruler-4k",
+                [*ruler, *("--length", "4096"), *many("--policy", [*OURS, "h2o", "keydiff"])],
+            )
+        )
     return plan
 
 

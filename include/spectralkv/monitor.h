@@ -20,7 +20,7 @@ enum class Solver : std::uint8_t {
 
 struct SPECTRALKV_API MonitorConfig {
   EvictionConfig eviction{};
-  Solver solver = Solver::exact;
+  Solver solver = Solver::walk;
   /// A sequence's importance is renewed when its prompt ends, before it is cut and, where this is
   /// positive, every walk_interval tokens.
   std::int64_t walk_interval = 0;

@@ -320,7 +320,7 @@ class MonitorConfig:
     """
 
     eviction: EvictionConfig
-    solver: Solver = "exact"
+    solver: Solver = "walk"
     walk_interval: int = 0
     top_fraction: float = 0.2
     row_stride: int = 1

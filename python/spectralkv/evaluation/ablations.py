@@ -173,10 +173,7 @@ def _hops() -> Axis:
     return Axis(
         name="hops",
         title="steps of a walk",
-        values=tuple(
-            (n, {"walk_length": n, "num_walkers": steps // n, "solver": "walk"})
-            for n in (1, 2, 5, 20)
-        ),
+        values=tuple((n, {"walk_length": n, "num_walkers": steps // n}) for n in (1, 2, 5, 20)),
     )
 
 
@@ -222,11 +219,6 @@ def _recent() -> Axis:
     return _population_axis("recent", "share of the tokens that are recent", parts)
 
 
-def _seed() -> Axis:
-    values = tuple((n, {"seed": n, "solver": "walk"}) for n in range(4))
-    return Axis(name="seed", title="seed of the walks", values=values)
-
-
 def _walkers() -> Axis:
     numbers: list[tuple[Value, Mapping[str, Any]]] = [
         (n, {"num_walkers": n, "solver": "walk"}) for n in (64, 256, 1024, 4096)
@@ -264,7 +256,7 @@ _AXES: tuple[Callable[[], Axis], ...] = (
     _one_option("row_stride", "tokens to a row of the graph", "row_stride", 1, 2, 4, 8),
     _one_option("scope", "a graph for each", "scope", "head", "layer"),
     _presets,
-    _seed,
+    _one_option("seed", "seed of the walks", "seed", 0, 1, 2, 3),
 )
 
 

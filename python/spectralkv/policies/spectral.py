@@ -69,9 +69,9 @@ class Spectral(Policy):
     scope : {"head", "layer"}
         Whether each KV head has a graph or a layer's heads share one.
     solver : {"walk", "exact"}
-        Random walks, or one deterministic sweep: what infinitely many walks would find. At
-        thousands of slots the sweep is faster on the CPU and keeps more needles; on CUDA walks are
-        faster, the more so the longer the cache.
+        Random walks, or one deterministic sweep: what infinitely many walks would find. On a CPU
+        it is faster while a head holds some thousand tokens. Text long after the first cut is kept
+        better by walks, whose noise lets heads keep different tokens.
     walk_interval : int
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
@@ -108,7 +108,7 @@ class Spectral(Policy):
     novelty_width: int | None = None
     populations: tuple[Population, ...] | None = None
     scope: Literal["head", "layer"] = "head"
-    solver: Literal["walk", "exact"] = "exact"
+    solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
     row_stride: int = 1
     unrotate: bool = True
