@@ -582,22 +582,22 @@ def test_a_search_is_saved_resumed_and_shown(
     output = tmp_path / "search.json"
     assert command.main([*tiny_command, "--shard", "0/2", "--task", "needles"]) == 0
     said = capsys.readouterr().out
-    assert "1/4 default: needles at 0.5" in said
+    assert "1/5 default: needles at 0.5" in said
     assert "no picture" in said
     assert command.main([*tiny_command, "--shard", "0/2"]) == 0
     said = capsys.readouterr().out
-    assert "1/4 default: excess at 0.5" in said
+    assert "1/5 default: excess at 0.5" in said
     assert "needles at 0.5 0" not in said  # was done before
     assert (tmp_path / "search.png").stat().st_size > 10_000
     first = json.loads(output.read_text())
     assert set(first["rules"]) == {
-        "full cache", "default", "novelty", "default, adaptive", "h2o",
+        "full cache", "default", "novel phrases", "novelty", "halves, adaptive", "h2o",
     }  # fmt: skip
     assert first["rules"]["default"]["perplexity"]["0.5"]["budget"] == 125
     assert first["rules"]["default"]["needles"]["0.5"]["budget"] == 200
     # Again: nothing is left to do.
     assert command.main([*tiny_command, "--shard", "0/2"]) == 0
-    assert "1/4" not in capsys.readouterr().out
+    assert "1/5" not in capsys.readouterr().out
     other = tmp_path / "other.json"
     assert command.main([*tiny_command, "--shard", "1/2", "--output", str(other)]) == 0
     capsys.readouterr()
@@ -608,7 +608,7 @@ def test_a_search_is_saved_resumed_and_shown(
     assert picture.is_file()
     assert {row.split(" | ")[0].removeprefix("| ") for row in table[2:-1]} == set(
         first["rules"]
-    ) | {"recent", "uniform restart", "default, adaptive .8"}
+    ) | {"halves", "recent", "uniform restart", "halves, adaptive .8"}
     # With other needles it is another search.
     assert command.main([*tiny_command, "--seed", "3"]) == 2
     assert "was made with another seed" in capsys.readouterr().err
@@ -622,7 +622,7 @@ def test_a_rule_that_cannot_be_is_told_and_the_others_go_on(
     printed = capsys.readouterr()
     assert "default: default: a budget must be more than 54 tokens" in printed.out
     assert "tova: excess" in printed.out
-    assert "6 rules failed" in printed.err
+    assert "8 rules failed" in printed.err
 
 
 @pytest.mark.parametrize(

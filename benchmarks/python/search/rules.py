@@ -160,7 +160,7 @@ def defaults() -> list[Rule]:
     return [
         Rule("default", "recent tokens and novel phrases", two(NEWEST, PHRASES, 0.6)),
         Rule("halves", "half recent, half novel tokens", two(RECENT, NOVEL)),
-        Rule("phrases", "novel phrases alone", whole(PHRASES)),
+        Rule("novel phrases", "novel phrases alone", whole(PHRASES)),
         Rule("recent", "recent restart alone", whole(RECENT)),
         Rule("novelty", "novelty restart alone", whole(NOVEL)),
         Rule("uniform restart", "PageRank without a person", whole(PageRank(Even()))),
