@@ -101,8 +101,9 @@ void check_novelty(const Shape& shape, int holes) {
   Layer layer(shape, static_cast<std::uint32_t>(shape.length + shape.dim));
   const std::vector<std::int32_t> positions = some_positions(shape, holes);
   layer.set_positions(positions);
-  const Buffer scratch(novelty_scratch(layer.view()) * 4);
-  launch_novelty(layer.view(), layer.keys(), {}, scratch.as<float>(), shape.length, nullptr);
+  // Of single tokens, as the reference has them.
+  const Buffer scratch(novelty_scratch(layer.view(), 1) * 4);
+  launch_novelty(layer.view(), layer.keys(), {}, 1, scratch.as<float>(), shape.length, nullptr);
   check(cudaDeviceSynchronize(), name.c_str());
   const double error = layer.novelty_error(shape.batch - 1, shape.graphs() - 1, positions);
   expect(error < 40.0, name + ": off by " + std::to_string(error) + " of 2^20");
@@ -205,12 +206,14 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
 
 void time_novelty(const Shape& shape, double bandwidth) {
   const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, false);
-  const Buffer scratch(novelty_scratch(layers[0]->view()) * 4);
+  const std::int64_t width = WalkConfig{}.novelty_width;
+  const Buffer scratch(novelty_scratch(layers[0]->view(), width) * 4);
   const Timing timing = measure(
       {.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
       [&](int call, auto stream) {
         const Layer& layer = *layers[static_cast<std::size_t>(call)];
-        launch_novelty(layer.view(), layer.keys(), {}, scratch.as<float>(), shape.length, stream);
+        launch_novelty(layer.view(), layer.keys(), {}, width, scratch.as<float>(), shape.length,
+                       stream);
       });
   print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
              bandwidth);
