@@ -208,13 +208,13 @@ void time_novelty(const Shape& shape, double bandwidth) {
   const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, false);
   const std::int64_t width = WalkConfig{}.novelty_width;
   const Buffer scratch(novelty_scratch(layers[0]->view(), width) * 4);
-  const Timing timing = measure(
-      {.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
-      [&](int call, auto stream) {
-        const Layer& layer = *layers[static_cast<std::size_t>(call)];
-        launch_novelty(layer.view(), layer.keys(), {}, width, scratch.as<float>(), shape.length,
-                       stream);
-      });
+  const Timing timing =
+      measure({.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
+              [&](int call, auto stream) {
+                const Layer& layer = *layers[static_cast<std::size_t>(call)];
+                launch_novelty(layer.view(), layer.keys(), {}, width, scratch.as<float>(),
+                               shape.length, stream);
+              });
   print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
              bandwidth);
 }
