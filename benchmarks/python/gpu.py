@@ -37,6 +37,8 @@ SHAPE = {"num_query_heads": QUERY_HEADS, "num_kv_heads": KV_HEADS, "head_dim": H
 DEVICE = torch.device("cuda", 0)
 #: Rows and columns of the product that tells cuBLAS's rate.
 MATMUL = 8192
+#: Bytes that a copy reads and writes together.
+COPIED = 2 * 2**30
 RECENT = (spectralkv.Population(restart="recent", count="edges"),)
 
 
@@ -147,6 +149,30 @@ class Clock:
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             work()
         return graph
+
+    def capture_all(
+        self, works: dict[str, Callable[[], Any]]
+    ) -> tuple[dict[str, torch.cuda.CUDAGraph], dict[str, float | str | bool]]:
+        """Capture what can be: graphs by name, and as figures what cannot and why.
+
+        A version of torch, or a device, may lack a variant.
+        """
+        graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        failed: dict[str, float | str | bool] = {}
+        for name, work in works.items():
+            try:
+                graphs[name] = self.capture(work)
+            except Exception as error:
+                failed[f"no {name}"] = f"{type(error).__name__}: {error}"[:200]
+                torch.cuda.synchronize()
+        return graphs, failed
+
+
+def copying(calls: int) -> Callable[[int], Any]:
+    """Return work that moves `COPIED` bytes, read and written, ``calls`` times."""
+    source = torch.empty(COPIED // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return lambda _: [target.copy_(source) for _ in range(calls)]
 
 
 def replays(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, Callable[[int], Any]]:
@@ -275,21 +301,14 @@ def compare_update(clock: Clock, options: argparse.Namespace, batch: int, length
     }
     if "update" in options.compile:
         variants["torch.compile bf16"] = torch.compile(torch_update, dynamic=False)
-    failed: dict[str, float | str | bool] = {}
-    for name, function in variants.items():
-        try:
-            graphs[name] = clock.capture(rival_of(function))
-        except Exception as error:  # a version of torch may lack a variant
-            failed[f"no {name}"] = f"{type(error).__name__}: {error}"[:200]
-            torch.cuda.synchronize()
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    functions = replays(graphs)
-    functions["copy"] = lambda _: [target.copy_(source) for _ in range(layers)]
+    works = {name: rival_of(function) for name, function in variants.items()}
+    captured, failed = clock.capture_all(works)
+    graphs |= captured
+    functions = replays(graphs) | {"copy": copying(layers)}
     timings = clock.alternate(functions, repeats, calls=layers)
     manager.refresh()
     mine = timings.pop("ours")
-    bandwidth = 2 * 2**30 / timings.pop("copy").median * 1e6
+    bandwidth = COPIED / timings.pop("copy").median * 1e6
     lean = timings.pop("torch without softmax", None)
     rate = batch * KV_HEADS * length * HEAD_DIM * 2 / mine.median * 1e6
     figures: dict[str, float | str | bool] = {
@@ -425,22 +444,15 @@ def compare_attend(clock: Clock, options: argparse.Namespace, batch: int, length
         "update": clock.capture(update, warm_up=False),
         "ours, attention alone": clock.capture(rival_of(spectralkv.decode_attention)),
     }
-    failed: dict[str, float | str | bool] = {}
-    for name, function in attention_rivals(options).items():
-        try:
-            graphs[name] = clock.capture(rival_of(function))
-        except Exception as cause:  # a version of torch or a device may lack a variant
-            failed[f"no {name}"] = f"{type(cause).__name__}: {cause}"[:200]
-            torch.cuda.synchronize()
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    functions = replays(graphs)
-    functions["copy"] = lambda _: [target.copy_(source) for _ in range(layers)]
+    works = {name: rival_of(function) for name, function in attention_rivals(options).items()}
+    captured, failed = clock.capture_all(works)
+    graphs |= captured
+    functions = replays(graphs) | {"copy": copying(layers)}
     timings = clock.alternate(functions, repeats, calls=layers)
     manager.refresh()
     mine = timings.pop("ours")
     alone = timings.pop("ours, attention alone")
-    bandwidth = 2 * 2**30 / timings.pop("copy").median * 1e6
+    bandwidth = COPIED / timings.pop("copy").median * 1e6
     updated = timings.pop("update")
     size = 2 * batch * KV_HEADS * length * HEAD_DIM * 2
     figures: dict[str, float | str | bool] = {
@@ -718,13 +730,9 @@ def compare_walk(clock: Clock, options: argparse.Namespace, length: int) -> Row:
     }
     if "walk" in options.compile:
         variants["torch.compile, captured"] = torch.compile(compare_loop, dynamic=False)
-    failed: dict[str, float | str | bool] = {}
-    for name, function in variants.items():
-        try:
-            graphs[name] = clock.capture(repeated(function))
-        except Exception as error:  # a version of torch may lack a variant
-            failed[f"no {name}"] = f"{type(error).__name__}: {error}"[:200]
-            torch.cuda.synchronize()
+    works = {name: repeated(function) for name, function in variants.items()}
+    captured, failed = clock.capture_all(works)
+    graphs |= captured
     timings = clock.alternate(replays(graphs), options.repeats, calls=calls)
     manager.refresh()
     return Row(
