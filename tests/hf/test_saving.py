@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def test_slots_with_gaps_are_closed_to_be_saved(tmp_path: Path, device: str) -> 
         got = feed(model, each, ids[:, 70:], [1] * 50)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         assert each.get_seq_length() == 120
+
+
+def test_a_copy_with_gaps_between_slots_goes_on(device: str) -> None:
+    model = model_for(POLICIES["spectral"], device)
+    ids = random_ids(2, 120, device=device)
+    cache = make_cache(model.config, POLICIES["spectral"], attention="policy")
+    feed(model, cache, ids[:, :70], [20] + [1] * 50)
+    copied = copy.deepcopy(cache)
+    expected = feed(model, cache, ids[:, 70:], [1] * 50)
+    assert torch.equal(feed(model, copied, ids[:, 70:], [1] * 50), expected)
+    assert copied.stats() == cache.stats()
 
 
 @pytest.mark.parametrize("name", ["spectral", "h2o", "snapkv", "lazy_eviction", "mix"])
