@@ -55,10 +55,10 @@ struct Lived {
   Feeder feeder;
 
   explicit Lived(EdgeLaw law) : manager(graph_config(law), kWalk), feeder(manager, 0, 5) {
-    const std::vector<std::uint8_t> marks{0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-    std::vector<std::uint8_t> valid(20, 1);
-    std::copy(marks.begin(), marks.end(), valid.begin());
-    feeder.prefill(10, ConstTensorView(valid.data(), DType::u8, {2, 10}));
+    HostTensor valid(DType::u8, {2, 10});
+    valid.fill(1);
+    for (Index i = 0; i < 2; ++i) valid.set({0, i}, 0);
+    feeder.prefill(10, valid.view());
     feeder.prefill(30);
     walk(manager, feeder);
     cut();

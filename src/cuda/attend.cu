@@ -7,12 +7,11 @@
 // heads, and graphs that heads share) the row takes an update of its own, which reads the keys
 // again.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cfloat>
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
 #include "cuda/device/key_dots.cuh"
 #include "cuda/device/new_row.cuh"
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int cluster = cluster_size();
-  const unsigned index = blockIdx.x >> (31 - __clz(cluster));  // a power of two
+  const auto index = static_cast<unsigned>(cluster_index());
   const int b = static_cast<int>(index / static_cast<unsigned>(layer.heads));
   const int h = static_cast<int>(index % static_cast<unsigned>(layer.heads));
   const int query_heads = layer.group;
@@ -322,53 +321,20 @@ cudaLaunchConfig_t configured(Kernel kernel, int cluster, cudaLaunchAttribute& a
   return config;
 }
 
-/// Clusters of a size that the current device runs at once where a block takes all shared memory.
-int clusters_at_once(int cluster) {
-  constexpr std::size_t kDevices = 64;
-  constexpr int kKnown = 1;  // is added to an answer
-  static std::array<std::array<std::atomic<int>, kMostCluster + 1>, kDevices> answers{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  std::atomic<int>& answer =
-      answers[static_cast<std::size_t>(device) % kDevices][static_cast<std::size_t>(cluster)];
-  if (answer != 0) return answer - kKnown;
-  int clusters = 0;
-  if (cluster == 1) {
-    clusters = device_attribute(cudaDevAttrMultiProcessorCount);
-  } else if (device_attribute(cudaDevAttrClusterLaunch) != 0) {
-    using Dots = TensorDots<__nv_bfloat16, 4, 4, 1>;
-    const auto kernel = attend_kernel<Dots, TensorMeans<Dots>>;
-    cudaLaunchAttribute attribute{};
-    cudaLaunchConfig_t config = configured(kernel, cluster, attribute);
-    config.gridDim = dim3(static_cast<unsigned>(cluster));
-    config.dynamicSmemBytes = static_cast<std::size_t>(most_shared_bytes());
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-      static_cast<void>(cudaGetLastError());  // a size that this device does not know
-      clusters = 0;
-    }
-  }
-  answer = clusters + kKnown;
-  return clusters;
-}
-
 /// The cluster whose launch should end first; of none that has room the `cluster` is 0.
 AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, bool draws_row) {
-  // About what a block spends on beginning and merging, in slots that it could read meanwhile.
-  constexpr std::int64_t kOverhead = 256;
   const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
   const int most_bytes = most_shared_bytes();
   AttendPlan best{.cluster = 0, .slots = 0, .draws_row = draws_row, .positions = {}};
   std::int64_t least = 0;
-  for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
-    const std::int64_t at_once = clusters_at_once(cluster);
-    if (at_once == 0) continue;
+  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
+    if (!cluster_is_apt(heads, cluster)) continue;
     AttendPlan plan = best;
     plan.cluster = cluster;
     plan.slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
     if (draws_row && std::int64_t{4} * layer.group * plan.slots > most_bytes) continue;
     if (shared_bytes(layer, columns, plan) > most_bytes) continue;
-    const std::int64_t rounds = (heads + at_once - 1) / at_once;
-    const std::int64_t cost = rounds * (plan.slots + kOverhead);
+    const std::int64_t cost = cluster_cost(heads, cluster, plan.slots);
     if (best.cluster != 0 && cost >= least) continue;
     best = plan;
     least = cost;
@@ -410,11 +376,13 @@ bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) 
       const auto with = [&]<class Dots>() {
         return launch.template operator()<Dots, TensorMeans<Dots>>();
       };
-      // As many keys under way as values: 4 KiB a warp, or less.
+      // Keys and values of two tiles under way, or of four short ones: 16 KiB a warp. The means of
+      // 16 query heads leave registers for half of that.
       const auto with_heads = [&]<int kHeads>() {
-        if (dim <= 64) return with.template operator()<TensorDots<T, 2, kHeads, 2>>();
-        if (dim <= 96) return with.template operator()<TensorDots<T, 3, kHeads, 1>>();
-        return with.template operator()<TensorDots<T, 4, kHeads, 1>>();
+        constexpr int kTiles = kHeads <= 8 ? 2 : 1;
+        if (dim <= 64) return with.template operator()<TensorDots<T, 2, kHeads, 2 * kTiles>>();
+        if (dim <= 96) return with.template operator()<TensorDots<T, 3, kHeads, kTiles>>();
+        return with.template operator()<TensorDots<T, 4, kHeads, kTiles>>();
       };
       // One for all numbers of query heads: the means of more do not fit the registers.
       if (dim > 128) return with.template operator()<TensorDots<T, 8, 8, 2>>();

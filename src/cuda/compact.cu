@@ -30,13 +30,14 @@ constexpr int kMostCluster = 8;
 /// Thread blocks that keep a GPU busy: about two a multiprocessor.
 constexpr std::int64_t kBusy = 240;
 
-/// A task is one graph, or one row of one sequence of a tensor; a cluster does one.
+/// A task is a part of one graph, or one row of one sequence of a tensor; a cluster does one.
 struct MoveArgs {
   MoveJob jobs[kMostMoveJobs];
   std::int64_t first_task[kMostMoveJobs];
   std::int32_t vector_bytes[kMostMoveJobs];
   std::int32_t count;
-  std::int32_t graphs;  ///< of all sequences, they are the first tasks; 0: only tensors move
+  std::int32_t graphs;       ///< of all sequences; 0: only tensors move
+  std::int32_t graph_tasks;  ///< their parts, the first tasks
   std::int32_t cluster;
   std::int32_t kept_length;
   TableView<const std::int32_t> keep;
@@ -284,66 +285,107 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
   for (int k = count; k < top_k; ++k) thresholds[k] = count > 0 ? kAllOnes : 0U;
 }
 
-/// All of one graph, by a cluster: rows are rewritten, then everything moves, then the slots in
-/// front of the kept ones and behind them become empty. The last graph books the lengths.
-__device__ void compact_graph(const LayerView& layer, const MoveArgs& args,
-                              const std::int32_t* new_slots, const std::int64_t* kept, int graph,
-                              int cluster, int rank, char* shared) {
-  const std::int64_t b = graph / layer.graphs;
-  const std::int64_t g = graph % layer.graphs;
-  const auto length = static_cast<std::int32_t>(layer.counters->length);
-  const auto empty = static_cast<std::int32_t>(args.kept_length - kept[b]);
-  std::int32_t* const positions = positions_of(layer, b, g);
-  std::int32_t* const rows = row_of(layer, b, g, 0);
-  RowMove move{.base = nullptr,
-               .slot_stride = 4,
-               .vectors = 1,
-               .keep = args.keep.data + b * args.keep.sequence_stride +
-                       g * layer.heads_per_graph * args.keep.head_stride,
-               .keep_stride = args.keep.slot_stride};
-  const int thread = rank * kMoveThreads + static_cast<int>(threadIdx.x);
-  const int threads = cluster * kMoveThreads;
+/// A graph, and the cluster that works at it.
+struct GraphMove {
+  std::int64_t b;
+  std::int64_t g;
+  std::int32_t empty;  ///< slots in front of the kept ones, of a sequence with fewer than others
+  RowMove move;        ///< one word a slot
+  int cluster;
+  int rank;
+  int thread;  ///< of the cluster
+  int threads;
 
-  new_slots += graph_index(layer, b, g) * layer.capacity;
-  for (std::int32_t i = empty + thread; i < args.kept_length; i += threads) {
+  __device__ GraphMove(const LayerView& layer, const MoveArgs& args, const std::int64_t* kept,
+                       int graph, int its_rank)
+      : b(graph / layer.graphs),
+        g(graph % layer.graphs),
+        empty(static_cast<std::int32_t>(args.kept_length - kept[b])),
+        move{.base = nullptr,
+             .slot_stride = 4,
+             .vectors = 1,
+             .keep = args.keep.data + b * args.keep.sequence_stride +
+                     g * layer.heads_per_graph * args.keep.head_stride,
+             .keep_stride = args.keep.slot_stride},
+        cluster(args.cluster),
+        rank(its_rank),
+        thread(its_rank * kMoveThreads + static_cast<int>(threadIdx.x)),
+        threads(args.cluster * kMoveThreads) {}
+};
+
+/// One number a slot: they move, then those in front of the kept slots and behind them become
+/// `nothing`.
+__device__ void rearrange(GraphMove graph, void* data, std::int32_t nothing,
+                          std::int32_t kept_length, std::int32_t length, char* shared) {
+  if (kept_length > graph.empty) {
+    graph.move.base = static_cast<char*>(data);
+    move_row<unsigned>(graph.move, kept_length, graph.cluster, graph.rank, shared);
+  }
+  auto* const words = static_cast<std::int32_t*>(data);
+  for (std::int32_t i = graph.thread; i < graph.empty; i += graph.threads) words[i] = nothing;
+  for (std::int32_t i = kept_length + graph.thread; i < length; i += graph.threads) {
+    words[i] = nothing;
+  }
+}
+
+/// Rows are rewritten, which reads all positions; then both move. Rows behind the kept ones are
+/// written when a token takes their place.
+__device__ void move_rows_of_graph(const LayerView& layer, const MoveArgs& args,
+                                   const GraphMove& graph, const std::int32_t* new_slots,
+                                   std::int32_t length, char* shared) {
+  std::int32_t* const positions = positions_of(layer, graph.b, graph.g);
+  std::int32_t* const rows = row_of(layer, graph.b, graph.g, 0);
+  RowMove move = graph.move;
+  new_slots += graph_index(layer, graph.b, graph.g) * layer.capacity;
+  for (std::int32_t i = graph.empty + graph.thread; i < args.kept_length; i += graph.threads) {
     const std::int32_t slot = move.keep[i * move.keep_stride];
     remap_row(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
               positions[slot], rows + std::int64_t{slot} * layer.row_words);
   }
-  cluster_sync(cluster);
+  cluster_sync(graph.cluster);
 
-  if (args.kept_length > empty) {
+  if (args.kept_length > graph.empty) {
     move.base = reinterpret_cast<char*>(rows);
     move.slot_stride = std::int64_t{4} * layer.row_words;
     move.vectors = layer.row_words / 4;
-    move_row<uint4>(move, args.kept_length, cluster, rank, shared);
+    move_row<uint4>(move, args.kept_length, graph.cluster, graph.rank, shared);
     __syncthreads();  // words are staged elsewhere than vectors
   }
-  for (int w = thread; w < empty * layer.row_words; w += threads) {
+  for (int w = graph.thread; w < graph.empty * layer.row_words; w += graph.threads) {
     rows[w] = w % layer.row_words < layer.top_k ? -1 : 0;
   }
-  // Rows behind are written when a token takes their place, the rest may be seen before.
-  const auto rearrange = [&](void* data, std::int32_t nothing) {
-    if (args.kept_length > empty) {
-      move.base = static_cast<char*>(data);
-      move.slot_stride = 4;
-      move.vectors = 1;
-      move_row<unsigned>(move, args.kept_length, cluster, rank, shared);
-    }
-    auto* const words = static_cast<std::int32_t*>(data);
-    for (std::int32_t i = thread; i < empty; i += threads) words[i] = nothing;
-    for (std::int32_t i = args.kept_length + thread; i < length; i += threads) words[i] = nothing;
-  };
-  rearrange(positions, -1);
-  for (int p = 0; p < layer.populations; ++p) {
-    rearrange(scores_of(layer, b, g, p), 0);
-    if (layer.visits != nullptr) rearrange(visits_of(layer, b, g, p), 0);
-  }
-  if (layer.novelty != nullptr) rearrange(novelty_of(layer, b, g), 0);
+  rearrange(graph, positions, -1, args.kept_length, length, shared);
+}
 
-  cluster_sync(cluster);
-  if (thread != 0) return;
-  const auto last = static_cast<std::uint32_t>(args.graphs - 1);
+/// What a graph has one number a slot of besides positions: scores and visits of each population,
+/// and novelty.
+__host__ __device__ int arrays_of(const LayerView& layer) {
+  return layer.populations * (layer.visits != nullptr ? 2 : 1) + (layer.novelty != nullptr ? 1 : 0);
+}
+__device__ void* array_of(const LayerView& layer, std::int64_t b, std::int64_t g, int array) {
+  if (array < layer.populations) return scores_of(layer, b, g, array);
+  array -= layer.populations;
+  if (layer.visits == nullptr || array == layer.populations) return novelty_of(layer, b, g);
+  return visits_of(layer, b, g, array);
+}
+
+/// A part of one graph, by a cluster: its rows and positions, or one of its arrays. The last part
+/// of all books the lengths.
+__device__ void move_graph(const LayerView& layer, const MoveArgs& args,
+                           const std::int32_t* new_slots, const std::int64_t* kept, int task,
+                           int rank, char* shared) {
+  const auto length = static_cast<std::int32_t>(layer.counters->length);
+  const GraphMove graph(layer, args, kept, task % args.graphs, rank);
+  const int part = task / args.graphs;  // the rows, which take longest, first
+  if (part == 0) {
+    move_rows_of_graph(layer, args, graph, new_slots, length, shared);
+  } else {
+    rearrange(graph, array_of(layer, graph.b, graph.g, part - 1), 0, args.kept_length, length,
+              shared);
+  }
+  cluster_sync(graph.cluster);
+  if (graph.thread != 0) return;
+  const auto last = static_cast<std::uint32_t>(args.graph_tasks - 1);
   if (atomicInc(&layer.counters->ticket, last) != last) return;
   for (std::int64_t i = 0; i < layer.batch; ++i) layer.sequences[i].held = kept[i];
   layer.counters->length = args.kept_length;
@@ -356,8 +398,8 @@ __global__ void __launch_bounds__(kMoveThreads, 2)
   extern __shared__ __align__(16) char shared[];
   std::int64_t task = blockIdx.x / args.cluster;
   const int rank = static_cast<int>(blockIdx.x % args.cluster);
-  if (task < args.graphs) {
-    compact_graph(layer, args, new_slots, kept, static_cast<int>(task), args.cluster, rank, shared);
+  if (task < args.graph_tasks) {
+    move_graph(layer, args, new_slots, kept, static_cast<int>(task), rank, shared);
     return;
   }
   int j = 0;
@@ -420,9 +462,10 @@ void launch(const LayerView* layer, const MoveJob* jobs, int count, std::int64_t
   args.keep = keep;
   args.fault = fault;
   args.graphs = layer == nullptr ? 0 : layer->batch * layer->graphs;
+  args.graph_tasks = layer == nullptr ? 0 : args.graphs * (1 + arrays_of(*layer));
   std::int64_t widest = 0;
   for (int j = 0; j < count; ++j) widest = std::max(widest, jobs[j].width);
-  std::int64_t tasks = args.graphs;
+  std::int64_t tasks = args.graph_tasks;
   std::int64_t long_tasks = 0;  // those that decide when the launch ends
   for (int j = 0; j < count && kept_length > 0; ++j) {
     if (jobs[j].width == 0) continue;

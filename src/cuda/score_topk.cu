@@ -5,11 +5,10 @@
 // cluster holds the scores of a graph, one launch does all: each block of the cluster reads its
 // part of the keys once, the blocks exchange maxima and sums, and each names its K best.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cfloat>
 #include <cstdint>
 
+#include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
 #include "cuda/device/exp_sum.cuh"
 #include "cuda/device/key_dots.cuh"
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   const int warps = threads / 32;
   const int cluster = cluster_size();
   const int b = static_cast<int>(blockIdx.y);
-  const int g = static_cast<int>(blockIdx.x) >> (31 - __clz(cluster));  // a power of two
+  const int g = cluster_index();
   const int query_heads = layer.heads_per_graph * layer.group;
 
   const RowLayout layout(query_heads, cluster, threads, most_slots);
@@ -443,37 +442,6 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
         "update_kernel");
 }
 
-/// Whether the current device runs clusters of kMostCluster blocks that use all shared memory.
-bool runs_wide_clusters() {
-  enum : int { unknown, no, yes };
-  constexpr std::size_t kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> answers{};
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  std::atomic<int>& answer = answers[static_cast<std::size_t>(device) % kDevices];
-  if (answer == unknown) {
-    const auto kernel = update_kernel<TensorDots<__nv_bfloat16, 4, 4>>;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {kMostCluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(kMostCluster);
-    config.blockDim = dim3(512);
-    config.dynamicSmemBytes = static_cast<std::size_t>(most_shared_bytes());
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int clusters = 0;
-    const bool asked = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            most_shared_bytes()) == cudaSuccess &&
-                       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed,
-                                            1) == cudaSuccess &&
-                       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess;
-    static_cast<void>(cudaGetLastError());
-    answer = asked && clusters > 0 ? yes : no;
-  }
-  return answer == yes;
-}
-
 /// Calls `launch(Dots{})` with the way to read keys of this shape. kBest: one for every number of
 /// query heads, else as few as there can be.
 template <class T, bool kBest, class Launch>
@@ -555,17 +523,22 @@ UpdatePlan plan_update(const LayerView& layer, std::int64_t extent) {
   const int most_bytes = most_shared_bytes();
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
-  // Half of the processors read as much as all do; clusters that fill the device leave a tail.
-  UpdatePlan plan{.cluster = 1, .threads = 512};
-  const auto bytes = [&] { return shared_bytes(layer, extent, plan.cluster, plan.threads); };
-  while (plan.cluster < kPortableCluster &&
-         (bytes() > most_bytes || 2 * graphs * plan.cluster < processors - processors / 16)) {
-    plan.cluster *= 2;
+  const auto fits = [&](const UpdatePlan& plan, int bytes) {
+    return shared_bytes(layer, extent, plan.cluster, plan.threads) <= bytes;
+  };
+  UpdatePlan plan = split;
+  std::int64_t least = 0;
+  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
+    const UpdatePlan one{.cluster = cluster, .threads = 512};
+    if (!cluster_is_apt(graphs, cluster) || !fits(one, most_bytes)) continue;
+    const std::int64_t cost = cluster_cost(graphs, cluster, slots_a_block(extent, cluster));
+    if (plan.cluster != 0 && cost >= least) continue;
+    plan = one;
+    least = cost;
   }
-  if (bytes() > most_bytes && runs_wide_clusters()) plan.cluster = kMostCluster;
-  if (bytes() > most_bytes) return split;
+  if (plan.cluster == 0) return split;
   // Where a processor has but one block at a time, that one is large.
-  if (bytes() <= most_bytes / 2 && graphs * plan.cluster > processors) plan.threads = 256;
+  if (graphs * plan.cluster > processors && fits(plan, most_bytes / 2)) plan.threads = 256;
   return plan;
 }
 

@@ -139,7 +139,7 @@ def test_jax_arrays_are_never_changed(framework: Arrays) -> None:
     manager.walk()
     eviction = spectralkv.EvictionConfig(budget=30, interval=8, window=10, sinks=2)
     keep = manager.select(0, eviction, like=keys)
-    with pytest.raises(spectralkv.InvalidArgument, match=r"\[compact\] .* got a jax array"):
+    with pytest.raises(spectralkv.InvalidArgument, match="numpy or cupy, got a jax array"):
         manager.compact(0, keep, keys)
     manager.compact(0, keep)  # the graph alone
     assert manager.length(0) == 30

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/clusters.h"
 #include "cuda/kernels.h"
 #include "harness.h"
 #include "layer.cuh"
@@ -211,6 +212,10 @@ int run(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "all";
   if (mode != "time") check_all();
   if (!sound || mode == "check") return sound ? 0 : 1;
+  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
+    std::printf("{\"bench\": \"clusters\", \"case\": \"%d blocks\", \"at_once\": %d}\n", cluster,
+                clusters_at_once(cluster));
+  }
   const double bandwidth = copy_bandwidth();
   for (const int batch : {1, 8}) {
     for (const std::int64_t length : {4096, 16384, 65536}) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/clusters.h"
 #include "cuda/kernels.h"
 #include "harness.h"
 #include "layer.cuh"
@@ -119,7 +120,7 @@ void check_all() {
     check_novelty({.batch = 2, .heads = 4, .dtype = dtype, .length = 3000, .shared_graph = true},
                   10);
   }
-  const std::vector<UpdatePlan> plans = {{1, 256}, {2, 128}, {4, 256}, {8, 512}, {16, 256}, {0, 0}};
+  const std::vector<UpdatePlan> plans = {{1, 256}, {2, 128}, {3, 256}, {8, 512}, {13, 512}, {16, 256}, {0, 0}};
   for (const UpdatePlan& plan : plans) {
     for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
       for (const std::int64_t length : {0, 1, 7, 8, 9, 777, 4096}) {
@@ -222,7 +223,7 @@ void time_novelty(const Shape& shape, double bandwidth) {
 /// What other plans would give.
 void time_plans(double bandwidth) {
   std::vector<UpdatePlan> plans;
-  for (const int cluster : {1, 2, 4, 8, 16}) {
+  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
     for (const int threads : {256, 512}) plans.push_back({cluster, threads});
   }
   plans.push_back({0, 0});
@@ -231,7 +232,9 @@ void time_plans(double bandwidth) {
   time_shape({.batch = 1, .length = 16384}, plans, bandwidth);
   time_shape({.batch = 16, .length = 4096}, plans, bandwidth);
   time_shape({.batch = 4, .length = 16384}, plans, bandwidth);
-  const std::vector<UpdatePlan> wide = {{8, 256}, {8, 512}, {16, 256}, {16, 512}, {0, 0}};
+  const std::vector<UpdatePlan> wide = {{5, 512},  {6, 512},  {8, 256},  {8, 512},
+                                        {10, 512}, {12, 512}, {13, 512}, {14, 512},
+                                        {15, 512}, {16, 256}, {16, 512}, {0, 0}};
   time_shape({.batch = 1, .length = 65536}, wide, bandwidth);
   time_shape({.batch = 1, .length = 131072}, wide, bandwidth);
   time_shape({.batch = 16, .length = 65536}, wide, bandwidth);

@@ -65,9 +65,9 @@ class EvictingCache(Cache):
     attention : {"auto", "policy", "model"}
         Who computes the attention of decode steps, forward passes of one new token a sequence.
         The policy :class:`spectralkv.policies.Spectral` can: it reads each key once for the
-        attention and for its graph, and tokens stay in their slots. "auto": the policy in a
-        :class:`spectralkv.hf.DecodeLoop`, which needs it, else the model. "policy": the policy, or
-        an error that says what is in its way. "model": the model, always. Random walks draw where
+        attention and for its graph, and tokens stay in their slots. "auto": the policy on CUDA,
+        and in a :class:`spectralkv.hf.DecodeLoop`, which needs it; the model on a CPU and where
+        the policy cannot. "policy": the policy, or an error that says what is in its way. "model": the model, always. Random walks draw where
         they restart in the order of slots: what they keep is another sample of the same
         distribution than with "model", and, since tokens take the slots of padding, than without
         padding.

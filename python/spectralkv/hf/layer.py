@@ -28,9 +28,9 @@ from spectralkv.policies.base import (
 #: Who computes the attention of decode steps, see :class:`spectralkv.hf.EvictingCache`.
 Attention = Literal["auto", "policy", "model"]
 
-#: Types of devices on which "auto" is the policy outside of a decode loop, too: none yet, for the
-#: CUDA kernel has not been measured.
-_ATTENDS_BY_DEFAULT: frozenset[str] = frozenset()
+#: Types of devices on which "auto" is the policy outside of a decode loop, too: where its attention
+#: takes less time than the model's and an update of the graph behind it.
+_ATTENDS_BY_DEFAULT = frozenset({"cuda"})
 
 _layouts = itertools.count()
 

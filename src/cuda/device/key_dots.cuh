@@ -49,10 +49,11 @@ struct DotsTask {
   }
 };
 
-/// What a warp calls around its tiles: begin(task, tile) when the keys of its first tile are on
-/// their way, and tile(task, tile, seen, next) when the dot products of a tile were emitted. Bit
+/// What a warp calls around its tiles, of which Dots::kTilesAhead are under way, each in a place of
+/// its own: begin(task, place, tile) for the first ones when their keys were asked for, and
+/// tile(task, place, tile, seen, next) when the dot products of a tile were emitted. Bit
 /// Dots::seen_bit(slot of the tile) of `seen` says whether the slot holds a token that the queries
-/// see; `next` is the warp's next tile, -1 behind the last.
+/// see; `next` is the tile that takes the place, -1 behind the last.
 struct NoTap {
   static constexpr bool kActive = false;
 };
@@ -111,6 +112,7 @@ struct TensorDots {
   static constexpr int kFullBlocks = kBlocks == 2 ? 0 : kBlocks <= 4 ? kBlocks - 1 : 4;
   static constexpr int kStages = kDepth;
   static constexpr int kHalves = kPaired ? 1 : 2;  ///< right operands of a panel
+  static constexpr int kTilesAhead = kStages / kUnits;
   static_assert(kStages % kUnits == 0);
 
   __device__ static int column(int lane, int i) {
@@ -195,12 +197,14 @@ struct TensorDots {
       load(stage, min(warp + stage / kUnits * warps, tiles - 1));
     }
     constexpr bool kTapped = std::remove_cvref_t<Tap>::kActive;
-    if constexpr (kTapped) tap.begin(task, warp);
-    constexpr int kRound = kStages / kUnits;  // tiles
-#pragma unroll 1
-    for (int first = warp; first < tiles; first += kRound * warps) {
+    if constexpr (kTapped) {
 #pragma unroll
-      for (int t = 0; t < kRound; ++t) {
+      for (int t = 0; t < kTilesAhead; ++t) tap.begin(task, t, min(warp + t * warps, tiles - 1));
+    }
+#pragma unroll 1
+    for (int first = warp; first < tiles; first += kTilesAhead * warps) {
+#pragma unroll
+      for (int t = 0; t < kTilesAhead; ++t) {
         const int tile = first + t * warps;
         if (tile >= tiles) break;
         float sums[2][kPanels][kHalves][4] = {};
@@ -224,7 +228,7 @@ struct TensorDots {
               }
             }
           }
-          if (tile + kRound * warps < tiles) load(stage, tile + kRound * warps);
+          if (tile + kTilesAhead * warps < tiles) load(stage, tile + kTilesAhead * warps);
         }
         const int slot = task.begin + tile * kTile + row;
         if constexpr (kPaired) {
@@ -263,7 +267,8 @@ struct TensorDots {
             seen = (holders(slot, at_position[0]) & kFirstLanes) |
                    (holders(slot + 8, at_position[1]) & kFirstLanes) << 2U;
           }
-          tap.tile(task, tile, seen, tile + warps < tiles ? tile + warps : -1);
+          const int next = tile + kTilesAhead * warps;
+          tap.tile(task, t, tile, seen, next < tiles ? next : -1);
         }
       }
     }
@@ -279,6 +284,7 @@ struct CoreDots {
   static constexpr int kValues = kHeads / 2;
   static constexpr int kFirstRowBit = 2;
   static constexpr int kSlots = 4;
+  static constexpr int kTilesAhead = 1;
   static constexpr int kVector = kWide ? 4 : 1;
   static constexpr int kMostThreads = kHeads <= 4 ? 512 : 256;
 
@@ -299,7 +305,7 @@ struct CoreDots {
     const int tiles = (task.end - task.begin + kTile - 1) / kTile;
     constexpr bool kTapped = std::remove_cvref_t<Tap>::kActive;
     if constexpr (kTapped) {
-      if (warp < tiles) tap.begin(task, warp);
+      if (warp < tiles) tap.begin(task, 0, warp);
     }
     for (int tile = warp; tile < tiles; tile += warps) {
       const int first = task.begin + tile * kTile + team * kSlots;
@@ -362,7 +368,7 @@ struct CoreDots {
       if constexpr (kTapped) {
         const std::uint32_t holders =
             __ballot_sync(0xffffffffU, task.place(slot, position) != kNoPlace);
-        tap.tile(task, tile, holders & kAllSeen, tile + warps < tiles ? tile + warps : -1);
+        tap.tile(task, 0, tile, holders & kAllSeen, tile + warps < tiles ? tile + warps : -1);
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda/clusters.h"
 #include "cuda/device/attention_row.cuh"
 #include "cuda/device/exp_sum.cuh"
 #include "cuda/device/key_dots.cuh"
@@ -15,8 +16,6 @@
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
-
-inline constexpr int kMostCluster = 16;
 
 /// Where a block keeps what in shared memory; offsets in bytes.
 struct RowLayout {

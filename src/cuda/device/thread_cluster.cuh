@@ -27,6 +27,15 @@ __device__ inline int cluster_rank() {
   return static_cast<int>(rank);
 }
 
+/// Of a grid along x.
+__device__ inline int cluster_index() {
+  std::uint32_t index = blockIdx.x;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+#endif
+  return static_cast<int>(index);
+}
+
 /// All threads of a cluster of so many blocks: everyone sees what the others stored before, in
 /// memory and in shared memory. A cluster of one needs no sm_90.
 __device__ inline void cluster_sync(int cluster) {

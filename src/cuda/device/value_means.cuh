@@ -68,7 +68,7 @@ struct TensorMeans {
   static constexpr int kUnits = (kBlocks + 1) / 2;
   /// Units without columns behind the end of the shortest row that comes here.
   static constexpr int kFullUnits = kBlocks <= 2 ? 0 : kBlocks <= 4 ? 1 : 2;
-  /// Units under way: of long rows the second half is asked for when the first one is there.
+  /// Units of a tile under way: of long rows the second half is asked for when the first one is there.
   static constexpr int kAhead = kUnits < 2 ? 1 : 2;
 
   __device__ TensorMeans(const ValueRows<T>& rows, const TileScores& tile_scores)
@@ -84,13 +84,13 @@ struct TensorMeans {
   }
 
   template <class Task>
-  __device__ void begin(const Task& task, int tile) {
+  __device__ void begin(const Task& task, int place, int tile) {
 #pragma unroll
-    for (int unit = 0; unit < kAhead; ++unit) load(task, unit, tile);
+    for (int unit = 0; unit < kAhead; ++unit) load(task, place, unit, tile);
   }
 
   template <class Task>
-  __device__ void tile(const Task& task, int tile, std::uint32_t seen, int next) {
+  __device__ void tile(const Task& task, int place, int tile, std::uint32_t seen, int next) {
     const int row = static_cast<int>(threadIdx.x) % 32 / 4;
     const int pair = static_cast<int>(threadIdx.x) % 4;
     __syncwarp();
@@ -141,7 +141,7 @@ struct TensorMeans {
     }
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
-      uint4(&slots)[4] = ring[unit % kAhead];
+      uint4(&slots)[4] = ring[place][unit % kAhead];
       if (seen != kAllSeen) {  // what lies there may be no number, and 0 times that is none
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -154,9 +154,9 @@ struct TensorMeans {
       multiply_word<2>(unit, slots[0].z, slots[1].z, slots[2].z, slots[3].z, weights);
       multiply_word<3>(unit, slots[0].w, slots[1].w, slots[2].w, slots[3].w, weights);
       if (unit + kAhead < kUnits) {
-        load(task, unit + kAhead, tile);
+        load(task, place, unit + kAhead, tile);
       } else if (next >= 0) {
-        load(task, unit + kAhead - kUnits, next);
+        load(task, place, unit + kAhead - kUnits, next);
       }
     }
     __syncwarp();
@@ -207,7 +207,7 @@ struct TensorMeans {
 
  private:
   template <class Task>
-  __device__ void load(const Task& task, int unit, int tile) {
+  __device__ void load(const Task& task, int place, int unit, int tile) {
     const int row = static_cast<int>(threadIdx.x) % 32 / 4;
     const int first = task.begin + tile * kTile + static_cast<int>(threadIdx.x) % 4 * 2;
     // Behind the end of a row stand its last elements, which nobody takes.
@@ -216,7 +216,7 @@ struct TensorMeans {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto slot = static_cast<std::uint32_t>(min(first + i % 2 + i / 2 * 8, task.end - 1));
-      ring[unit % kAhead][i] =
+      ring[place][unit % kAhead][i] =
           load_key<0>(values + std::uint64_t{slot} * value_bytes + from * sizeof(T));
     }
   }
@@ -242,7 +242,7 @@ struct TensorMeans {
   float means[kPanels][kUnits][4][4] = {};
   float maximum[kPanels];  ///< of query head panel * 8 + lane / 4
   float sum[kPanels];      ///< the same, over this lane's slots
-  uint4 ring[kAhead][4];
+  uint4 ring[Dots::kTilesAhead][kAhead][4];
 };
 
 /// Any type, rows of up to kMostAttendDim elements: a lane takes every 32nd.
@@ -264,10 +264,11 @@ struct CoreMeans {
   }
 
   template <class Task>
-  __device__ void begin(const Task& /*task*/, int /*tile*/) {}
+  __device__ void begin(const Task& /*task*/, int /*place*/, int /*tile*/) {}
 
   template <class Task>
-  __device__ void tile(const Task& task, int tile, std::uint32_t seen, int /*next*/) {
+  __device__ void tile(const Task& task, int /*place*/, int tile, std::uint32_t seen,
+                       int /*next*/) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     __syncwarp();
     float weights[kHeads];  // of slot `lane`
