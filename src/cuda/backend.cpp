@@ -782,7 +782,7 @@ class CudaBackend final : public Backend {
   struct Scratch {
     Memory marks;  ///< one word a slot of the largest layer
     Memory novelty;
-    Memory solve;           ///< of exact populations; solve() of others takes it when it comes
+    Memory solve;           ///< where no population is exact, the first solve takes it
     Memory results;         ///< of checks; the host reads them
     Memory device_results;  ///< of checks that the host does not wait for
     Memory views;           ///< LayerView of every layer, then walk_view() of every layer
@@ -824,7 +824,11 @@ class CudaBackend final : public Backend {
         novelty = std::max(novelty, cuda::novelty_scratch(one, walk_.novelty_width));
       }
     }
-    const auto exact = static_cast<std::int64_t>(populations_of(walk_, Solver::exact).size());
+    // Where a walk needs some, a later solve of all populations must not take more: captured walks
+    // hold on to the memory.
+    const bool any_exact = !populations_of(walk_, Solver::exact).empty();
+    const std::int64_t solved =
+        any_exact ? graphs * static_cast<std::int64_t>(walk_.populations.size()) : 0;
     constexpr std::int64_t kWord = 4;
     const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {
       return bytes > memory.bytes() ? Memory(bytes, kind) : Memory();
@@ -832,8 +836,7 @@ class CudaBackend final : public Backend {
     Scratch scratch{
         .marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
         .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
-        .solve = more(scratch_.solve, cuda::solve_scratch(graphs * exact, capacity),
-                      Memory::Kind::device),
+        .solve = more(scratch_.solve, cuda::solve_scratch(solved, capacity), Memory::Kind::device),
         .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
         .device_results =
             more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
