@@ -19,6 +19,7 @@ from spectralkv.evaluation import (
 )
 from spectralkv.evaluation.ablations import BASE, ablation_jobs, axes
 from spectralkv.evaluation.datasets import Corpus
+from spectralkv.evaluation.study_plots import _spoken
 from tiny_text import make_text
 
 SETTINGS = CacheSettings()
@@ -183,6 +184,11 @@ def test_populations_are_written_and_read() -> None:
     assert PolicySpec.parse(mix).label == mix
     part = create_policy(PolicySpec.parse(mix), 409, SETTINGS).parts()[0]
     assert part.populations == (Population(restart="recent", count="edges"),)
+
+
+def test_pictures_tell_exact_populations_from_those_that_walk() -> None:
+    spec = "spectral:window=9,populations=recent:edges:0.6+novelty:all:0.4:exact,seed=1"
+    assert _spoken(spec) == "spectral:window=9,recent 0.6 + exact novelty 0.4,seed=1"
 
 
 @pytest.mark.parametrize(
