@@ -32,7 +32,7 @@ TEST(CudaMemory, IsThereBeforeTheFirstWalk) {
   for (const unsigned exact : {0U, 1U, 2U, 3U}) {
     SCOPED_TRACE(::testing::Message() << "exact " << exact);
     spectralkv::GraphManager manager(Decoder::graph_config(1), Decoder::exact_config(exact));
-    const DeviceTensor keys(Decoder::random_tensor(1, {2, 2, 100, 64}));
+    DeviceTensor keys(Decoder::random_tensor(1, {2, 2, 100, 64}));
     manager.reserve(1, 100);
     for (Index layer = 0; layer < Decoder::kLayers; ++layer) {
       manager.update_novelty(layer, keys.view(), {});
