@@ -111,15 +111,22 @@ class Decoder {
   }
 
   void step(const OwnStream& on) {
-    const Stream stream = on.stream();
     for (Index layer = 0; layer < kLayers; ++layer) {
-      manager.select(layer, eviction(), true, keep_.view(), stream);
-      manager.release(layer, keep_.view(), stream, manager.kept_counts(layer, eviction(), true));
-      manager.next_slots(layer, slots_.view(), stream);
-      manager.update(layer, query_.view(), keys_.view(), slots_.view(), {}, stream);
-      manager.update_novelty(layer, keys_.view(), stream);
+      free_slots(layer, on);
+      reuse_slots(layer, on);
+      manager.update_novelty(layer, keys_.view(), on.stream());
     }
-    manager.walk(kAllLayers, {}, stream);
+    manager.walk(kAllLayers, {}, on.stream());
+  }
+
+  void free_slots(Index layer, const OwnStream& on) {
+    manager.select(layer, eviction(), true, keep_.view(), on.stream());
+    manager.release(layer, keep_.view(), on.stream(), manager.kept_counts(layer, eviction(), true));
+  }
+
+  void reuse_slots(Index layer, const OwnStream& on) {
+    manager.next_slots(layer, slots_.view(), on.stream());
+    manager.update(layer, query_.view(), keys_.view(), slots_.view(), {}, on.stream());
   }
 
   /// Behind all others, and every layer gets it.
@@ -148,6 +155,14 @@ class Decoder {
             .decay = 0.5,
             .populations = {{.share = 0.5},
                             {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.5}}};
+  }
+  /// The same with these populations (bits) solved exactly.
+  static WalkConfig exact_config(unsigned exact) {
+    WalkConfig walk = walk_config();
+    for (std::size_t p = 0; p < walk.populations.size(); ++p) {
+      if ((exact >> p & 1U) != 0) walk.populations[p].solver = Solver::exact;
+    }
+    return walk;
   }
   static HostTensor random_tensor(std::uint64_t seed, const std::vector<Index>& shape) {
     HostTensor tensor(DType::f16, shape);

@@ -498,26 +498,40 @@ TEST(BackendsAgree, OnSolvesToRounding) {
                                .edge_law = law,
                                .scope = scope,
                                .num_threads = 1};
-      Pair pair(config, walk_config(0.5, 0.9));
+      WalkConfig mix = walk_config(0.5, 0.9);
+      mix.populations[1].solver = Solver::exact;
+      mix.populations[2].solver = Solver::exact;
+      Pair solved(config, walk_config(0.5, 0.9));
+      Pair mixed(config, mix);
       Graphs graphs(1);
-      for (Index g = 0; g < pair.cpu().graphs_per_sequence(); ++g) {
+      for (Index g = 0; g < solved.cpu().graphs_per_sequence(); ++g) {
         graphs[0].push_back(long_graph(random, 3000, config.top_k, config.num_sinks, g == 0, law));
       }
-      HostTensor weights(DType::u32, {1, pair.cpu().graphs_per_sequence(), 3000});
+      HostTensor weights(DType::u32, {1, solved.cpu().graphs_per_sequence(), 3000});
       weights.fill(5);
-      pair.both([&](GraphManager& manager) {
-        load_graphs(manager, 0, graphs);
-        manager.load_restart_weights(0, weights.view());
-        manager.solve(0, {}, Stream{});
-        manager.solve(0, {}, Stream{});
-      });
-      for (int p = -1; p < 4; ++p) {
-        const HostTensor expected = read_scores(pair.cpu(), 0, p);
-        const HostTensor actual = read_scores(pair.cuda(), 0, p);
-        for (Index h = 0; h < 2; ++h) {
-          for (Index slot = 0; slot < 3000; ++slot) {
-            const double value = expected.get({0, h, slot});
-            ASSERT_NEAR(actual.get({0, h, slot}), value, 1e-5 * (1.0 + value)) << slot;
+      for (Pair* pair : {&solved, &mixed}) {
+        pair->both([&](GraphManager& manager) {
+          load_graphs(manager, 0, graphs);
+          manager.load_restart_weights(0, weights.view());
+          for (int round = 0; round < 2; ++round) {
+            if (pair == &solved) {
+              manager.solve(0, {}, Stream{});
+            } else {
+              manager.walk(0, {}, Stream{});
+            }
+          }
+        });
+        for (int p = -1; p < 4; ++p) {
+          const HostTensor expected = read_scores(pair->cpu(), 0, p);
+          const HostTensor actual = read_scores(pair->cuda(), 0, p);
+          if (pair == &mixed && (p == 0 || p == 3)) {
+            EXPECT_TRUE(expected.bytes() == actual.bytes()) << "population " << p;
+          }
+          for (Index h = 0; h < 2; ++h) {
+            for (Index slot = 0; slot < 3000; ++slot) {
+              const double value = expected.get({0, h, slot});
+              ASSERT_NEAR(actual.get({0, h, slot}), value, 1e-5 * (1.0 + value)) << slot;
+            }
           }
         }
       }

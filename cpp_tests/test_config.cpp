@@ -111,6 +111,14 @@ TEST(Config, RejectsBadWalks) {
     bad([&](WalkConfig& config) { config.populations.front().recent_fraction = fraction; });
   }
   bad([](WalkConfig& config) { config.populations.front().recent_tokens = -1; });
+  // Walkers are the unit of exact scores.
+  for (std::size_t exact = 0; exact < 2; ++exact) {
+    bad([&](WalkConfig& config) {
+      config.num_walkers = 9;
+      config.populations = {{.share = 0.1}, {.share = 0.9}};
+      config.populations[exact].solver = Solver::exact;
+    });
+  }
 }
 
 TEST(Config, AcceptsWalksAtTheirLimits) {
@@ -129,6 +137,9 @@ TEST(Config, AcceptsWalksAtTheirLimits) {
   config.populations.front().share = 0.6000001;
   EXPECT_NO_THROW(config.validate());
   config.populations.assign(kMaxPopulations, {.share = 1.0 / kMaxPopulations});
+  EXPECT_NO_THROW(config.validate());
+  config.num_walkers = kMaxPopulations;
+  config.populations.back().solver = Solver::exact;
   EXPECT_NO_THROW(config.validate());
 }
 

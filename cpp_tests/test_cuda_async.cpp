@@ -162,6 +162,39 @@ TEST_F(CudaAsync, NewTokensDoNotWaitForAWalk) {
   expect_same_counts(expected, decoder);
 }
 
+TEST_F(CudaAsync, ASolvePassesOverTokensThatComeMeanwhile) {
+  warm_up();
+  const OwnStream stream;
+  for (const bool in_free_slots : {false, true}) {
+    SCOPED_TRACE(::testing::Message() << "in free slots " << in_free_slots);
+    Decoder expected(1, Decoder::exact_config(2));
+    Decoder decoder(1, Decoder::exact_config(2));
+    const auto for_layers = [&](auto&& call) {
+      for (Index layer = 0; layer < Decoder::kLayers; ++layer) call(layer);
+    };
+    const auto run = [&](Decoder& one, bool all, bool waits) {
+      if (in_free_slots) for_layers([&](Index layer) { one.free_slots(layer, stream); });
+      if (all) {
+        one.manager.solve(kAllLayers, {}, stream.stream());
+      } else {
+        one.manager.walk(kAllLayers, {}, stream.stream());
+      }
+      if (waits) one.manager.synchronize();
+      if (in_free_slots) {
+        for_layers([&](Index layer) { one.reuse_slots(layer, stream); });
+      } else {
+        one.add_token(stream);
+      }
+    };
+    for (int round = 0; round < 6; ++round) {
+      run(expected, round % 2 == 0, true);
+      run(decoder, round % 2 == 0, false);
+      expect_same_state(expected, decoder);
+      expect_same_counts(expected, decoder);
+    }
+  }
+}
+
 TEST_F(CudaAsync, ACallersBufferMayChangeBehindACall) {
   warm_up();
   Decoder expected;
@@ -234,28 +267,31 @@ TEST_F(CudaAsync, ManagersOnTwoStreamsDoNotDisturbEachOther) {
 
 TEST_F(CudaAsync, ReplaysOfACapturedStepEqualCalls) {
   warm_up();
-  Decoder expected;
-  Decoder decoder;
-  const OwnStream stream;
-  const Graph graph(stream, [&] { decoder.step(stream); });
-  expect_same_state(expected, decoder);  // nothing has run
-  expect_same_counts(expected, decoder);
-  for (int i = 0; i < 25; ++i) {
+  for (const unsigned exact : {0U, 1U, 2U, 3U}) {
+    SCOPED_TRACE(::testing::Message() << "exact " << exact);
+    Decoder expected(1, Decoder::exact_config(exact));
+    Decoder decoder(1, Decoder::exact_config(exact));
+    const OwnStream stream;
+    const Graph graph(stream, [&] { decoder.step(stream); });
+    expect_same_state(expected, decoder);  // nothing has run
+    expect_same_counts(expected, decoder);
+    for (int i = 0; i < 25; ++i) {
+      expected.step(stream);
+      graph.replay(stream);
+    }
+    decoder.manager.refresh();
+    expect_same_counts(expected, decoder);
+    expect_same_state(expected, decoder);
+    // Calls go on where the replays ended, and replays where the calls did.
+    expected.step(stream);
+    decoder.step(stream);
+    decoder.manager.synchronize();
     expected.step(stream);
     graph.replay(stream);
+    decoder.manager.refresh();
+    expect_same_counts(expected, decoder);
+    expect_same_state(expected, decoder);
   }
-  decoder.manager.refresh();
-  expect_same_counts(expected, decoder);
-  expect_same_state(expected, decoder);
-  // Calls go on where the replays ended, and replays where the calls did.
-  expected.step(stream);
-  decoder.step(stream);
-  decoder.manager.synchronize();
-  expected.step(stream);
-  graph.replay(stream);
-  decoder.manager.refresh();
-  expect_same_counts(expected, decoder);
-  expect_same_state(expected, decoder);
 }
 
 TEST_F(CudaAsync, ReplaysAppendTokens) {

@@ -12,17 +12,38 @@ namespace spectralkv::test {
 namespace {
 
 TEST(CudaMemory, IsNotTakenInAStep) {
-  Decoder decoder;
-  const OwnStream stream;
-  decoder.step(stream);  // loads the kernels
-  decoder.manager.synchronize();
-  const Index before = free_device_bytes();
-  const MemoryUse use = decoder.manager.memory_use();
-  for (int i = 0; i < 100; ++i) decoder.step(stream);
-  decoder.manager.synchronize();
-  EXPECT_EQ(free_device_bytes(), before);
-  EXPECT_EQ(decoder.manager.memory_use().graph_bytes, use.graph_bytes);
-  EXPECT_EQ(decoder.manager.memory_use().scratch_bytes, use.scratch_bytes);
+  for (const unsigned exact : {0U, 1U, 2U, 3U}) {
+    SCOPED_TRACE(::testing::Message() << "exact " << exact);
+    Decoder decoder(1, Decoder::exact_config(exact));
+    const OwnStream stream;
+    decoder.step(stream);  // loads the kernels
+    decoder.manager.synchronize();
+    const Index before = free_device_bytes();
+    const MemoryUse use = decoder.manager.memory_use();
+    for (int i = 0; i < 100; ++i) decoder.step(stream);
+    decoder.manager.synchronize();
+    EXPECT_EQ(free_device_bytes(), before);
+    EXPECT_EQ(decoder.manager.memory_use().graph_bytes, use.graph_bytes);
+    EXPECT_EQ(decoder.manager.memory_use().scratch_bytes, use.scratch_bytes);
+  }
+}
+
+TEST(CudaMemory, IsThereBeforeTheFirstWalk) {
+  for (const unsigned exact : {0U, 1U, 2U, 3U}) {
+    SCOPED_TRACE(::testing::Message() << "exact " << exact);
+    spectralkv::GraphManager manager(Decoder::graph_config(1), Decoder::exact_config(exact));
+    DeviceTensor keys(Decoder::random_tensor(1, {2, 2, 100, 64}));
+    manager.reserve(1, 100);
+    for (Index layer = 0; layer < Decoder::kLayers; ++layer) {
+      manager.update_novelty(layer, keys.view(), {});
+    }
+    const MemoryUse use = manager.memory_use();
+    manager.walk(0, {}, {});
+    manager.walk(1, {}, {});
+    manager.walk(kAllLayers, {}, {});
+    if (exact != 0) manager.solve(kAllLayers, {}, {});  // captured walks would lose their memory
+    EXPECT_EQ(manager.memory_use().scratch_bytes, use.scratch_bytes);
+  }
 }
 
 TEST(CudaMemory, IsGivenBack) {

@@ -215,6 +215,16 @@ TEST(Monitor, SolvesExactlyWhenAsked) {
   EXPECT_EQ(engine.monitor.graph().statistics().solves, 2 * kHeads);
 }
 
+TEST(Monitor, SolvesTheExactPopulations) {
+  WalkConfig walk;
+  walk.populations.back().solver = Solver::exact;
+  Engine engine({Text(1)}, monitor_config(4), walk);
+  engine.prefill({8});
+  for (int i = 0; i < 4; ++i) engine.step();
+  EXPECT_EQ(engine.walks(), 2 * kHeads);
+  EXPECT_EQ(engine.monitor.graph().statistics().solves, 2 * kHeads);
+}
+
 TEST(Monitor, KeepsWhatTheManagerSelects) {
   Engine engine({Text(1), Text(2)}, monitor_config());
   engine.prefill({40, 30});
@@ -287,6 +297,14 @@ TEST(Monitor, TreatsASequenceInABatchAsAloneWhenScoresAccumulate) {
                         .decay = 0.7,
                         .populations = {{.restart = Restart::current, .count = VisitCount::all}}};
   expect_alike(monitor_config(4), walk, false, {25, 7}, 80);
+}
+
+TEST(Monitor, TreatsASequenceInABatchAsAloneWhereAPopulationIsExact) {
+  WalkConfig walk;
+  walk.populations.back().solver = Solver::exact;
+  for (const Index interval : {0, 3}) {
+    expect_alike(monitor_config(interval), walk, false, {30, 11, 40}, 60);
+  }
 }
 
 TEST(Monitor, TakesPromptsInChunks) {

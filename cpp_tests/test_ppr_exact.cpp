@@ -216,5 +216,141 @@ TEST(PprExact, IsTheOnlyPossibleWayOfAChain) {
   }
 }
 
+// -- populations that walk beside populations that are solved
+
+/// Three populations, of which those of `exact` (bits) are solved. `decay` of the last one.
+WalkConfig mixed_walk(unsigned exact, double decay = 0.0) {
+  WalkConfig walk{
+      .num_walkers = 301,
+      .restart_prob = 0.3,
+      .populations = {{.share = 0.4, .recent_tokens = 20},
+                      {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.35},
+                      {.restart = Restart::current, .share = 0.25, .decay = decay}}};
+  for (std::size_t p = 0; p < walk.populations.size(); ++p) {
+    if ((exact >> p & 1U) != 0) walk.populations[p].solver = Solver::exact;
+  }
+  return walk;
+}
+
+/// A manager with two sequences whose slots are not in order, and the keys of its novelty.
+struct Mixed {
+  GraphManager manager;
+  Feeder feeder;
+
+  Mixed(const GraphConfig& config, const WalkConfig& walk)
+      : manager(config, walk), feeder(manager, 0, 8) {
+    feeder.prefill(60);
+    const std::vector<Index> stay = random_part(feeder.random, live_slots(plain_graph(60)), 45);
+    manager.release(0, keep_tensor(std::vector(2, std::vector(2, stay))).view(), Stream{});
+    for (int i = 0; i < 8; ++i) feeder.reuse();
+    manager.update_novelty(0, feeder.keys.view(), Stream{});
+  }
+
+  Bytes found(int population) const {
+    Bytes bytes = read_scores(manager, 0, population).bytes();
+    const Bytes visits = read_visits(manager, 0, population).bytes();
+    bytes.insert(bytes.end(), visits.begin(), visits.end());
+    return bytes;
+  }
+};
+
+void expect_mix(const GraphConfig& config, double decay, unsigned exact) {
+  SCOPED_TRACE(::testing::Message()
+               << "law " << static_cast<int>(config.edge_law) << ", scope "
+               << static_cast<int>(config.scope) << ", decay " << decay << ", exact " << exact);
+  Mixed walked(config, mixed_walk(0, decay));
+  Mixed solved(config, mixed_walk(0, decay));
+  Mixed mixed(config, mixed_walk(exact, decay));
+  for (const std::vector<std::uint8_t>& marks : {std::vector<std::uint8_t>{}, {1, 0}, {}, {0, 1}}) {
+    walked.manager.walk(0, marks, Stream{});
+    solved.manager.solve(0, marks, Stream{});
+    mixed.manager.walk(0, marks, Stream{});
+    for (int p = 0; p < 3; ++p) {
+      const Mixed& expected = (exact >> p & 1U) != 0 ? solved : walked;
+      EXPECT_EQ(mixed.found(p), expected.found(p)) << "population " << p;
+    }
+    for (Mixed* one : {&walked, &solved, &mixed}) {
+      one->feeder.append();
+      one->manager.update_novelty(0, one->feeder.keys.view(), Stream{});
+    }
+  }
+  for (Index b = 0; b < 2; ++b) {
+    EXPECT_EQ(mixed.manager.tokens_walked(0, b), walked.manager.tokens_walked(0, b));
+  }
+  const Statistics counts = mixed.manager.statistics();
+  EXPECT_EQ(counts.walks, exact == 7 ? 0 : walked.manager.statistics().walks);
+  EXPECT_EQ(counts.solves, exact == 0 ? 0 : solved.manager.statistics().solves);
+}
+
+GraphConfig mixed_graph(EdgeLaw law, GraphScope scope) {
+  GraphConfig config = graph_config(law, 2);
+  config.batch_size = 2;
+  config.scope = scope;
+  config.seed = 11;
+  return config;
+}
+
+TEST(PprMix, FindsWhatWalksAndSolvesFindAlone) {
+  for (const EdgeLaw law : kEdgeLaws) {
+    for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
+      for (const double decay : {0.0, 0.5}) {
+        for (unsigned exact = 0; exact < 8; ++exact) {
+          expect_mix(mixed_graph(law, scope), decay, exact);
+        }
+      }
+    }
+  }
+}
+
+TEST(PprMix, HasTheSameNumbersInEveryLayer) {
+  // Short: sanitizers see this test.
+  GraphConfig config = mixed_graph(EdgeLaw::weighted, GraphScope::head);
+  config.num_layers = 2;
+  const auto run = [&](bool together) {
+    GraphManager manager(config, mixed_walk(2, 0.5));
+    for (Index layer = 0; layer < 2; ++layer) {
+      Feeder feeder(manager, layer, 9);
+      feeder.prefill(30);
+      manager.update_novelty(layer, feeder.keys.view(), Stream{});
+      if (!together) manager.walk(layer, {}, Stream{});
+    }
+    if (together) manager.walk(kAllLayers, {}, Stream{});
+    return Snapshot(manager);
+  };
+  const Snapshot one_by_one = run(false);
+  EXPECT_TRUE(one_by_one == run(true));
+}
+
+TEST(PprMix, OfExactPopulationsIsASolve) {
+  for (const EdgeLaw law : kEdgeLaws) {
+    const GraphConfig config = mixed_graph(law, GraphScope::head);
+    Mixed expected(config, mixed_walk(7, 0.5));
+    Mixed actual(config, mixed_walk(7, 0.5));
+    for (int round = 0; round < 2; ++round) {
+      expected.manager.solve(0, {}, Stream{});
+      actual.manager.walk(0, {}, Stream{});
+    }
+    EXPECT_TRUE(Snapshot(expected.manager) == Snapshot(actual.manager));
+    // The random numbers stand where they stood, too.
+    EXPECT_EQ(expected.manager.save_layer(0), actual.manager.save_layer(0));
+  }
+}
+
+TEST(PprMix, IsRenewedByAStep) {
+  const GraphConfig config = mixed_graph(EdgeLaw::weighted, GraphScope::head);
+  Mixed expected(config, mixed_walk(2));
+  Mixed actual(config, mixed_walk(2));
+  expected.feeder.append();
+  expected.manager.update_novelty(0, expected.feeder.keys.view(), Stream{});
+  expected.manager.walk(0, {}, Stream{});
+  const Index slot = actual.manager.length(0);
+  for (Index b = 0; b < 2; ++b) {
+    for (Index h = 0; h < 2; ++h) actual.feeder.write_key(b, h, slot);
+  }
+  actual.manager.update_and_step(0, actual.feeder.query().view(), actual.feeder.keys.view(), {}, {},
+                                 Stream{});
+  EXPECT_TRUE(Snapshot(expected.manager) == Snapshot(actual.manager));
+}
+
 }  // namespace
 }  // namespace spectralkv::test

@@ -54,7 +54,8 @@ struct Lived {
   GraphManager manager;
   Feeder feeder;
 
-  explicit Lived(EdgeLaw law) : manager(graph_config(law), kWalk), feeder(manager, 0, 5) {
+  explicit Lived(EdgeLaw law, const WalkConfig& walk_config = kWalk)
+      : manager(graph_config(law), walk_config), feeder(manager, 0, 5) {
     HostTensor valid(DType::u8, {2, 10});
     valid.fill(1);
     for (Index i = 0; i < 2; ++i) valid.set({0, i}, 0);
@@ -77,9 +78,9 @@ struct Lived {
 class SavedLayerOfEveryLaw : public ::testing::TestWithParam<EdgeLaw> {};
 INSTANTIATE_TEST_SUITE_P(Laws, SavedLayerOfEveryLaw, ::testing::ValuesIn(kEdgeLaws));
 
-TEST_P(SavedLayerOfEveryLaw, GoesOnAsIfNothingHadHappened) {
-  Lived lived(GetParam());
-  GraphManager loaded(graph_config(GetParam()), kWalk);
+void expect_to_go_on(EdgeLaw law, const WalkConfig& walk_config) {
+  Lived lived(law, walk_config);
+  GraphManager loaded(graph_config(law), walk_config);
   loaded.load_layer(0, lived.manager.save_layer(0));
   expect_same(lived.manager, loaded);
   EXPECT_EQ(lived.manager.save_layer(0), loaded.save_layer(0));
@@ -98,6 +99,16 @@ TEST_P(SavedLayerOfEveryLaw, GoesOnAsIfNothingHadHappened) {
   walk(loaded, feeder);
   walk(lived.manager, lived.feeder);
   expect_same(lived.manager, loaded);
+}
+
+TEST_P(SavedLayerOfEveryLaw, GoesOnAsIfNothingHadHappened) { expect_to_go_on(GetParam(), kWalk); }
+
+TEST_P(SavedLayerOfEveryLaw, GoesOnWherePopulationsAreExact) {
+  for (std::size_t exact = 0; exact < 2; ++exact) {
+    WalkConfig walk = kWalk;
+    walk.populations[exact].solver = Solver::exact;
+    expect_to_go_on(GetParam(), walk);
+  }
 }
 
 TEST(SavedLayer, KeepsFreeSlots) {

@@ -29,7 +29,7 @@ struct LayerState {
   // One entry a sequence:
   std::vector<std::int64_t> seen;         ///< tokens seen, the next token's position
   std::vector<std::int64_t> held;         ///< tokens held by each head
-  std::vector<std::int64_t> walked_at;    ///< `seen` at the last walk or solve, -1: never
+  std::vector<std::int64_t> walked_at;    ///< `seen` when scores were last renewed, -1: never
   std::vector<std::uint64_t> walk_block;  ///< Philox block at which the next walk starts
 };
 
@@ -81,6 +81,18 @@ struct CutArgs {
   std::int64_t kept_length = 0;
 };
 
+/// Whose scores are found anew, and how.
+struct RenewArgs {
+  std::int64_t first = 0;  ///< layers [first, first + count)
+  std::int64_t count = 0;
+  std::span<const std::uint8_t> sequences;  ///< one entry each, nonzero: takes part; empty: all
+  std::span<const int> walking;             ///< populations, by number
+  std::span<const int> exact;               ///< others
+
+  /// Philox blocks that are used up, see blocks_of_walk.
+  std::uint64_t blocks(const WalkConfig& walk) const;
+};
+
 /// Where new tokens go.
 struct SlotPlan {
   std::int64_t length = 0;  ///< of the layer once they are there
@@ -126,11 +138,8 @@ class Backend {
   virtual std::vector<std::int64_t> update(std::int64_t layer, const UpdateArgs& args,
                                            Stream stream) = 0;
   virtual void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream) = 0;
-  /// Layers [first, first + count).
-  virtual void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
-                    Stream stream) = 0;
-  virtual void solve(std::int64_t first, std::int64_t count,
-                     std::span<const std::uint8_t> sequences, Stream stream) = 0;
+  /// Renews scores: walks some populations and solves others exactly.
+  virtual void renew(std::string_view operation, const RenewArgs& args, Stream stream) = 0;
 
   virtual void scores(std::int64_t layer, int population, const TensorView& out,
                       Stream stream) const = 0;
@@ -201,6 +210,9 @@ struct WalkerRange {
 };
 WalkerRange walkers_of(const WalkConfig& walk, int population);
 
+/// Numbers of the populations whose scores are found so, ascending.
+std::vector<int> populations_of(const WalkConfig& walk, Solver solver);
+
 /// What a population's scores are multiplied with before the visits of a walk are added.
 inline double decay_of(const WalkConfig& walk, int population) {
   return walk.populations[static_cast<std::size_t>(population)].decay.value_or(walk.decay);
@@ -220,6 +232,9 @@ inline int words_of_row(const GraphConfig& graph) {
 /// every step, four in a block.
 constexpr std::uint64_t blocks_of_walk(std::int64_t walk_length) {
   return (static_cast<std::uint64_t>(walk_length) + 2) / 2;
+}
+inline std::uint64_t RenewArgs::blocks(const WalkConfig& walk) const {
+  return walking.empty() ? 0 : blocks_of_walk(walk.walk_length);
 }
 
 /// Oldest position of a `Restart::recent` population.

@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "backend.h"
 #include "spectralkv/error.h"
 #include "validate.h"
 
@@ -83,6 +84,14 @@ void WalkConfig::validate() const {
   }
   check_range(kOperation, "num_walkers", num_walkers, static_cast<std::int64_t>(populations.size()),
               std::int64_t{1} << 30);
+  if (detail::populations_of(*this, Solver::exact).empty()) return;
+  for (int p = 0; p < static_cast<int>(populations.size()); ++p) {
+    if (detail::walkers_of(*this, p).count > 0) continue;
+    throw_invalid(kOperation, "the share of each population, where one is exact,",
+                  "at least 1 of num_walkers (" + std::to_string(num_walkers) +
+                      "), which are the unit of scores",
+                  std::to_string(populations[static_cast<std::size_t>(p)].share));
+  }
 }
 
 bool WalkConfig::needs_novelty() const {

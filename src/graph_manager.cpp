@@ -45,6 +45,9 @@ struct GraphManager::Impl {
   std::vector<LayerState> layers;
   std::unique_ptr<detail::Backend> backend;
   Statistics statistics;
+  std::vector<int> walking;  ///< populations that walk
+  std::vector<int> exact;    ///< the others
+  std::vector<int> all;      ///< both
 
   Impl(const GraphConfig& graph_config, WalkConfig walk_config)
       : graph(graph_config), walk(std::move(walk_config)) {
@@ -59,6 +62,10 @@ struct GraphManager::Impl {
     state.held.assign(batch, 0);
     state.walked_at.assign(batch, -1);
     state.walk_block.assign(batch, 0);
+    walking = detail::populations_of(walk, Solver::walk);
+    exact = detail::populations_of(walk, Solver::exact);
+    all.resize(walk.populations.size());
+    std::iota(all.begin(), all.end(), 0);
     layers.assign(static_cast<std::size_t>(graph.num_layers), state);
     backend = graph.device.type == DeviceType::cpu ? detail::make_cpu_backend(graph, walk, layers)
                                                    : detail::make_cuda_backend(graph, walk, layers);
@@ -233,22 +240,31 @@ struct GraphManager::Impl {
     });
   }
 
-  /// Books a walk or a solve of the marked sequences; returns the number of graphs.
-  std::int64_t mark_walked(std::int64_t layer, std::span<const std::uint8_t> sequences,
-                           std::uint64_t blocks, Stream stream) {
-    if (backend->is_recording(stream)) return 0;
-    std::int64_t graphs = 0;
+  /// Walks some populations of the marked sequences and solves others exactly.
+  void renew(std::string_view operation, std::int64_t layer,
+             std::span<const std::uint8_t> sequences, std::span<const int> to_walk,
+             std::span<const int> to_solve, Stream stream) {
+    check_walk(operation, layer, sequences);
     const auto [first, count] = layer_range(layer);
+    const detail::RenewArgs args{.first = first,
+                                 .count = count,
+                                 .sequences = sequences,
+                                 .walking = to_walk,
+                                 .exact = to_solve};
+    backend->renew(operation, args, stream);
+    if (backend->is_recording(stream)) return;
+    std::int64_t graphs = 0;
     for (std::int64_t l = first; l < first + count; ++l) {
       LayerState& state = layers[static_cast<std::size_t>(l)];
       for (std::size_t b = 0; b < state.seen.size(); ++b) {
         if (!sequences.empty() && sequences[b] == 0) continue;
         state.walked_at[b] = state.seen[b];
-        state.walk_block[b] += blocks;
+        state.walk_block[b] += args.blocks(walk);
         graphs += graphs_of(graph);
       }
     }
-    return graphs;
+    if (!to_walk.empty()) statistics.walks += graphs;
+    if (!to_solve.empty()) statistics.solves += graphs;
   }
 
   detail::CutArgs plan_cut(std::string_view operation, std::int64_t layer,
@@ -340,19 +356,12 @@ void GraphManager::update_novelty(std::int64_t layer, const ConstTensorView& key
 
 void GraphManager::walk(std::int64_t layer, std::span<const std::uint8_t> sequences,
                         Stream stream) {
-  impl_->check_walk("walk", layer, sequences);
-  const auto [first, count] = impl_->layer_range(layer);
-  impl_->backend->walk(first, count, sequences, stream);
-  impl_->statistics.walks +=
-      impl_->mark_walked(layer, sequences, detail::blocks_of_walk(impl_->walk.walk_length), stream);
+  impl_->renew("walk", layer, sequences, impl_->walking, impl_->exact, stream);
 }
 
 void GraphManager::solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
                          Stream stream) {
-  impl_->check_walk("solve", layer, sequences);
-  const auto [first, count] = impl_->layer_range(layer);
-  impl_->backend->solve(first, count, sequences, stream);
-  impl_->statistics.solves += impl_->mark_walked(layer, sequences, 0, stream);
+  impl_->renew("solve", layer, sequences, {}, impl_->all, stream);
 }
 
 void GraphManager::update_and_step(std::int64_t layer, const ConstTensorView& query,
@@ -752,6 +761,14 @@ WalkerRange walkers_of(const WalkConfig& walk, int population) {
                              std::floor(share * static_cast<double>(walk.num_walkers) + 1e-9));
   }
   return range;
+}
+
+std::vector<int> populations_of(const WalkConfig& walk, Solver solver) {
+  std::vector<int> numbers;
+  for (std::size_t p = 0; p < walk.populations.size(); ++p) {
+    if (walk.populations[p].solver == solver) numbers.push_back(static_cast<int>(p));
+  }
+  return numbers;
 }
 
 bool needs_visits(const WalkConfig& walk) {

@@ -59,6 +59,7 @@ SANITIZER_FILTER = ":".join(
         "PprWalk.SharesTheGraphOfALayer",
         "PprExact.LeavesStaleEdgesOut",
         "PprExact.SharesTheGraphOfALayer",
+        "PprMix.HasTheSameNumbersInEveryLayer",
         "Select.C*:Select.W*",
         "Monitor.DecodesInFixedSlots",
         "Monitor.GivesTheSafetyMaskOfItsSettings",

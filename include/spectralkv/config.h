@@ -75,6 +75,12 @@ enum class VisitCount : std::uint8_t {
   all,    ///< arrivals by restart, too
 };
 
+/// How the scores of a population are found.
+enum class Solver : std::uint8_t {
+  walk,   ///< by random walks
+  exact,  ///< by one sweep over the graph: what infinitely many walkers would find
+};
+
 /// A part of the walkers that restarts and counts in one way, and its part of the budget.
 struct Population {
   Restart restart = Restart::recent;
@@ -83,12 +89,16 @@ struct Population {
   double recent_fraction = 0.1;  ///< Restart::recent: this part of the tokens seen ...
   std::int64_t recent_tokens = 0;              ///< ... or, when positive, this many tokens
   std::optional<double> decay = std::nullopt;  ///< in place of WalkConfig::decay
+  /// Solver::exact: none of its walkers starts, and its scores are what they would be expected to
+  /// find. The other populations walk as they would beside walkers.
+  Solver solver = Solver::walk;
 };
 
 /// Most populations a walk can have.
 inline constexpr int kMaxPopulations = 4;
 
-/// Personalized PageRank by random walks. restart_prob is 1 - damping in PageRank's words.
+/// Personalized PageRank, by random walks or exactly. restart_prob is 1 - damping in PageRank's
+/// words.
 struct SPECTRALKV_API WalkConfig {
   std::int64_t num_walkers = 1024;  ///< a graph, over all its populations
   std::int64_t walk_length = 20;    ///< steps a walker

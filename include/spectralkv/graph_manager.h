@@ -31,8 +31,8 @@ struct RowOptions {
 struct Statistics {
   std::int64_t rows_written = 0;    ///< rows drawn, over layers, sequences and graphs
   std::int64_t rows_nonfinite = 0;  ///< rows left empty: the token's query or key is not finite
-  std::int64_t walks = 0;           ///< graphs walked
-  std::int64_t solves = 0;          ///< graphs solved exactly
+  std::int64_t walks = 0;           ///< graphs of which a population walked
+  std::int64_t solves = 0;          ///< graphs of which a population was solved exactly
   std::int64_t evicted = 0;         ///< tokens let go, over layers, sequences and heads
 };
 
@@ -54,13 +54,13 @@ struct MemoryUse {
 ///
 /// On CUDA a call is queued and returns. What touches the caller's tensors runs on the caller's
 /// stream; walks and solves touch only the manager's own memory and run on a side stream of low
-/// priority, between the caller's work before them and the first call that needs their result.
-/// Calls on different streams are ordered by the manager. Some calls wait for the device: those
-/// that take or return memory, save or load a graph, truncate, read statistics, or must count what
-/// a tensor on the device holds (padding marks; kept lists without `kept`; slots and kept lists
-/// with GraphConfig::eager_checks). Without eager checks the device checks slots and kept lists
-/// itself: a faulty one stops all later changes, and the calls that come after the device found it
-/// throw InvalidArgument until reset(kAllLayers).
+/// priority, beside new tokens, between the caller's work before them and the first call that needs
+/// their result. Calls on different streams are ordered by the manager. Some calls wait for the
+/// device: those that take or return memory, save or load a graph, truncate, read statistics, or
+/// must count what a tensor on the device holds (padding marks; kept lists without `kept`; slots
+/// and kept lists with GraphConfig::eager_checks). Without eager checks the device checks slots and
+/// kept lists itself: a faulty one stops all later changes, and the calls that come after the
+/// device found it throw InvalidArgument until reset(kAllLayers).
 ///
 /// `update`, `attend`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`,
 /// `scores` and the like may be captured into a CUDA graph, on the captured stream alone;
@@ -102,11 +102,12 @@ class SPECTRALKV_API GraphManager {
   /// Renews the restart weights of novelty populations from the keys (B, Hkv, S, D).
   void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream);
 
-  /// Random walks. `sequences` marks which take part (B entries, nonzero: yes); empty: all.
+  /// Renews the scores of all populations: by random walks, and of those with Solver::exact as
+  /// solve does. `sequences` marks which take part (B entries, nonzero: yes); empty: all.
   void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
 
-  /// The same scores without noise: one sweep from the newest token to the oldest, in units of
-  /// visits. Bitwise deterministic.
+  /// The same scores without noise, of all populations: one sweep from the newest token to the
+  /// oldest, in units of visits. Bitwise deterministic.
   void solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
 
   /// update, update_novelty where a population needs it, and walk.
@@ -117,8 +118,8 @@ class SPECTRALKV_API GraphManager {
   /// Writes f32 (B, Hkv, length): decayed visits of a population, or their sum (population -1).
   void scores(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
 
-  /// Writes u32 (B, Hkv, length): visits of a population in the last walk, or what the last solve
-  /// expects of one, rounded.
+  /// Writes u32 (B, Hkv, length): visits of a population in the last walk; where it was solved
+  /// exactly, what is expected of one, rounded.
   void visits(std::int64_t layer, int population, const TensorView& out, Stream stream) const;
 
   // -- eviction

@@ -13,13 +13,10 @@
 
 namespace spectralkv {
 
-enum class Solver : std::uint8_t {
-  walk,   ///< random walks
-  exact,  ///< GraphManager::solve
-};
-
 struct SPECTRALKV_API MonitorConfig {
   EvictionConfig eviction{};
+  /// Solver::walk: GraphManager::walk, each population as it says; Solver::exact:
+  /// GraphManager::solve, all of them exactly.
   Solver solver = Solver::walk;
   /// A sequence's importance is renewed when its prompt ends, before it is cut and, where this is
   /// positive, every walk_interval tokens.

@@ -81,7 +81,7 @@ class VisitCount(enum.Enum):
     all = 1
 
 class Solver(enum.Enum):
-    """How importance is computed."""
+    """How scores are found."""
 
     walk = 0
 
@@ -277,6 +277,12 @@ class Population:
 
     @decay.setter
     def decay(self, arg: float | None, /) -> None: ...
+
+    @property
+    def solver(self) -> Solver: ...
+
+    @solver.setter
+    def solver(self, arg: Solver, /) -> None: ...
 
 class WalkConfig:
     """Personalized PageRank by random walks."""

@@ -167,6 +167,10 @@ class Population:
         How many tokens are recent: this part of the tokens seen or, when positive, this many.
     decay
         Of this population's scores, in [0, 1]; None: that of the walk.
+    solver
+        ``"walk"``: by random walks; ``"exact"``: by one sweep, what infinitely many walkers would
+        find, in units of the visits of its share. The other populations walk as they would beside
+        walkers.
     """
 
     restart: Restart = "recent"
@@ -175,6 +179,7 @@ class Population:
     recent_fraction: float = 0.1
     recent_tokens: int = 0
     decay: float | None = None
+    solver: Solver = "walk"
 
     def __post_init__(self) -> None:
         self._to_core()
@@ -187,6 +192,7 @@ class Population:
         core.recent_fraction = self.recent_fraction
         core.recent_tokens = self.recent_tokens
         core.decay = self.decay
+        core.solver = _member(_core.Solver, self.solver, "a population's solver")
         return core
 
     @classmethod
@@ -198,6 +204,7 @@ class Population:
             recent_fraction=core.recent_fraction,
             recent_tokens=core.recent_tokens,
             decay=core.decay,
+            solver=cast("Solver", core.solver.name),
         )
 
 
@@ -207,12 +214,13 @@ def _default_populations() -> tuple[Population, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class WalkConfig:
-    """Personalized PageRank by random walks.
+    """Personalized PageRank, by random walks or exactly.
 
     Parameters
     ----------
     num_walkers
-        A graph, over all populations.
+        A graph, over all populations. Those of a population that is solved exactly do not start:
+        they are the unit of its scores, so where one is, each population needs one at least.
     walk_length
         Steps a walker.
     restart_prob
@@ -304,7 +312,7 @@ class MonitorConfig:
     eviction
         See :class:`EvictionConfig`.
     solver
-        ``"walk"``: random walks; ``"exact"``: one noiseless sweep.
+        ``"walk"``: each population as it says; ``"exact"``: all by one noiseless sweep.
     walk_interval
         A sequence's importance is renewed when its prompt ends, before it is cut and, where this is
         positive, every so many tokens.

@@ -168,7 +168,10 @@ class SpectralGraph:
         self._manager.update_rows(0, queries, keys, stream=stream)
 
     def walk(self, keys: Array | None = None, *, stream: StreamLike = None) -> None:
-        """Renew the scores by random walks; novelty restarts are renewed from ``keys`` if given."""
+        """Renew the scores, by random walks or, of exact populations, exactly.
+
+        Novelty restarts are renewed from ``keys`` if given.
+        """
         self._renew_novelty(keys, stream)
         self._manager.walk(0, stream=stream)
 

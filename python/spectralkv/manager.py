@@ -249,7 +249,8 @@ class GraphManager:
     ) -> None:
         """Walk the graphs of a layer, or of all; of the marked sequences, or of all.
 
-        On CUDA the walk runs beside what the caller queues next, until a call needs its result.
+        Populations with ``solver="exact"`` are solved instead, as `solve` does. On CUDA this runs
+        beside what the caller queues next, until a call needs its result.
         """
         handle = self._queue.enter(stream)
         self._core.walk(layer, [int(mark) for mark in sequences], handle)
@@ -261,7 +262,7 @@ class GraphManager:
         *,
         stream: StreamLike = None,
     ) -> None:
-        """Compute the same scores without noise, in units of visits."""
+        """Compute the same scores of all populations without noise, in units of visits."""
         handle = self._queue.enter(stream)
         self._core.solve(layer, [int(mark) for mark in sequences], handle)
 
@@ -306,7 +307,7 @@ class GraphManager:
     ) -> Array:
         """Visits of a population in the last walk: uint32 (B, Hkv, length).
 
-        After `solve`, what it expects of a walk, rounded.
+        Where it was solved exactly, what is expected of a walk, rounded.
         """
         return self._queue.filled(
             like,

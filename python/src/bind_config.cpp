@@ -27,7 +27,7 @@ void init_config(nb::module_& m) {
   nb::enum_<skv::VisitCount>(m, "VisitCount", "Which arrivals a visit counts.")
       .value("edges", skv::VisitCount::edges)
       .value("all", skv::VisitCount::all);
-  nb::enum_<skv::Solver>(m, "Solver", "How importance is computed.")
+  nb::enum_<skv::Solver>(m, "Solver", "How scores are found.")
       .value("walk", skv::Solver::walk)
       .value("exact", skv::Solver::exact);
   nb::enum_<skv::DeviceType>(m, "DeviceType", "Kind of device.")
@@ -77,7 +77,8 @@ void init_config(nb::module_& m) {
       .def_rw("share", &skv::Population::share)
       .def_rw("recent_fraction", &skv::Population::recent_fraction)
       .def_rw("recent_tokens", &skv::Population::recent_tokens)
-      .def_rw("decay", &skv::Population::decay);
+      .def_rw("decay", &skv::Population::decay)
+      .def_rw("solver", &skv::Population::solver);
 
   nb::class_<skv::WalkConfig>(m, "WalkConfig", "Personalized PageRank by random walks.")
       .def(nb::init<>())

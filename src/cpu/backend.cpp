@@ -115,16 +115,11 @@ class CpuBackend final : public Backend {
     rotary_.reserve(host.seen.empty() ? 0 : *std::max_element(host.seen.begin(), host.seen.end()));
     detail::update_novelty(context(), rotary_, mine(layer), keys, host.length, scratch_);
   }
-  void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
-            Stream) override {
-    for (std::int64_t layer = first; layer < first + count; ++layer) {
-      detail::walk(context(), mine(layer), state(layer), layer, sequences, scratch_);
-    }
-  }
-  void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
-             Stream) override {
-    for (std::int64_t layer = first; layer < first + count; ++layer) {
-      detail::solve(context(), mine(layer), state(layer), sequences);
+  void renew(std::string_view, const RenewArgs& args, Stream) override {
+    for (std::int64_t layer = args.first; layer < args.first + args.count; ++layer) {
+      detail::walk(context(), mine(layer), state(layer), layer, args.sequences, args.walking,
+                   scratch_);
+      detail::solve(context(), mine(layer), state(layer), args.sequences, args.exact);
     }
   }
 

@@ -400,10 +400,10 @@ class RestartTable {
 /// ppr_walk.cpp
 void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
           std::int64_t layer_index, std::span<const std::uint8_t> sequences,
-          std::vector<Scratch>& scratch);
+          std::span<const int> populations, std::vector<Scratch>& scratch);
 /// ppr_exact.cpp
 void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
-           std::span<const std::uint8_t> sequences);
+           std::span<const std::uint8_t> sequences, std::span<const int> populations);
 /// select.cpp
 void select(const CpuContext& context, const CpuLayer& layer, const LayerState& state,
             const CutArgs& args, const TensorView& out);

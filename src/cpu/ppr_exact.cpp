@@ -31,17 +31,18 @@ std::vector<std::int32_t> newest_first(const std::int32_t* positions, std::int64
 }  // namespace
 
 void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
-           std::span<const std::uint8_t> sequences) {
+           std::span<const std::uint8_t> sequences, std::span<const int> populations) {
+  if (populations.empty()) return;
   const WalkConfig& config = context.walk;
-  const auto populations = static_cast<std::int64_t>(config.populations.size());
+  const auto a_graph = static_cast<std::int64_t>(populations.size());
   const int top_k = context.graph.top_k;
   const int threads =
-      context.threads_for(layer.batch() * layer.graphs() * populations * state.length * top_k * 4);
+      context.threads_for(layer.batch() * layer.graphs() * a_graph * state.length * top_k * 4);
 
-  parallel_for(layer.batch() * layer.graphs() * populations, threads, [&](std::int64_t task, int) {
-    const std::int64_t b = task / (layer.graphs() * populations);
-    const std::int64_t g = task / populations % layer.graphs();
-    const auto p = static_cast<int>(task % populations);
+  parallel_for(layer.batch() * layer.graphs() * a_graph, threads, [&](std::int64_t task, int) {
+    const std::int64_t b = task / (layer.graphs() * a_graph);
+    const std::int64_t g = task / a_graph % layer.graphs();
+    const int p = populations[static_cast<std::size_t>(task % a_graph)];
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
 

@@ -197,22 +197,25 @@ WalkGraph walk_graph_for(const GraphConfig& graph) {
 
 void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
           std::int64_t layer_index, std::span<const std::uint8_t> sequences,
-          std::vector<Scratch>& scratch) {
+          std::span<const int> populations, std::vector<Scratch>& scratch) {
+  if (populations.empty()) return;
   const WalkConfig& config = context.walk;
-  const auto populations = static_cast<std::int64_t>(config.populations.size());
+  const auto a_graph = static_cast<std::int64_t>(populations.size());
+  std::int64_t walkers_a_graph = 0;
+  for (const int p : populations) walkers_a_graph += walkers_of(config, p).count;
   const WalkGraph walk_graph = walk_graph_for(context.graph);
   const std::int64_t random_words =
       static_cast<std::int64_t>(blocks_of_walk(config.walk_length)) * 4 * kWalkerLanes;
-  const int threads = context.threads_for(layer.batch() * layer.graphs() * config.num_walkers *
+  const int threads = context.threads_for(layer.batch() * layer.graphs() * walkers_a_graph *
                                           config.walk_length * 16);
   // Where there are fewer walks than threads, the walkers of one are parted too.
-  const std::int64_t walks = layer.batch() * layer.graphs() * populations;
+  const std::int64_t walks = layer.batch() * layer.graphs() * a_graph;
   const std::int64_t parts = std::clamp<std::int64_t>(threads / walks, 1, kMostParts);
 
   parallel_for(walks, parts > 1 ? 1 : threads, [&](std::int64_t task, int worker) {
-    const std::int64_t b = task / (layer.graphs() * populations);
-    const std::int64_t g = task / populations % layer.graphs();
-    const auto p = static_cast<int>(task % populations);
+    const std::int64_t b = task / (layer.graphs() * a_graph);
+    const std::int64_t g = task / a_graph % layer.graphs();
+    const int p = populations[static_cast<std::size_t>(task % a_graph)];
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
 

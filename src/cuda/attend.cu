@@ -23,10 +23,16 @@
 namespace spectralkv::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+/// Threads of a block: as many as have the registers for what is under way.
+template <class Dots>
+inline constexpr int kThreads = 256;
+template <class T, int kBlocks, int kHeads, int kDepth>
+inline constexpr int kThreads<TensorDots<T, kBlocks, kHeads, kDepth>> =
+    kBlocks <= 4 && kHeads <= 8 ? 384 : 256;
 /// Query heads that the blocks take at a time, at most.
 constexpr int kMostColumns = 16;
+/// The way that takes most shared memory.
+using WidestDots = TensorDots<__nv_bfloat16, 4, kMostColumns, 1>;
 
 /// How a launch is spread, and what it sees besides its arguments.
 struct AttendPlan {
@@ -51,8 +57,8 @@ struct AttendLayout {
   /// Query heads lie in different banks.
   static constexpr int kScorePitch = kTile + 8;
 
-  __host__ __device__ AttendLayout(int behind, int columns, int query_heads, int head_dim,
-                                   const AttendPlan& plan)
+  __host__ __device__ AttendLayout(int behind, int warps, int columns, int query_heads,
+                                   int head_dim, const AttendPlan& plan)
       : peaks(aligned(behind)),
         means(aligned(peaks + 4 * query_heads)),
         pitch((head_dim + 3) / 4 * 4 + 4),
@@ -60,8 +66,8 @@ struct AttendLayout {
         per_rank((pairs + plan.cluster - 1) / plan.cluster) {
     parts = aligned(means + 8 * pairs);
     merged = aligned(parts + 8 * plan.cluster * per_rank);
-    scores = merged + 4 * kWarps * columns * pitch;
-    bytes = scores + (plan.draws_row ? 0 : 4 * kWarps * columns * kScorePitch);
+    scores = merged + 4 * warps * columns * pitch;
+    bytes = scores + (plan.draws_row ? 0 : 4 * warps * columns * kScorePitch);
   }
 
   /// Pairs that block `rank` puts together.
@@ -98,10 +104,12 @@ __device__ inline T from_float(float value) {
 
 /// A cluster of thread blocks a KV head, one head after the other.
 template <class Dots, class Means>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads<Dots>, 1)
     attend_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ AttendArgs args,
                   const __grid_constant__ AttendPlan plan, std::int64_t extent) {
   using T = typename Dots::T;
+  constexpr int kBlockThreads = kThreads<Dots>;
+  constexpr int kWarps = kBlockThreads / 32;
   extern __shared__ uint4 attend_memory[];
   __shared__ AttendShared shared;
   const UpdateArgs& update = args.update;
@@ -118,11 +126,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool draws_row = plan.draws_row;
 
   auto* const bytes = reinterpret_cast<unsigned char*>(attend_memory);
-  const RowLayout row_layout(query_heads, cluster, kThreads, draws_row ? plan.slots : 0);
+  const RowLayout row_layout(query_heads, cluster, kBlockThreads, draws_row ? plan.slots : 0);
   const RowBlock block(row_layout, bytes, cluster, query_heads);
   const int rank = block.rank;
   const AttendLayout layout(row_layout.scores + (draws_row ? 4 * block.pitch * query_heads : 0),
-                            Dots::kColumns, query_heads, dim, plan);
+                            kWarps, Dots::kColumns, query_heads, dim, plan);
   auto* const peaks = reinterpret_cast<float*>(bytes + layout.peaks);
   auto* const means = reinterpret_cast<float*>(bytes + layout.means);
   auto* const parts = reinterpret_cast<std::uint64_t*>(bytes + layout.parts);
@@ -224,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
     __syncthreads();
 #pragma unroll 1
-    for (int i = thread; i < task.query_heads * dim; i += kThreads) {
+    for (int i = thread; i < task.query_heads * dim; i += kBlockThreads) {
       const float* const from = merged + i / dim * layout.pitch + i % dim;
       float sum = 0.0F;
 #pragma unroll
@@ -246,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return exp2_of(peaks[q] - block.shifts[q]);
   };
 #pragma unroll 1
-  for (int i = thread; i < layout.pairs; i += kThreads) {
+  for (int i = thread; i < layout.pairs; i += kBlockThreads) {
     const auto element = [&](int at) {
       return std::uint64_t{__float_as_uint(means[at] * factor_of(at))};
     };
@@ -257,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto write_out = [&] {
     wait_for_mail(shared.parts);
 #pragma unroll 1
-    for (int i = thread; i < 2 * layout.pairs_of(rank); i += kThreads) {
+    for (int i = thread; i < 2 * layout.pairs_of(rank); i += kBlockThreads) {
       const int element = 2 * rank * layout.per_rank + i;
       if (element >= query_heads * dim) break;
       const int q = element / dim;
@@ -295,23 +303,27 @@ int most_shared_bytes() {
 }
 
 /// Shared memory of a block. Slots are few enough for it to be counted, see plan_of.
-std::int64_t shared_bytes(const LayerView& layer, int columns, const AttendPlan& plan) {
+template <class Dots>
+std::int64_t shared_bytes(const LayerView& layer, const AttendPlan& plan) {
+  constexpr int kBlockThreads = kThreads<Dots>;
   const std::int64_t row =
-      layout_bytes(layer.group, plan.cluster, kThreads, plan.draws_row ? plan.slots : 0);
-  return AttendLayout(static_cast<int>(row), columns, layer.group, layer.head_dim, plan).bytes;
+      layout_bytes(layer.group, plan.cluster, kBlockThreads, plan.draws_row ? plan.slots : 0);
+  return AttendLayout(static_cast<int>(row), kBlockThreads / 32, Dots::kColumns, layer.group,
+                      layer.head_dim, plan)
+      .bytes;
 }
 
 /// Lets a kernel take all shared memory and any cluster: not what one launch needs, for another
 /// thread may launch the same kernel for another shape.
 template <class Kernel>
-cudaLaunchConfig_t configured(Kernel kernel, int cluster, cudaLaunchAttribute& attribute) {
+cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster, cudaLaunchAttribute& attribute) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              most_shared_bytes()),
         "cudaFuncSetAttribute");
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.attrs = &attribute;
   if (cluster > 1) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -322,7 +334,8 @@ cudaLaunchConfig_t configured(Kernel kernel, int cluster, cudaLaunchAttribute& a
 }
 
 /// The cluster whose launch should end first; of none that has room the `cluster` is 0.
-AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, bool draws_row) {
+template <class Dots>
+AttendPlan plan_of(const LayerView& layer, std::int64_t extent, bool draws_row) {
   const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
   const int most_bytes = most_shared_bytes();
   AttendPlan best{.cluster = 0, .slots = 0, .draws_row = draws_row, .positions = {}};
@@ -333,7 +346,7 @@ AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, boo
     plan.cluster = cluster;
     plan.slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
     if (draws_row && std::int64_t{4} * layer.group * plan.slots > most_bytes) continue;
-    if (shared_bytes(layer, columns, plan) > most_bytes) continue;
+    if (shared_bytes<Dots>(layer, plan) > most_bytes) continue;
     const std::int64_t cost = cluster_cost(heads, cluster, plan.slots);
     if (best.cluster != 0 && cost >= least) continue;
     best = plan;
@@ -346,14 +359,14 @@ AttendPlan plan_of(const LayerView& layer, int columns, std::int64_t extent, boo
 template <class Dots, class Means>
 bool launch_as(const LayerView& layer, const AttendArgs& args, std::int64_t extent, bool draws_row,
                const TableView<const std::int32_t>& positions, cudaStream_t stream) {
-  AttendPlan plan = plan_of(layer, Dots::kColumns, extent, draws_row);
-  if (plan.cluster == 0) plan = plan_of(layer, Dots::kColumns, extent, false);
+  AttendPlan plan = plan_of<Dots>(layer, extent, draws_row);
+  if (plan.cluster == 0) plan = plan_of<Dots>(layer, extent, false);
   plan.positions = positions;
   const auto kernel = attend_kernel<Dots, Means>;
   cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config = configured(kernel, plan.cluster, attribute);
+  cudaLaunchConfig_t config = configured(kernel, kThreads<Dots>, plan.cluster, attribute);
   config.gridDim = dim3(static_cast<unsigned>(layer.batch * layer.heads * plan.cluster));
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes(layer, Dots::kColumns, plan));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes<Dots>(layer, plan));
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, layer, args, plan, extent), "attend_kernel");
   return plan.draws_row;
@@ -376,13 +389,11 @@ bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) 
       const auto with = [&]<class Dots>() {
         return launch.template operator()<Dots, TensorMeans<Dots>>();
       };
-      // Keys and values of two tiles under way, or of four short ones: 16 KiB a warp. The means of
-      // 16 query heads leave registers for half of that.
+      // Keys and values of one tile under way, or of two short ones: up to 8 KiB a warp.
       const auto with_heads = [&]<int kHeads>() {
-        constexpr int kTiles = kHeads <= 8 ? 2 : 1;
-        if (dim <= 64) return with.template operator()<TensorDots<T, 2, kHeads, 2 * kTiles>>();
-        if (dim <= 96) return with.template operator()<TensorDots<T, 3, kHeads, kTiles>>();
-        return with.template operator()<TensorDots<T, 4, kHeads, kTiles>>();
+        if (dim <= 64) return with.template operator()<TensorDots<T, 2, kHeads, 2>>();
+        if (dim <= 96) return with.template operator()<TensorDots<T, 3, kHeads, 1>>();
+        return with.template operator()<TensorDots<T, 4, kHeads, 1>>();
       };
       // One for all numbers of query heads: the means of more do not fit the registers.
       if (dim > 128) return with.template operator()<TensorDots<T, 8, 8, 2>>();
@@ -425,7 +436,7 @@ bool attend_fits(std::int64_t group, std::int64_t head_dim) {
   layer.heads = 1;
   layer.group = static_cast<std::int32_t>(group);
   layer.head_dim = static_cast<std::int32_t>(head_dim);
-  return plan_of(layer, kMostColumns, 1, false).cluster != 0;
+  return plan_of<WidestDots>(layer, 1, false).cluster != 0;
 }
 
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <numbers>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -83,6 +84,12 @@ SequenceMarks marks_of(std::span<const std::uint8_t> entries, std::int64_t first
     marks.bits[bit / 32U] |= 1U << (bit % 32U);
   }
   return marks;
+}
+
+cuda::PopulationList list_of(std::span<const int> populations) {
+  cuda::PopulationList list{.count = static_cast<std::int32_t>(populations.size()), .numbers = {}};
+  std::copy(populations.begin(), populations.end(), list.numbers);
+  return list;
 }
 
 /// A copy of a (B, G, S, ...) tensor in host memory.
@@ -273,70 +280,55 @@ class CudaBackend final : public Backend {
     });
   }
 
-  void walk(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
-            Stream stream) override {
+  void renew(std::string_view operation, const RenewArgs& args, Stream stream) override {
     const DeviceGuard guard(graph_.device.index);
-    const cudaStream_t queue = begin("walk", stream);
-    std::int64_t most_batch = 0;
-    std::int64_t most_extent = 0;
-    for (std::int64_t l = first; l < first + count; ++l) {
-      most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
-      most_extent = std::max(most_extent, extent_of(l, stream));
-    }
-    const auto layers = static_cast<int>(count);
-    const auto* const live = scratch_.views.as<LayerView>() + first;
-    const auto walk_layers = [&](const LayerView* views, const LayerView& shape, cudaStream_t on) {
-      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-        cuda::launch_walk(views, layers, shape, rules(), most_batch, most_extent, b,
-                          marks_of(sequences, b, most_batch), on);
-      }
-    };
-    if (is_recording(stream)) {
-      change(queue, [&] { walk_layers(live, view(first), queue); });
-      return;
-    }
-    const LayerView* const copies = live + states_.size();
-    change(queue, [&] {
-      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-        cuda::launch_begin_walk(live, copies, layers, rules(), most_batch, b,
-                                marks_of(sequences, b, most_batch), queue);
-      }
-    });
-    try {
-      walk_layers(copies, layers_[static_cast<std::size_t>(first)].walk_view(),
-                  order_.fork_walk(queue));
-      order_.leave_walk();
-    } catch (const CudaError& error) {
-      broken_ = error.what();
-      throw;
-    }
-  }
-
-  void solve(std::int64_t first, std::int64_t count, std::span<const std::uint8_t> sequences,
-             Stream stream) override {
-    const DeviceGuard guard(graph_.device.index);
-    raise_reported("solve");
+    const std::int64_t first = args.first;
     std::int64_t graphs = 0;
     std::int64_t most_batch = 0;
     std::int64_t most_capacity = 0;
     std::int64_t most_extent = 0;
-    for (std::int64_t l = first; l < first + count; ++l) {
+    for (std::int64_t l = first; l < first + args.count; ++l) {
       graphs += std::int64_t{view(l).batch} * view(l).graphs;
       most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
       most_capacity = std::max(most_capacity, view(l).capacity);
       most_extent = std::max(most_extent, extent_of(l, stream));
     }
-    grow(solve_scratch_, cuda::solve_scratch(view(first), graphs, most_capacity),
-         is_recording(stream), "solve");
-    const cudaStream_t queue = order_.fork(handle_of(stream), "solve");
+    const auto layers = static_cast<int>(args.count);
+    const cuda::PopulationList walking = list_of(args.walking);
+    const cuda::PopulationList exact = list_of(args.exact);
+    raise_reported(operation);
+    grow(scratch_.solve, cuda::solve_scratch(graphs * exact.count, most_capacity),
+         is_recording(stream), operation);
+    const cudaStream_t queue = begin(operation, stream);
+    const auto* const live = scratch_.views.as<LayerView>() + first;
+    const auto renew_layers = [&](const LayerView* views, const LayerView& shape, cudaStream_t on) {
+      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+        const SequenceMarks marks = marks_of(args.sequences, b, most_batch);
+        cuda::launch_walk(views, layers, shape, rules(), walking, most_batch, most_extent, b, marks,
+                          on);
+        cuda::launch_solve(views, layers, shape, rules(), exact, walk_.restart_prob, most_batch,
+                           most_capacity, most_extent, b, marks, scratch_.solve.data(), on);
+      }
+    };
+    if (is_recording(stream)) {
+      change(queue, [&] { renew_layers(live, view(first), queue); });
+      return;
+    }
+    const LayerView* const copies = live + states_.size();
     change(queue, [&] {
       for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-        cuda::launch_solve(scratch_.views.as<LayerView>() + first, static_cast<int>(count),
-                           view(first), rules(), walk_.restart_prob, most_batch, most_capacity,
-                           most_extent, b, marks_of(sequences, b, most_batch),
-                           solve_scratch_.data(), queue);
+        cuda::launch_begin_walk(live, copies, layers, args.blocks(walk_), most_batch, b,
+                                marks_of(args.sequences, b, most_batch), queue);
       }
     });
+    try {
+      renew_layers(copies, layers_[static_cast<std::size_t>(first)].walk_view(),
+                   order_.fork_walk(queue));
+      order_.leave_walk();
+    } catch (const CudaError& error) {
+      broken_ = error.what();
+      throw;
+    }
   }
 
   void scores(std::int64_t layer, int population, const TensorView& out,
@@ -636,7 +628,7 @@ class CudaBackend final : public Backend {
     }
     for (const Memory* memory :
          {&shared_, &reported_, &scratch_.results, &scratch_.device_results, &scratch_.views,
-          &scratch_.marks, &scratch_.novelty, &rows_scratch_, &solve_scratch_}) {
+          &scratch_.marks, &scratch_.novelty, &scratch_.solve, &rows_scratch_}) {
       use.scratch_bytes += memory->bytes();
     }
     return use;
@@ -790,9 +782,10 @@ class CudaBackend final : public Backend {
   struct Scratch {
     Memory marks;  ///< one word a slot of the largest layer
     Memory novelty;
+    Memory solve;           ///< where no population is exact, the first solve takes it
     Memory results;         ///< of checks; the host reads them
     Memory device_results;  ///< of checks that the host does not wait for
-    Memory views;           ///< LayerView of every layer, then what walks see of every layer
+    Memory views;           ///< LayerView of every layer, then walk_view() of every layer
   };
 
   /// `next` takes the place of a layer, and its memory is that of the old one afterwards. Takes all
@@ -820,13 +813,22 @@ class CudaBackend final : public Backend {
     std::int64_t slots = 0;
     std::int64_t table = 0;
     std::int64_t novelty = 0;
+    std::int64_t graphs = 0;
+    std::int64_t capacity = 0;
     for (const LayerView& one : views) {
       slots = std::max<std::int64_t>(slots, std::int64_t{one.batch} * one.graphs * one.capacity);
+      graphs += std::int64_t{one.batch} * one.graphs;
+      capacity = std::max(capacity, one.capacity);
       table = std::max<std::int64_t>(table, std::int64_t{one.batch} * (2 * one.graphs + 2) + 2);
       if (walk_.needs_novelty()) {
         novelty = std::max(novelty, cuda::novelty_scratch(one, walk_.novelty_width));
       }
     }
+    // Where a walk needs some, a later solve of all populations must not take more: captured walks
+    // hold on to the memory.
+    const bool any_exact = !populations_of(walk_, Solver::exact).empty();
+    const std::int64_t solved =
+        any_exact ? graphs * static_cast<std::int64_t>(walk_.populations.size()) : 0;
     constexpr std::int64_t kWord = 4;
     const auto more = [](const Memory& memory, std::int64_t bytes, Memory::Kind kind) {
       return bytes > memory.bytes() ? Memory(bytes, kind) : Memory();
@@ -834,6 +836,7 @@ class CudaBackend final : public Backend {
     Scratch scratch{
         .marks = more(scratch_.marks, slots * kWord, Memory::Kind::device),
         .novelty = more(scratch_.novelty, novelty * kWord, Memory::Kind::device),
+        .solve = more(scratch_.solve, cuda::solve_scratch(solved, capacity), Memory::Kind::device),
         .results = more(scratch_.results, kResultTable + table * 8, Memory::Kind::mapped),
         .device_results =
             more(scratch_.device_results, kResultTable + table * 8, Memory::Kind::device),
@@ -854,6 +857,7 @@ class CudaBackend final : public Backend {
     };
     take(scratch_.marks, more.marks);
     take(scratch_.novelty, more.novelty);
+    take(scratch_.solve, more.solve);
     take(scratch_.results, more.results);
     take(scratch_.device_results, more.device_results);
     take(scratch_.views, more.views);
@@ -930,8 +934,13 @@ class CudaBackend final : public Backend {
   void refresh_restart_tables(std::int64_t layer, std::int64_t extent, cudaStream_t queue) const {
     if (!walk_.needs_novelty()) return;
     const LayerView& memory = view(layer);
+    cuda::PopulationList all{};
+    while (std::cmp_less(all.count, walk_.populations.size())) {
+      all.numbers[all.count] = all.count;
+      ++all.count;
+    }
     for (std::int64_t b = 0; b < memory.batch; b += SequenceMarks::kMost) {
-      cuda::launch_restart_tables(cuda::RestartTables::novelty, nullptr, 1, memory, rules(),
+      cuda::launch_restart_tables(cuda::RestartTables::novelty, nullptr, 1, memory, rules(), all,
                                   memory.batch, extent, b, marks_of({}, b, memory.batch), queue);
     }
   }
@@ -969,7 +978,6 @@ class CudaBackend final : public Backend {
     rules.seed = graph_.seed;
     rules.walk_length = walk_.walk_length;
     rules.restart_threshold = static_cast<std::uint64_t>(walk_.restart_prob * 0x1p32);
-    rules.populations = static_cast<std::int32_t>(walk_.populations.size());
     rules.first_stream_of_layer = graph_.total_kv_heads;
     rules.head_offset = graph_.scope == GraphScope::head ? graph_.head_offset : 0;
     for (std::size_t p = 0; p < walk_.populations.size(); ++p) {
@@ -995,7 +1003,6 @@ class CudaBackend final : public Backend {
   Memory reported_{kResultTable, Memory::Kind::mapped};
   Scratch scratch_;
   Memory rows_scratch_;
-  Memory solve_scratch_;
   std::vector<LayerMemory> layers_;
   std::string broken_;         ///< by which failed call
   mutable StreamOrder order_;  // is destroyed first, and waits

@@ -1,5 +1,6 @@
-// What a walk sees of the counters: those of the moment when it was asked for. Tokens that come
-// while it runs stand at positions that it takes for the future, so that it passes over them.
+// What a walk or a solve sees of the counters: those of the moment when it was asked for. Tokens
+// that come while it runs stand at positions that it takes for the future, so that it passes over
+// them.
 #include <algorithm>
 #include <cstdint>
 
@@ -35,11 +36,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void launch_begin_walk(const LayerView* layers, const LayerView* copies, int count,
-                       const WalkRules& rules, std::int64_t most_batch, std::int64_t first_sequence,
+                       std::uint64_t blocks, std::int64_t most_batch, std::int64_t first_sequence,
                        const SequenceMarks& marks, cudaStream_t stream) {
   if (count == 0 || first_sequence >= most_batch) return;
-  begin_walk_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
-      layers, copies, detail::blocks_of_walk(rules.walk_length), first_sequence, marks);
+  begin_walk_kernel<<<static_cast<unsigned>(count), kThreads, 0, stream>>>(layers, copies, blocks,
+                                                                           first_sequence, marks);
   check(cudaGetLastError(), "begin_walk_kernel");
 }
 

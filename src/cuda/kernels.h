@@ -187,8 +187,7 @@ void launch_novelty(const LayerView& layer, const TokensView& keys, const Rotary
 struct WalkRules {
   std::uint64_t seed;
   std::int64_t walk_length;
-  std::uint64_t restart_threshold;  ///< restart_prob in units of 2^-32
-  std::int32_t populations;
+  std::uint64_t restart_threshold;     ///< restart_prob in units of 2^-32
   std::int64_t first_stream_of_layer;  ///< total_kv_heads: graphs counted a layer
   std::int64_t head_offset;  ///< added to the graph's number in its sequence; see GraphScope
   struct {
@@ -202,43 +201,47 @@ struct WalkRules {
   } population[kMaxPopulations];
 };
 
-/// The beginning of a walk that new tokens need not wait for: copies the counters of `layers` to
-/// those of `copies`, which the walk reads, and moves the live ones on. The rest is as in
-/// launch_walk.
+/// The beginning of a walk or a solve that new tokens need not wait for: copies the counters of
+/// `layers` to those of `copies`, which that reads, and moves the live ones on, by so many `blocks`
+/// of random numbers. The rest is as in launch_walk.
 void launch_begin_walk(const LayerView* layers, const LayerView* copies, int count,
-                       const WalkRules& rules, std::int64_t most_batch, std::int64_t first_sequence,
+                       std::uint64_t blocks, std::int64_t most_batch, std::int64_t first_sequence,
                        const SequenceMarks& marks, cudaStream_t stream);
-/// Walks `count` layers at once. `layers` is on the device; `shape` is one of them (all share what
-/// is not a pointer, batch or capacity); `most_batch` and `most_extent` are over them. Sequences
-/// [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is set take part. The tables
-/// by novelty must be there, see launch_restart_tables.
+/// Walks the populations listed, of `count` layers at once. `layers` is on the device; `shape` is
+/// one of them (all share what is not a pointer, batch or capacity); `most_batch` and `most_extent`
+/// are over them. Sequences [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is
+/// set take part. The tables by novelty must be there, see launch_restart_tables.
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
-                 std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
-                 const SequenceMarks& marks, cudaStream_t stream);
+                 const PopulationList& populations, std::int64_t most_batch,
+                 std::int64_t most_extent, std::int64_t first_sequence, const SequenceMarks& marks,
+                 cudaStream_t stream);
 /// Which restart tables: those of populations that restart by position, which every launch that
 /// needs them fills, or by novelty, which stand until weights change.
 enum class RestartTables : std::int32_t { recent, novelty };
-/// Fills tables of layers as in launch_walk; `layers` null: of `shape` alone. Those by novelty are
-/// due whenever weights were written or slots were emptied or moved.
+/// Fills these tables among those of the populations listed, of layers as in launch_walk; `layers`
+/// null: of `shape` alone. Those by novelty are due whenever weights were written or slots were
+/// emptied or moved.
 void launch_restart_tables(RestartTables which, const LayerView* layers, int count,
-                           const LayerView& shape, const WalkRules& rules, std::int64_t most_batch,
+                           const LayerView& shape, const WalkRules& rules,
+                           const PopulationList& populations, std::int64_t most_batch,
                            std::int64_t most_extent, std::int64_t first_sequence,
                            const SequenceMarks& marks, cudaStream_t stream);
-/// f32 (B, G, length) of one population; fills tables by position on the way.
+/// f32 (B, G, length) of one population; fills its tables, if by position, on the way.
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
                                  const TableView<float>& out, std::int64_t extent,
                                  cudaStream_t stream);
 
 // ---- ppr_exact.cu
 
-/// Bytes of scratch for so many graphs, over layers and sequences.
-std::int64_t solve_scratch(const LayerView& shape, std::int64_t graphs, std::int64_t most_capacity);
-/// As the CPU's solve; layers and sequences as in launch_walk. Restart tables are filled on the
-/// way.
+/// Bytes of scratch for so many graphs, over layers, sequences and populations.
+std::int64_t solve_scratch(std::int64_t graphs, std::int64_t most_capacity);
+/// As the CPU's solve; layers, populations and sequences as in launch_walk. Tables by position are
+/// filled on the way.
 void launch_solve(const LayerView* layers, int count, const LayerView& shape,
-                  const WalkRules& rules, double restart_prob, std::int64_t most_batch,
-                  std::int64_t most_capacity, std::int64_t most_extent, std::int64_t first_sequence,
-                  const SequenceMarks& marks, void* scratch, cudaStream_t stream);
+                  const WalkRules& rules, const PopulationList& populations, double restart_prob,
+                  std::int64_t most_batch, std::int64_t most_capacity, std::int64_t most_extent,
+                  std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
+                  cudaStream_t stream);
 
 // ---- select.cu
 

@@ -117,4 +117,10 @@ struct SequenceMarks {
   std::uint32_t bits[kMost / 32];
 };
 
+/// The populations that a launch is about, by number.
+struct PopulationList {
+  std::int32_t count;
+  std::int32_t numbers[kMaxPopulations];
+};
+
 }  // namespace spectralkv::cuda

@@ -54,6 +54,12 @@ union Shared {
   } sort;
 };
 
+/// Whether a slot with this position holds a token. New ones may come meanwhile: theirs are as
+/// empty as they were.
+__device__ bool is_seen(std::int32_t position, std::int64_t seen) {
+  return position >= 0 && position < seen;
+}
+
 /// Orders slots by position, the newest first, empty slots last: radix sort by one thread block.
 template <int kThreads>
 __device__ void sort_newest_first(Shared<kThreads>& shared, const std::int32_t* positions,
@@ -65,7 +71,7 @@ __device__ void sort_newest_first(Shared<kThreads>& shared, const std::int32_t* 
   const int warp = thread / 32;
   const auto key = [&](std::int32_t slot) {
     const std::int32_t position = positions[slot];
-    return static_cast<std::uint32_t>(position < 0 ? seen : seen - 1 - position);
+    return static_cast<std::uint32_t>(is_seen(position, seen) ? seen - 1 - position : seen);
   };
   std::int32_t* from = scratch.rank;
   std::int32_t* to = scratch.order;
@@ -162,6 +168,7 @@ __global__ void __launch_bounds__(kThreads)
     const int p = task.population;
     const std::int64_t length = layer.counters->length;
     const bool ordered = layer.counters->ordered != 0;
+    const std::int64_t seen = layer.sequences[b].seen;
     const std::int32_t* const positions = positions_of(layer, b, g);
     const std::int32_t* const rows = row_of(layer, b, g, 0);
     const RestartWeights weight = restart_weights(layer, rules, b, g, p);
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
                     .rank = reinterpret_cast<std::int32_t*>(scratch_bytes + slots * 12)};
     for (std::int64_t j = thread; j < length; j += kThreads) scratch.arrived[j] = 0;
     if (!ordered) {
-      sort_newest_first<kThreads>(shared, positions, length, layer.sequences[b].seen, scratch);
+      sort_newest_first<kThreads>(shared, positions, length, seen, scratch);
     }
     if (thread == 0) sum = 0;
     __syncthreads();
@@ -194,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kTopK; ++k) width[k] = 0;
       unsigned long long from_restart = 0;
       unsigned long long mass = 0;
-      if (position >= 0) {
+      if (is_seen(position, seen)) {
         const auto* row = reinterpret_cast<const uint4*>(rows + slot * kRowWords);
         std::uint32_t before = 0;
 #pragma unroll
@@ -295,8 +302,8 @@ __global__ void __launch_bounds__(kThreads)
       }
       scores[j] = static_cast<float>(__dadd_rn(__dmul_rn(decay, scores[j]), visits));
     }
-    if (g == 0 && p == 0 && thread == 0) {
-      layer.sequences[b].walked_at = layer.sequences[b].seen;
+    if (g == 0 && p == launch.populations.numbers[0] && thread == 0) {
+      layer.sequences[b].walked_at = seen;
     }
     __syncthreads();  // the scratch is used again
   }
@@ -306,18 +313,17 @@ std::int64_t scratch_slots(std::int64_t capacity) { return (capacity + 1) / 2 * 
 
 }  // namespace
 
-std::int64_t solve_scratch(const LayerView& shape, std::int64_t graphs,
-                           std::int64_t most_capacity) {
-  return std::min(graphs * shape.populations, kMostSolvers) * scratch_slots(most_capacity) *
-         kBytesASlot;
+std::int64_t solve_scratch(std::int64_t graphs, std::int64_t most_capacity) {
+  return std::min(graphs, kMostSolvers) * scratch_slots(most_capacity) * kBytesASlot;
 }
 
 void launch_solve(const LayerView* layers, int count, const LayerView& shape,
-                  const WalkRules& rules, double restart_prob, std::int64_t most_batch,
-                  std::int64_t most_capacity, std::int64_t most_extent, std::int64_t first_sequence,
-                  const SequenceMarks& marks, void* scratch, cudaStream_t stream) {
-  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
-  const std::int64_t tasks = count * launch.sequences * shape.graphs * shape.populations;
+                  const WalkRules& rules, const PopulationList& populations, double restart_prob,
+                  std::int64_t most_batch, std::int64_t most_capacity, std::int64_t most_extent,
+                  std::int64_t first_sequence, const SequenceMarks& marks, void* scratch,
+                  cudaStream_t stream) {
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks, populations);
+  const std::int64_t tasks = launch.tasks(count, shape);
   if (tasks <= 0 || most_capacity == 0) return;
   // All masses together are 1 / restart_prob, or as many as there are tokens if that is less.
   const double most = std::min(1.0 / restart_prob, static_cast<double>(most_capacity) + 1.0);
@@ -325,11 +331,11 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
                    .unit = std::exp2(62.0 - std::ceil(std::log2(most))),
                    .scratch_slots = scratch_slots(most_capacity),
                    .steps = {}};
-  for (int p = 0; p < rules.populations; ++p) {
+  for (int p = 0; p < shape.populations; ++p) {
     solve.steps[p] = rules.population[p].walkers * rules.walk_length;
   }
-  launch_restart_tables(RestartTables::recent, layers, count, shape, rules, most_batch, most_extent,
-                        first_sequence, marks, stream);
+  launch_restart_tables(RestartTables::recent, layers, count, shape, rules, populations, most_batch,
+                        most_extent, first_sequence, marks, stream);
   const auto launch_as = [&](auto kernel, int threads) {
     kernel<<<static_cast<unsigned>(std::min(tasks, kMostSolvers)), static_cast<unsigned>(threads),
              0, stream>>>(launch, shape, rules, solve, static_cast<unsigned>(tasks),

@@ -30,7 +30,7 @@ constexpr std::int64_t kMostGridY = 65535;
 constexpr std::int64_t kRunBlocks = 128;
 constexpr int kAddThreads = 256;
 
-__device__ bool is_novelty(const WalkRules& rules, int population) {
+__host__ __device__ bool is_novelty(const WalkRules& rules, int population) {
   return rules.population[population].restart == static_cast<std::int32_t>(Restart::novelty);
 }
 
@@ -169,12 +169,11 @@ __device__ void clear(const cooperative_groups::cluster_group& cluster, T* value
   for (std::int64_t i = quads * 4 + thread; i < length; i += threads) values[i] = T{0};
 }
 
-/// A cluster a graph and population: its restart table where that is asked for, and, before a walk,
-/// empty counts.
+/// A cluster a graph and population: its restart table and, before a walk, empty counts. Walks find
+/// tables by novelty ready.
 template <bool kOne>
 __global__ void __launch_bounds__(kTableThreads)
-    prepare_kernel(Launch launch, LayerView shape, WalkRules rules, RestartTables which,
-                   bool walks) {
+    prepare_kernel(Launch launch, LayerView shape, WalkRules rules, bool walks) {
   cudaTriggerProgrammaticLaunchCompletion();
   const auto cluster = cooperative_groups::this_cluster();
   GraphTask task;
@@ -193,9 +192,8 @@ __global__ void __launch_bounds__(kTableThreads)
     }
   }
   if (walks && dense) return;  // walkers find their way alone
-  const RestartTables kind =
-      is_novelty(rules, task.population) ? RestartTables::novelty : RestartTables::recent;
-  if (kind == which) fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
+  if (walks && is_novelty(rules, task.population)) return;
+  fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
 }
 
 constexpr std::int32_t kNone = -1;   ///< a number that means no edge
@@ -639,8 +637,7 @@ __global__ void __launch_bounds__(kAddThreads)
 }
 
 void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRules& rules,
-                    std::int64_t graphs, std::int64_t extent, RestartTables which, bool walks,
-                    cudaStream_t stream) {
+                    std::int64_t graphs, std::int64_t extent, bool walks, cudaStream_t stream) {
   unsigned cluster = 1;
   while (cluster < kMostTableCluster && cluster * kTableSlots < extent) cluster *= 2;
   cudaLaunchAttribute attribute{};
@@ -654,7 +651,7 @@ void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRule
   config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config,
                            launch.layers == nullptr ? prepare_kernel<true> : prepare_kernel<false>,
-                           launch, shape, rules, which, walks),
+                           launch, shape, rules, walks),
         "prepare_kernel");
 }
 
@@ -663,12 +660,13 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
                     std::int64_t graphs, cudaStream_t stream) {
   std::int64_t most = 0;
   std::int64_t walkers = 0;
-  for (int p = 0; p < rules.populations; ++p) {
-    most = std::max(most, rules.population[p].walkers);
-    walkers += rules.population[p].walkers;
+  const PopulationList& walking = launch.populations;
+  for (int i = 0; i < walking.count; ++i) {
+    most = std::max(most, rules.population[walking.numbers[i]].walkers);
+    walkers += rules.population[walking.numbers[i]].walkers;
   }
   if (most == 0) return;
-  walkers *= graphs / rules.populations;
+  walkers *= graphs / walking.count;
   const bool few = one && walkers <= kFewWalkers && graphs <= kMostGridY;
   const std::int64_t rounds = (rules.walk_length + kMostSteps - 1) / kMostSteps;
   const std::int64_t steps = (rules.walk_length + rounds - 1) / rounds;
@@ -676,8 +674,8 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
       few ? std::min({(walkers + kRunBlocks - 1) / kRunBlocks, most, kMostRunThreads / steps})
           : kWalkThreads;
   std::int64_t of_a_graph = 0;
-  for (int p = 0; p < rules.populations; ++p) {
-    of_a_graph += (rules.population[p].walkers + a_block - 1) / a_block;
+  for (int i = 0; i < walking.count; ++i) {
+    of_a_graph += (rules.population[walking.numbers[i]].walkers + a_block - 1) / a_block;
   }
   const std::int64_t blocks = (most + a_block - 1) / a_block;
   const Parts parts{.blocks_a_graph = static_cast<unsigned>(blocks),
@@ -724,15 +722,16 @@ void launch_walkers_by_law(const Launch& launch, bool one, const LayerView& shap
 }  // namespace
 
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
-                 std::int64_t most_batch, std::int64_t most_extent, std::int64_t first_sequence,
-                 const SequenceMarks& marks, cudaStream_t stream) {
-  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
+                 const PopulationList& populations, std::int64_t most_batch,
+                 std::int64_t most_extent, std::int64_t first_sequence, const SequenceMarks& marks,
+                 cudaStream_t stream) {
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks, populations);
   const bool one = count == 1;
-  const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
+  const std::int64_t graphs = launch.tasks(count, shape);
   if (graphs <= 0) return;
   Launch by_value = launch;
   if (one) by_value.layers = nullptr;
-  launch_prepare(by_value, shape, rules, graphs, most_extent, RestartTables::recent, true, stream);
+  launch_prepare(by_value, shape, rules, graphs, most_extent, true, stream);
   switch (shape.top_k) {
     case 4:
       launch_walkers_by_law<4>(launch, one, shape, rules, graphs, stream);
@@ -754,12 +753,19 @@ void launch_walk(const LayerView* layers, int count, const LayerView& shape, con
 }
 
 void launch_restart_tables(RestartTables which, const LayerView* layers, int count,
-                           const LayerView& shape, const WalkRules& rules, std::int64_t most_batch,
+                           const LayerView& shape, const WalkRules& rules,
+                           const PopulationList& populations, std::int64_t most_batch,
                            std::int64_t most_extent, std::int64_t first_sequence,
                            const SequenceMarks& marks, cudaStream_t stream) {
-  const Launch launch = launch_of(layers, most_batch, first_sequence, marks);
-  const std::int64_t graphs = count * launch.sequences * shape.graphs * shape.populations;
-  if (graphs > 0) launch_prepare(launch, shape, rules, graphs, most_extent, which, false, stream);
+  PopulationList due{};
+  for (int i = 0; i < populations.count; ++i) {
+    const std::int32_t p = populations.numbers[i];
+    const bool by_novelty = is_novelty(rules, p);
+    if (by_novelty == (which == RestartTables::novelty)) due.numbers[due.count++] = p;
+  }
+  const Launch launch = launch_of(layers, most_batch, first_sequence, marks, due);
+  const std::int64_t graphs = launch.tasks(count, shape);
+  if (graphs > 0) launch_prepare(launch, shape, rules, graphs, most_extent, false, stream);
 }
 
 void launch_restart_distribution(const LayerView& layer, const WalkRules& rules, int population,
@@ -768,8 +774,9 @@ void launch_restart_distribution(const LayerView& layer, const WalkRules& rules,
   SequenceMarks all{};
   std::fill(std::begin(all.bits), std::end(all.bits), ~0U);
   for (std::int64_t b = 0; b < layer.batch; b += SequenceMarks::kMost) {
-    launch_restart_tables(RestartTables::recent, nullptr, 1, layer, rules, layer.batch, extent, b,
-                          all, stream);
+    launch_restart_tables(RestartTables::recent, nullptr, 1, layer, rules,
+                          {.count = 1, .numbers = {population}}, layer.batch, extent, b, all,
+                          stream);
   }
   const std::int64_t blocks = (extent + kAddThreads - 1) / kAddThreads;
   distribution_kernel<<<static_cast<unsigned>(layer.batch * layer.graphs * blocks), kAddThreads, 0,

@@ -96,16 +96,6 @@ void StreamOrder::leave(cudaStream_t stream) {
   if (joined_) walks_ = false;
 }
 
-cudaStream_t StreamOrder::fork(cudaStream_t stream, std::string_view operation) {
-  if (is_capturing(stream)) {
-    enter(stream, operation);
-    return stream;
-  }
-  check(cudaEventRecord(ready_, stream), "cudaEventRecord");
-  check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");
-  return own();
-}
-
 cudaStream_t StreamOrder::fork_walk(cudaStream_t stream) {
   check(cudaEventRecord(ready_, stream), "cudaEventRecord");
   check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");

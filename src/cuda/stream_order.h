@@ -10,7 +10,8 @@ namespace spectralkv::cuda {
 /// Owns a non-blocking side stream of the lowest priority and three events. The calls of a manager
 /// do not overlap on the host, so the order of the calls is the order that the device must keep:
 /// whoever comes next waits, on the device, for the last work on another stream. One exception: a
-/// walk reads nothing that a new token changes, so new tokens do not wait for it.
+/// walk, or a solve, which counts as one here, reads nothing that a new token changes, so new
+/// tokens do not wait for it.
 class StreamOrder {
  public:
   /// On the current device.
@@ -29,10 +30,8 @@ class StreamOrder {
   /// After work, whatever stream it was queued on.
   void leave(cudaStream_t stream);
 
-  /// Before work on the side stream that follows what `stream` holds now. Returns the stream to
-  /// work on: `stream` itself while it is captured.
-  cudaStream_t fork(cudaStream_t stream, std::string_view operation);
-  /// Before a walk, whose beginning was just queued on `stream`. Returns the side stream.
+  /// Before a walk or a solve, whose beginning was just queued on `stream`. Returns the side
+  /// stream.
   cudaStream_t fork_walk(cudaStream_t stream);
   /// After it.
   void leave_walk();

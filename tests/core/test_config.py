@@ -40,6 +40,20 @@ import spectralkv
             lambda: spectralkv.WalkConfig(populations=[spectralkv.Population(decay=-0.5)]),
             r"a population's decay must be in \[0, 1\], got -0\.5",
         ),
+        (
+            lambda: spectralkv.Population(solver="guess"),
+            r"a population's solver must be one of 'exact', 'walk', got 'guess'",
+        ),
+        (
+            lambda: spectralkv.WalkConfig(
+                num_walkers=9,
+                populations=[
+                    spectralkv.Population(share=0.1, solver="exact"),
+                    spectralkv.Population(share=0.9),
+                ],
+            ),
+            r"share of each population, .* must be at least 1 of num_walkers \(9\), .* got 0\.1",
+        ),
         (lambda: spectralkv.WalkConfig(populations=()), r"number of populations must be in \[1, 4"),
         (
             lambda: spectralkv.WalkConfig(populations=[spectralkv.Population(share=0.5)]),
@@ -83,7 +97,7 @@ def test_configurations_are_frozen_and_keyword_only() -> None:
     [
         spectralkv.Rotary(inv_freq=(1.0, 0.1), interleaved=True),
         spectralkv.GraphConfig(capacity=9, rotary=spectralkv.Rotary(inv_freq=(1.0,))),
-        spectralkv.Population(restart="novelty", count="all", share=0.4, decay=0.5),
+        spectralkv.Population(restart="novelty", count="all", share=0.4, decay=0.5, solver="exact"),
         spectralkv.WalkConfig(populations=(spectralkv.Population(restart="current"),)),
         spectralkv.EvictionConfig(budget=100),
         spectralkv.MonitorConfig(eviction=spectralkv.EvictionConfig(budget=100), solver="exact"),

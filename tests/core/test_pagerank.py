@@ -161,6 +161,32 @@ def test_the_same_seed_walks_the_same_way_and_streams_advance(arrays: Arrays) ->
     assert (once != _scores(first, arrays)).any()
 
 
+def test_an_exact_population_beside_one_that_walks(arrays: Arrays) -> None:
+    graph = _random_graph(np.random.default_rng(0), 80, 8)
+    like = arrays(np.empty(0))
+
+    def managers_of(*solvers: str) -> spectralkv.GraphManager:
+        populations = tuple(
+            spectralkv.Population(restart=restart, share=0.5, solver=solver)
+            for restart, solver in zip(("recent", "current"), solvers, strict=True)
+        )
+        return _manager(arrays, *graph, spectralkv.WalkConfig(populations=populations))
+
+    mixed, walked, solved = (
+        managers_of(*solvers) for solvers in (("walk", "exact"), ("walk",) * 2, ("exact",) * 2)
+    )
+    for manager in (mixed, walked, solved):
+        manager.walk(0)
+    for population, expected in enumerate((walked, solved)):
+        np.testing.assert_array_equal(
+            arrays.host(mixed.scores(0, like=like, population=population)),
+            arrays.host(expected.scores(0, like=like, population=population)),
+        )
+    assert (mixed.statistics().walks, mixed.statistics().solves) == (1, 1)
+    assert (walked.statistics().walks, walked.statistics().solves) == (1, 0)
+    assert (solved.statistics().walks, solved.statistics().solves) == (0, 1)
+
+
 @pytest.mark.parametrize(("decay", "own"), [(0.5, None), (0.9, 0.5), (0.0, 0.5)])
 def test_decay_accumulates(arrays: Arrays, decay: float, own: float | None) -> None:
     graph = _random_graph(np.random.default_rng(0), 80, 8)

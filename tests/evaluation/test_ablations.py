@@ -19,6 +19,7 @@ from spectralkv.evaluation import (
 )
 from spectralkv.evaluation.ablations import BASE, ablation_jobs, axes
 from spectralkv.evaluation.datasets import Corpus
+from spectralkv.evaluation.study_plots import _spoken
 from tiny_text import make_text
 
 SETTINGS = CacheSettings()
@@ -163,6 +164,15 @@ def test_populations_are_written_and_read() -> None:
             Population(restart="novelty", count="all", share=0.25, decay=0.0),
             Population(count="all", share=0.25, recent_fraction=0.2, decay=1.0),
         ),
+        "recent:edges:0.5:32:0.9:exact+recent:edges:0.1:7:exact+novelty:all:0.4:exact": (
+            Population(share=0.5, recent_tokens=32, decay=0.9, solver="exact"),
+            Population(share=0.1, recent_tokens=7, solver="exact"),
+            Population(restart="novelty", count="all", share=0.4, solver="exact"),
+        ),
+        "recent:edges:0.6+novelty:all:0.4::0.5:exact": (
+            Population(share=0.6),
+            Population(restart="novelty", count="all", share=0.4, decay=0.5, solver="exact"),
+        ),
     }
     for text, populations in texts.items():
         spec = PolicySpec.parse(f"spectral:populations={text},seed=1")
@@ -176,11 +186,20 @@ def test_populations_are_written_and_read() -> None:
     assert part.populations == (Population(restart="recent", count="edges"),)
 
 
+def test_pictures_tell_exact_populations_from_those_that_walk() -> None:
+    spec = "spectral:window=9,populations=recent:edges:0.6+novelty:all:0.4:exact,seed=1"
+    assert _spoken(spec) == "spectral:window=9,recent 0.6 + exact novelty 0.4,seed=1"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("recent:edges", "written restart:count:share .* got 'recent:edges'"),
         ("recent:edges:1:2:0.3:4", "written restart:count:share"),
+        ("recent:edges:1:2:0.3:4:exact", "written restart:count:share"),
+        ("recent:edges:exact", "written restart:count:share"),
+        ("recent:edges:1:exact:2", "written restart:count:share"),
+        ("recent:edges:1:2:0.3:walked", "written restart:count:share"),
         ("recent:edges:half", "written restart:count:share"),
         ("recent:edges:1::often", "written restart:count:share"),
         ("often:edges:1", "restart must be one of 'current', 'novelty', 'recent', got 'often'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ POLICIES = {
     ),
     "spectral, a graph a layer": policies.Spectral(
         **SHARED, window=6, scope="layer", edge_law="attention", decay=0.5
+    ),
+    "spectral, a population exact": policies.Spectral(
+        **SHARED,
+        window=6,
+        populations=(Population(share=0.6), replace(FORGETFUL[1], share=0.4, solver="exact")),
     ),
     "h2o": policies.H2O(**SHARED),
     "h2o that forgets": policies.H2O(**SHARED, decay=0.9),

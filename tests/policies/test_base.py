@@ -134,7 +134,10 @@ def test_a_common_window_changes_the_votes_no_more_than_it_must() -> None:
 def test_copies_pickles_and_plain_data_are_equal(name: str) -> None:
     options: dict[str, Any] = {"budget": None if name == "full" else 200}
     if name == "spectral":
-        options["populations"] = (Population(share=0.5), Population(share=0.5, decay=0.5))
+        options["populations"] = (
+            Population(share=0.5, solver="exact"),
+            Population(share=0.5, decay=0.5),
+        )
     if name == "mix":
         options |= {"of": "h2o+spectral", "h2o__decay": 0.5, "spectral__populations": None}
     policy = policies.create(name, **options)
@@ -145,6 +148,13 @@ def test_copies_pickles_and_plain_data_are_equal(name: str) -> None:
     ):
         assert type(other) is type(policy)
         assert other == policy
+
+
+def test_populations_of_older_files_walk() -> None:
+    policy = policies.Spectral(budget=200, populations=(Population(restart="current"),))
+    data = json.loads(json.dumps(to_dict(policy)))
+    del data["options"]["populations"][0]["population"]["solver"]
+    assert from_dict(data) == policy
 
 
 def test_an_option_that_is_no_plain_data_is_named() -> None:

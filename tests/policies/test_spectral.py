@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from test_scores import DIM, HEADS, QUERY_HEADS, SCALING, observe, tokens
@@ -105,6 +107,29 @@ def test_walks_follow_the_seed(device: str) -> None:
 
     assert torch.equal(scores(1), scores(1))
     assert not torch.equal(scores(1), scores(2))
+
+
+def test_an_exact_population_has_no_noise_and_leaves_the_walks_as_they_are(device: str) -> None:
+    query, keys = tokens(1, 60, device=device)
+    recent = spectralkv.Population(share=0.5)
+    novel = spectralkv.Population(restart="novelty", count="all", share=0.5)
+
+    def scores(seed: int, novelty: str, solver: str = "walk") -> list[torch.Tensor]:
+        populations = (recent, dataclasses.replace(novel, solver=novelty))
+        policy = policies.Spectral(**OPTIONS, populations=populations, solver=solver, seed=seed)
+        (tracker,) = policy.trackers(1)
+        observe(tracker, query, keys, 0, 60)
+        tracker.keep()
+        return [tracker._active().graph.scores(0, like=keys, population=p) for p in range(2)]
+
+    mixed, other, walked = scores(1, "exact"), scores(2, "exact"), scores(1, "walk")
+    assert torch.equal(mixed[0], walked[0])
+    assert not torch.equal(mixed[0], other[0])
+    assert torch.equal(mixed[1], other[1])
+    assert not torch.equal(mixed[1], walked[1])
+    solved = scores(1, "walk", "exact")
+    assert torch.equal(mixed[1], solved[1])
+    assert not torch.equal(mixed[0], solved[0])
 
 
 def test_layers_share_a_monitor_whose_bytes_count_once(device: str) -> None:

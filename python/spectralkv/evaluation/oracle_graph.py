@@ -89,8 +89,8 @@ class LayerGraph:
         )
         if config.edge_law is not None:
             graph = replace(graph, edge_law=config.edge_law)
-        # What the solver found must not decay into the walk's scores.
-        populations = tuple(replace(each, decay=None) for each in walk.populations)
+        # What the solver found must not decay into the walk's scores, which are to be walks'.
+        populations = tuple(replace(each, decay=None, solver="walk") for each in walk.populations)
         self._walk = replace(walk, decay=0.0, populations=populations)
         self._manager: GraphManager = spectralkv.GraphManager(graph, self._walk)
         self._is_share = graph.edge_law != "attention"

@@ -39,7 +39,9 @@ class PolicySpec:
         ``spectral:populations=recent:edges:0.5+novelty:all:0.5``. A fourth field says how many
         tokens are recent: a part of those seen (``recent:edges:0.5:0.2``) or, without a point, so
         many (``recent:edges:0.5:128``). A fifth is the decay of the population's scores, where the
-        fourth may be empty: ``recent:edges:0.5:32:0.9+novelty:all:0.5::0``.
+        fourth may be empty: ``recent:edges:0.5:32:0.9+novelty:all:0.5::0``. A last field ``exact``
+        says that its scores are found by no walk, but exactly:
+        ``recent:edges:0.6+novelty:all:0.4:exact``.
 
         Raises
         ------
@@ -162,8 +164,10 @@ def _parse_populations(text: str) -> tuple[Population, ...]:
 
     def population(item: str) -> Population:
         restart, count, share, *rest = item.split(":")
-        recent, decay = [*rest, *[""] * (2 - len(rest))]
         options: dict[str, Any] = {}
+        if rest and rest[-1] == "exact":
+            options["solver"] = rest.pop()
+        recent, decay = [*rest, *[""] * (2 - len(rest))]
         if recent.isdigit():
             options["recent_tokens"] = int(recent)
         elif recent:
@@ -179,7 +183,8 @@ def _parse_populations(text: str) -> tuple[Population, ...]:
     except ValueError:
         raise EvaluationError(
             "populations are written restart:count:share or with :recent or :recent:decay behind, "
-            f"joined by +, such as recent:edges:0.5+novelty:all:0.5; got {text!r}"
+            "and :exact behind all, joined by +, such as recent:edges:0.5+novelty:all:0.5:exact; "
+            f"got {text!r}"
         ) from None
 
 
@@ -199,4 +204,6 @@ def _format_population(population: Population) -> str:
         fields.append("")
     if population.decay is not None:
         fields.append(str(float(population.decay)))
+    if population.solver == "exact":
+        fields.append(population.solver)
     return ":".join(fields)

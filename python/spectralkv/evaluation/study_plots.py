@@ -545,8 +545,8 @@ def _score_colours() -> Any:
 def _spoken(policy: str) -> str:
     """Return what a label is called in a picture.
 
-    Limits say what they know; populations are told by restart and share, which is what they differ
-    in where a picture has several.
+    Limits say what they know; populations are told by restart, share and whether they are exact,
+    which is what they differ in where a picture has several.
     """
     name, _, ahead = policy.partition(":ahead=")
     if name == CLAIRVOYANT:
@@ -555,7 +555,9 @@ def _spoken(policy: str) -> str:
     if found is None:
         return policy
     parts = [item.split(":") for item in found[1].split("+")]
-    told = " + ".join(f"{item[0]} {item[2]}" for item in parts if len(item) > 2)
+    told = " + ".join(
+        f"{'exact ' * (item[-1] == 'exact')}{item[0]} {item[2]}" for item in parts if len(item) > 2
+    )
     return policy[: found.start()] + told + policy[found.end() :]
 
 

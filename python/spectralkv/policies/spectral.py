@@ -64,14 +64,15 @@ class Spectral(Policy):
         Tokens of a phrase: a novelty population restarts at a token by the mean weight of the
         tokens held among so many positions around it; an odd number, 1: each for itself.
     populations : tuple of Population or None
-        Where walkers restart, what counts, how fast it is forgotten, and the share of walkers and
-        budget.
+        Where walkers restart, what counts, how fast it is forgotten, the share of walkers and
+        budget, and whether scores are found by walking or exactly.
     scope : {"head", "layer"}
         Whether each KV head has a graph or a layer's heads share one.
     solver : {"walk", "exact"}
-        Random walks, or one deterministic sweep: what infinitely many walks would find. On a CPU
-        it is faster while a head holds some thousand tokens. Text long after the first cut is kept
-        better by walks, whose noise lets heads keep different tokens.
+        Random walks, but for populations that say otherwise, or for all populations one
+        deterministic sweep: what infinitely many walks would find. On a CPU it is faster while a
+        head holds some thousand tokens. Text long after the first cut is kept better by walks,
+        whose noise lets heads keep different tokens.
     walk_interval : int
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int

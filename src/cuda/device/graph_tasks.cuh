@@ -9,21 +9,29 @@
 
 namespace spectralkv::cuda {
 
-/// Graphs of `layers`, each with all its populations. All layers share what is not a pointer, batch
-/// or capacity.
+/// Graphs of `layers`, each with some of its populations. All layers share what is not a pointer,
+/// batch or capacity.
 struct Launch {
   const LayerView* layers;  ///< null: there is one, which is handed over by value
   std::int64_t sequences;
   std::int64_t first_sequence;
   SequenceMarks marks;
+  PopulationList populations;
+
+  /// Graphs, each counted once for each of its populations.
+  std::int64_t tasks(int layer_count, const LayerView& shape) const {
+    return layer_count * sequences * shape.graphs * populations.count;
+  }
 };
 
 inline Launch launch_of(const LayerView* layers, std::int64_t most_batch,
-                        std::int64_t first_sequence, const SequenceMarks& marks) {
+                        std::int64_t first_sequence, const SequenceMarks& marks,
+                        const PopulationList& populations) {
   return {.layers = layers,
           .sequences = std::min<std::int64_t>(most_batch - first_sequence, SequenceMarks::kMost),
           .first_sequence = first_sequence,
-          .marks = marks};
+          .marks = marks,
+          .populations = populations};
 }
 
 struct GraphTask {
@@ -46,10 +54,10 @@ __device__ const LayerView& layer_of(const Launch& launch, const LayerView& shap
 template <bool kOne>
 __device__ bool find(const Launch& launch, const LayerView& shape, unsigned index,
                      GraphTask& task) {
-  const auto populations = static_cast<unsigned>(shape.populations);
+  const auto populations = static_cast<unsigned>(launch.populations.count);
   const auto graphs = static_cast<unsigned>(shape.graphs);
   const auto sequences = static_cast<unsigned>(launch.sequences);
-  task.population = static_cast<int>(index % populations);
+  task.population = launch.populations.numbers[index % populations];
   index /= populations;
   task.graph = index % graphs;
   index /= graphs;
