@@ -55,7 +55,7 @@ def bench(
     row_seconds: Annotated[
         float,
         typer.Option(help="After so many seconds no further measurement of a cache begins."),
-    ] = 2.0,
+    ] = 1.5,
     split: Annotated[
         bool,
         typer.Option("--split", help="Profile some steps: attention, side work, other, idle."),

@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Rows of the graph that a cache gets while it is filled: all of a long prompt's would take longer
 # than what is measured, and a walk is a small part of a step.
 _MOST_ROWS = 2048
-# Steps that are profiled where each does the same.
+# Steps that are profiled, and timed at least, where each does the same.
 _PROFILED = 4
 #: Steps of one measurement of a long generation.
 FLAT_WINDOW = 500
@@ -88,7 +88,8 @@ class BenchConfig:
     batch : int
         Sequences.
     steps : int
-        Decode steps of one measurement of a captured loop. Of others it is `interval`, if less.
+        Decode steps of one measurement of a captured loop. Of others it is `interval`, if less;
+        where nothing is cut, fewer if they would take longer than `row_seconds`.
     repeats : int
         Measurements, one after the other.
     row_seconds : float
@@ -118,7 +119,7 @@ class BenchConfig:
     batch: int = 1
     steps: int = 128
     repeats: int = 5
-    row_seconds: float = 2.0
+    row_seconds: float = 1.5
     interval: int = 32
     window: int = 50
     chunk: int = 16384
@@ -431,6 +432,8 @@ def _run(
     result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
     total = len(jobs) + (config.flat > 0)
 
+    _wake(loaded.model, config.batch)
+
     def tell(done: int) -> None:
         if on_progress is not None:
             on_progress("measuring", done, total)
@@ -474,6 +477,14 @@ def _check_device(loaded: LoadedModel, config: BenchConfig) -> None:
         raise EvaluationError(
             f"the model is on CUDA, where Spectral cannot follow: {spectralkv.cuda_status()}"
         )
+
+
+def _wake(model: Any, batch: int) -> None:
+    """Take a step without a cache: what a device loads at its first use is no cache's memory."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device))
 
 
 def _by_context(config: BenchConfig, kinds: Sequence[CacheKind]) -> Iterator[tuple[int, str]]:
@@ -520,7 +531,6 @@ def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -
         before = bench_clock.DeviceMemory.now(device) if device.type == "cuda" else None
         with kind.open(setting) as subject:
             peak = bench_clock.PeakMemory(device, before)
-            subject.run(subject.warm_up)
             times = _times(subject, config, device)
             kv_bytes, graph_bytes = cache_bytes(subject.cache)
             row = replace(
@@ -540,11 +550,15 @@ def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -
 
 
 def _times(subject: Subject, config: BenchConfig, device: Any) -> tuple[float, ...]:
-    """Return seconds a step of each measurement."""
+    """Warm up, and return seconds a step of each measurement."""
+    subject.run(subject.warm_up - 1)
+    one = bench_clock.seconds_a_step(subject.run, 1, device)
     begin = time.monotonic()
     steps = config.steps
     if not subject.is_captured():
         steps = min(steps, config.interval)
+    if subject.period == 1:  # a slow cache need not take all steps
+        steps = min(steps, max(_PROFILED, int(config.row_seconds / one)))
     times: list[float] = []
     while len(times) < config.repeats:
         times.append(bench_clock.seconds_a_step(subject.run, steps, device))

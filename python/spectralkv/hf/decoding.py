@@ -340,9 +340,12 @@ class DecodeLoop:
                 torch.cuda.graph(graph, pool=self._pool),
             ):
                 work()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # The end of a capture may fail as well, and hide that there was no memory.
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(
+                error.__context__, torch.OutOfMemoryError
+            ):
+                raise
             raise RuntimeError(
                 "[decode] the step cannot be captured, because the model's code needs the host in "
                 f"between; decode with capture=False. It stopped at: {error}"
