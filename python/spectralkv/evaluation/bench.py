@@ -7,7 +7,7 @@ changes how long a step takes. What is timed is decoding alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from statistics import linear_regression, median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -231,7 +231,7 @@ class BenchRow:
     @property
     def label(self) -> str:
         """Kind and share."""
-        return self.kind if self.share is None else f"{self.kind} {self.share:.0%}"
+        return self.kind if self.share is None else f"{self.kind} {100 * self.share:g}%"
 
     @property
     def seconds(self) -> float:
@@ -424,11 +424,10 @@ def _run(
     on_result: Callable[[BenchResult], None] | None,
 ) -> BenchResult:
     kinds, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
+    jobs = list(enumerate((context, kind) for context in config.contexts for kind in kinds))
     # Importing kvpress puts wrappers around attention, so its presses are last at all contexts.
-    jobs = [(context, kind) for context in config.contexts for kind in kinds]
-    jobs.sort(key=lambda job: job[1].group == "kvpress")
-    places = {job: place for place, job in enumerate(_by_context(config, kinds))}
-    rows: dict[tuple[int, str], BenchRow] = {}
+    jobs.sort(key=lambda job: job[1][1].group == "kvpress")
+    rows: dict[int, BenchRow] = {}
     result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
     total = len(jobs) + (config.flat > 0)
 
@@ -443,12 +442,10 @@ def _run(
             on_result(changed)
         return changed
 
-    for done, (context, kind) in enumerate(jobs):
+    for done, (place, (context, kind)) in enumerate(jobs):
         tell(done)
-        row = _row(loaded.model, config, context, kind)
-        rows[context, row.label] = row
-        ordered = sorted(rows, key=lambda job: places[job])
-        result = keep(replace(result, rows=tuple(rows[job] for job in ordered)))
+        row = rows[place] = _row(loaded.model, config, context, kind)
+        result = keep(replace(result, rows=tuple(rows[i] for i in sorted(rows))))
         if config.largest_batch and kind.group in ("unmasked", "loop"):
             largest = _largest(loaded.model, config, context, kind, row)
             result = keep(replace(result, largest=(*result.largest, largest)))
@@ -485,12 +482,6 @@ def _wake(model: Any, batch: int) -> None:
 
     with torch.no_grad():
         model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device))
-
-
-def _by_context(config: BenchConfig, kinds: Sequence[CacheKind]) -> Iterator[tuple[int, str]]:
-    for context in config.contexts:
-        for kind in kinds:
-            yield context, _empty_row(config, context, kind).label
 
 
 def _empty_row(config: BenchConfig, context: int, kind: CacheKind) -> BenchRow:
