@@ -2,90 +2,377 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
-from spectralkv.evaluation import EvaluationError, bench
-from spectralkv.evaluation.bench import BenchConfig, BenchResult, BenchRow, random_model, run_bench
-
-SMALL = BenchConfig(
-    contexts=(100, 200), budgets=(0.2, 0.5), steps=4, repeats=2, interval=2, window=8, chunk=64
+import spectralkv
+from spectralkv.evaluation import EvaluationError, bench, bench_caches, bench_clock, bench_report
+from spectralkv.evaluation.bench import (
+    BenchConfig,
+    BenchResult,
+    BenchRow,
+    FlatRun,
+    random_model,
+    run_bench,
 )
+from spectralkv.evaluation.bench_caches import GROUPS, CacheKind, Setting, Subject
+from spectralkv.hf.layer import EvictingLayer
+
+OURS = ("dynamic", "static", "unmasked", "loop", "policy", "model")
+SMALL = BenchConfig(
+    contexts=(100, 200),
+    budgets=(0.2, 0.5),
+    steps=4,
+    repeats=2,
+    interval=2,
+    window=8,
+    chunk=30,
+    caches=OURS,
+)
+SLOT = 2 * 2 * 2 * 64 * 4  # layers, keys and values, heads, dimensions, bytes
+ROW = BenchRow(kind="a", group="static", context=100, step_seconds=(2.0, 1.0, 3.0), batch=4)
+
+
+def only(*kinds: CacheKind) -> Any:
+    return lambda *_: (list(kinds), [])
+
+
+def failing(error: Exception, group: str = "loop") -> CacheKind:
+    @contextmanager
+    def make(_: Setting) -> Iterator[Subject]:
+        raise error
+        yield
+
+    return CacheKind(name=type(error).__name__, group=group, open=make)
 
 
 def test_every_cache_at_every_context() -> None:
-    loaded = random_model("tiny")
     told: list[tuple[str, int, int]] = []
-    result = run_bench(loaded, SMALL, on_progress=lambda *step: told.append(step))
-    kinds = [row.kind for row in result.rows]
-    assert kinds[:7] == [
-        "DynamicCache",
+    seen: list[BenchResult] = []
+    result = run_bench(
+        random_model("tiny"),
+        SMALL,
+        on_progress=lambda *step: told.append(step),
+        on_result=seen.append,
+    )
+    assert [row.label for row in result.rows if row.context == 100] == [
+        "StaticCache unmasked",
         "StaticCache",
-        "EvictingCache 20%",
-        "EvictingCache 50%",
-        "DecodeLoop 20%",
-        "DecodeLoop 50%",
         "DynamicCache",
+        "Spectral loop 20%",
+        "Spectral loop 50%",
+        "Spectral policy 50%",
+        "Spectral model 50%",
     ]
-    assert kinds[7:] == kinds[:7]
     assert told[0] == ("measuring", 0, 14)
     assert told[-1] == ("measuring", 14, 14)
-    slot = 2 * 2 * 2 * 64 * 4  # layers, keys and values, heads, dimensions, bytes
-    steps = SMALL.steps_before + 2 * 4
+    assert [len(one.rows) for one in seen] == list(range(1, 15))
+    assert seen[-1] == result
     for row in result.rows:
         assert row.failure == ""
         assert len(row.step_seconds) == 2
         assert row.tokens_per_s == 1 / row.seconds > 0
         assert not row.is_captured
         assert row.peak_bytes is None
+        over = result.over_full(row)
+        assert over is not None
+        assert over >= 1.0 or row.budget is not None
         if row.budget is None:
-            assert row.kv_bytes == (row.context + steps) * slot
+            steps = {"DynamicCache": 2 + 2 * 2}.get(row.kind, 2 + 2 * 4)
+            assert row.kv_bytes == (row.context + steps) * SLOT
         else:
-            assert row.budget == row.context * (0.2 if "20" in row.kind else 0.5)
-            assert row.kv_bytes == (row.budget + 2) * slot
+            assert row.budget == row.context * (row.share or 0.0)
+            assert row.kv_bytes == (row.budget + 2) * SLOT
             assert row.graph_bytes > 0
-    content = result.to_dict()
-    assert content["noise"]["100"] == result.noise(100) >= 0
-    assert len(content["rows"]) == 14
+    assert result.to_dict()["rows"][0]["over_full"] >= 1.0
 
 
-def test_noise_is_of_the_same_cache_twice() -> None:
-    row = BenchRow(kind="a", context=10, step_seconds=(2.0, 1.0, 3.0), batch=4)
-    assert row.tokens_per_s == 2.0
-    rows = (row, replace(row, kind="b"), replace(row, step_seconds=(2.2,)))
-    config = replace(SMALL, contexts=(100,))
-    result = BenchResult(model="m", config=config, rows=rows)
-    assert result.noise(10) == pytest.approx(0.1)
-    failed = replace(row, step_seconds=(), failure="out of memory")
-    result = BenchResult(model="m", config=config, rows=(row, failed))
-    assert math.isnan(result.noise(10))
-    assert "tokens_per_s" not in result.to_dict()["rows"][1]
+@pytest.mark.parametrize("group", ["loop", "policy", "model"])
+def test_a_cut_comes_before_the_clock_and_in_each_measurement(group: str) -> None:
+    model = random_model("tiny").model
+    (kind,), _ = bench_caches.cache_kinds((group,), (0.5,), (0.5,))
+    setting = Setting(
+        model=model,
+        batch=2,
+        context=100,
+        policy=SMALL.policy(100, 0.5),
+        interval=8,
+        steps=24,
+        chunk=7,
+    )
+    policy = replace(SMALL.policy(100, 0.5), interval=8)
+    with torch.no_grad(), kind.open(replace(setting, policy=policy)) as subject:
+        layer = subject.cache.evicting_layers[0]
+        slabs = layer.slabs
+        assert layer.lengths == (56, 56)
+        subject.run(subject.warm_up)
+        cuts = layer.evictions
+        assert cuts == (2 if group == "loop" else 1)
+        for count in (1, 2, 3):
+            subject.run(subject.period)
+            assert layer.evictions == cuts + count
+        assert layer.slabs == slabs  # of the right size from the beginning
+
+
+def test_slabs_do_not_grow_while_they_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    resize = EvictingLayer._resize
+
+    def spy(layer: EvictingLayer, capacity: int, used: int) -> None:
+        sizes.append(capacity)
+        resize(layer, capacity, used)
+
+    monkeypatch.setattr(EvictingLayer, "_resize", spy)
+    run_bench(random_model("tiny"), replace(SMALL, contexts=(100,), caches=("loop", "model")))
+    assert sizes == [22, 22, 52, 52, 52, 52]
+
+
+def test_rows_stop_when_their_time_is_over() -> None:
+    config = replace(SMALL, contexts=(100,), repeats=50, row_seconds=0.0, caches=("dynamic",))
+    (row,) = run_bench(random_model("tiny"), config).rows
+    assert len(row.step_seconds) == 1
+    assert row.quartiles == (row.seconds, row.seconds)
+
+
+def test_an_unmasked_cache_needs_no_mask_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    masks: list[Any] = []
+    make = modeling_llama.create_causal_mask
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", lambda **options: masks.append(make(**options))
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model = random_model("tiny").model
+    for is_masked in (True, False):
+        cache = bench_caches._static_cache(model.config, 20, is_masked=is_masked)
+        assert isinstance(cache, StaticCache)
+        bench_caches.fill(model, cache, batch=1, count=10)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    assert masks[0].shape == (1, 1, 1, 20)
+    assert masks[1] is None
+
+
+def test_bytes_of_a_quantized_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no fp8 cache")
+    config = replace(SMALL, contexts=(100,), caches=("quantized",))
+    row = run_bench(random_model("tiny"), config).rows[0]
+    assert row.kind == "QuantizedCache fp8"
+    # A byte each, and two scales of a float32 a layer.
+    assert row.kv_bytes == (100 + 2 + 2 * 2) * SLOT // 4 + 2 * 2 * 4
+
+
+def test_what_is_missing_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_caches, "_is_installed", lambda _: False)
+    kinds, notes = bench_caches.cache_kinds(GROUPS, (0.2,), (0.2,))
+    assert {"kvpress", "QuantizedCache quanto"} & {kind.name for kind in kinds} == set()
+    assert any("pip install optimum-quanto, or hqq" in note for note in notes)
+    assert any("pip install kvpress" in note for note in notes)
+    monkeypatch.setattr(bench_caches, "_is_installed", lambda _: True)
+    kinds, notes = bench_caches.cache_kinds(GROUPS, (0.2,), (0.2,))
+    assert notes == []
+    assert [kind.name for kind in kinds][-3:] == [
+        "QuantizedCache quanto",
+        "kvpress Knorm",
+        "kvpress SnapKV",
+    ]
+
+
+def test_presses_cut_in_each_measurement() -> None:
+    pytest.importorskip("kvpress", exc_type=ImportError)
+    config = replace(SMALL, interval=4, contexts=(100,), caches=("kvpress",))
+    for row in run_bench(random_model("tiny"), config).rows:
+        assert row.failure == ""
+        assert row.kv_bytes == (50 + 2) * SLOT
 
 
 def test_what_cannot_be_measured_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(error: Exception) -> Any:
-        def make(*_: object) -> Any:
-            raise error
-
-        return make
-
-    full = torch.cuda.OutOfMemoryError("of 9 GiB")
     refused = RuntimeError("[decode] the step cannot be captured, because ...\nand more")
-    kinds = [("full", None, fails(full)), ("refused", 0.2, fails(refused))]
-    monkeypatch.setattr(bench, "_kinds", lambda _: iter(kinds))
-    result = run_bench(random_model("tiny"), replace(SMALL, contexts=(100,)))
-    assert [row.failure for row in result.rows] == [
-        "out of memory",
-        "not captured: [decode] the step cannot be captured, because ...",
-        "out of memory",
+    masked = RuntimeError("operation failed due to a previous error during capture")
+    masked.__context__ = torch.cuda.OutOfMemoryError("of 9 GiB")
+    kinds = [
+        failing(torch.cuda.OutOfMemoryError("of 9 GiB")),
+        replace(failing(spectralkv.CudaError("cudaMalloc: out of memory: asked for 1")), name="b"),
+        replace(failing(masked), name="c"),
+        replace(failing(refused), name="d"),
+        replace(failing(KeyError("cache_position"), "kvpress"), name="e"),
     ]
-    kinds[1] = ("broken", 0.2, fails(RuntimeError("another fault")))
+    monkeypatch.setattr(bench, "cache_kinds", only(*kinds))
+    config = replace(SMALL, contexts=(100,))
+    result = run_bench(random_model("tiny"), config)
+    assert [row.failure for row in result.rows] == [
+        "does not fit",
+        "does not fit",
+        "does not fit",
+        "not captured: [decode] the step cannot be captured, because ...",
+        "failed: KeyError: 'cache_position'",
+    ]
+    assert all(result.over_full(row) is None for row in result.rows)
+    monkeypatch.setattr(bench, "cache_kinds", only(failing(RuntimeError("another fault"))))
     with pytest.raises(RuntimeError, match="another fault"):
-        run_bench(random_model("tiny"), SMALL)
+        run_bench(random_model("tiny"), config)
+
+
+def test_what_a_failed_row_held_is_gone_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    held: list[weakref.ref[Any]] = []
+
+    @contextmanager
+    def make(setting: Setting) -> Iterator[Subject]:
+        cache = StaticCache(config=setting.model.config, max_cache_len=9)
+        cache.itself = [cache]  # only the collector finds it
+        assert all(one() is None for one in held)
+        held.append(weakref.ref(cache))
+        raise torch.cuda.OutOfMemoryError("of 9 GiB")
+        yield
+
+    kind = CacheKind(name="full", group="static", open=make)
+    monkeypatch.setattr(bench, "cache_kinds", only(kind, replace(kind, name="again")))
+    assert len(run_bench(random_model("tiny"), SMALL).rows) == 4
+    assert len(held) == 4
+
+
+def test_the_largest_batch_is_computed_then_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("tiny").model
+    row = replace(
+        ROW, step_seconds=(1.0,), kv_bytes=3_000_000, graph_bytes=1_000_000, peak_bytes=6_000_000
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100_000_000, 1))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1_500_000)
+    tried: list[int] = []
+
+    def measure(_: Any, config: BenchConfig, *__: Any) -> BenchRow:
+        tried.append(config.batch)
+        failure = "does not fit" if len(tried) < 3 else ""
+        return replace(row, batch=config.batch, failure=failure)
+
+    monkeypatch.setattr(bench, "_row", measure)
+    kind = failing(ValueError())
+    found = bench._largest(model, SMALL, 100, kind, row)
+    a_sequence = 1_000_000 + 3 * 4 * 256
+    assert tried == [int((share * 1e8 - 500_000) / a_sequence) for share in (0.96, 0.9, 0.8)]
+    assert (found.batch, found.failure) == (tried[-1], "")
+    failed = replace(row, failure="does not fit")
+    assert bench._largest(model, SMALL, 100, kind, failed) == failed
+
+
+def test_a_long_generation_is_measured_in_windows() -> None:
+    config = replace(SMALL, caches=(), flat=40)
+    result = run_bench(random_model("tiny"), config)
+    flat = result.flat
+    assert flat is not None
+    assert result.rows == ()
+    assert (flat.window, len(flat.step_seconds), flat.budget) == (20, 2, 50)
+    assert flat.begin_bytes == flat.end_bytes > 52 * SLOT
+    assert result.to_dict()["flat"]["growth"] == flat.growth
+
+
+def test_growth_is_that_of_the_fitted_line() -> None:
+    flat = FlatRun(
+        context=100,
+        budget=50,
+        batch=1,
+        window=500,
+        step_seconds=(1.0, 1.1, 1.2, 1.3, 1.4),
+        begin_bytes=1,
+        end_bytes=1,
+    )
+    assert flat.growth == pytest.approx(5 * 0.1 / 1.2)
+    assert replace(flat, step_seconds=(2.0, 2.0)).growth == 0.0
+
+
+def test_a_long_generation_that_does_not_fit_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        bench, "cache_kinds", only(failing(spectralkv.CudaError("cudaMalloc: out of memory")))
+    )
+    result = run_bench(random_model("tiny"), replace(SMALL, contexts=(100,), flat=40))
+    assert result.flat is None
+    assert result.notes == ("left out: the long generation, which does not fit",)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("void spectralkv::cuda::(anonymous namespace)::attend_kernel<float>(int)", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<...>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(...)", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void spectralkv::cuda::(anonymous namespace)::place_kernel<...>", "side work"),
+        ("nvjet_tst_128x8_64x12_4x1_v_bz_TNT", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel: str, part: str) -> None:
+    assert bench_clock.part_of(kernel) == part
+
+
+def test_a_split_adds_up_to_the_step() -> None:
+    split = bench_clock.split_by_part({"flash": 2.0, "gemm": 3.0, "spectralkv::x": 0.5}, 6.0)
+    assert split == {"attention": 2.0, "side work": 0.5, "other": 3.0, "idle": 0.5}
+    assert bench_clock.split_by_part({"gemm": 3.0}, 2.0)["idle"] == 0.0
+
+
+def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) -> None:
+    split = dict.fromkeys(bench_clock.PARTS, 0.001)
+    loop = replace(
+        ROW,
+        kind="Spectral loop",
+        group="loop",
+        share=0.2,
+        budget=20,
+        step_seconds=(1.0,),
+        kv_bytes=2**20,
+        peak_bytes=2**30,
+        split=split,
+        is_captured=True,
+    )
+    rows = (ROW, loop, replace(loop, context=200, failure="does not fit"))
+    flat = FlatRun(
+        context=100,
+        budget=20,
+        batch=4,
+        window=500,
+        step_seconds=(1.0, 1.0),
+        begin_bytes=2**20,
+        end_bytes=2**20,
+    )
+    result = BenchResult(
+        model="m",
+        config=SMALL,
+        rows=rows,
+        largest=(replace(loop, batch=77), rows[2]),
+        flat=flat,
+        notes=("left out: x",),
+    )
+    text = bench_report.markdown(result, where="float32 on cpu", command="spectralkv bench")
+    lines = text.splitlines()
+    assert lines[0] == "m, float32 on cpu: `spectralkv bench`"
+    assert (
+        "| 100 | Spectral loop 20% | CUDA graph | 1000.00 [1000.00, 1000.00] | 4.0 | 0.50 | 1.0 MiB"
+        " | 1.00 GiB | 1.00 | 1.00 | 1.00 | 1.00 |"
+    ) in lines
+    assert "| 200 | Spectral loop 20% | does not fit |  |  |  |  |  |  |  |  |  |" in lines
+    assert (
+        "| 100 | a | plain | 2000.00 [1500.00, 2500.00] | 2.0 | 1.00 | 0 B | - | - | - | - | - |"
+        in lines
+    )
+    assert "| 100 | Spectral loop 20% | 77 | 77.0 | 1.0 MiB |" in lines
+    assert "| 1000.00 | 1000.00 | +0.00% | 1.0 MiB | 1.0 MiB |" in lines
+    assert "- left out: x" in lines
+    bench_report.plot_bench(result, tmp_path / "bench.png", where="here")
+    bench_report.plot_flat(result, flat, tmp_path / "flat.png", where="here")
+    for name in ("bench.png", "flat.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -93,16 +380,71 @@ def test_what_cannot_be_measured_has_a_row_that_says_so(monkeypatch: pytest.Monk
     [
         ({"contexts": ()}, "contexts must be numbers of 1 or more, got ()"),
         ({"budgets": (1.5,)}, "budgets must be shares between 0 and 1, got 1.5"),
+        ({"budgets": ()}, "budgets must be at least one share, got none"),
+        ({"eager_budgets": (0.0,)}, "budgets must be shares between 0 and 1, got 0.0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"row_seconds": -1.0}, "row_seconds must be 0 or more, got -1.0"),
+        ({"flat": 1}, "flat must be 0 or at least 2 tokens, got 1"),
+        ({"caches": ("paged",)}, "caches must be of dynamic, static, unmasked, loop, policy,"),
         ({"budgets": (0.05,)}, "5% of a context of 100: [spectral] budget must be at least"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, object], said: str) -> None:
+def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(EvaluationError) as error:
         replace(SMALL, **options)
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["split", "largest_batch"])
+def test_what_needs_cuda_says_so(option: str) -> None:
+    config = replace(SMALL, **{option: True})
+    with pytest.raises(
+        EvaluationError, match=f"{option} must have a model on CUDA, got one on cpu"
+    ):
+        run_bench(random_model("tiny"), config)
+
+
 def test_shapes_have_names() -> None:
     with pytest.raises(EvaluationError, match="shape must be one of 8b, 135m, tiny, got '9b'"):
         random_model("9b")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if the device had little left: the largest batch is then found in no time.
+    loaded = random_model("tiny", device="cuda")
+    before = bench_clock.DeviceMemory.now(loaded.model.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 27, 1 << 30))
+    config = replace(
+        SMALL, contexts=(400,), interval=4, repeats=1, split=True, largest_batch=True, flat=40
+    )
+    result = run_bench(loaded, config)
+    assert [row.failure for row in (*result.rows, *result.largest)] == [""] * 10
+    captured = {row.group for row in result.rows if row.is_captured}
+    assert captured == {"static", "unmasked", "loop"}
+    for row in result.rows:
+        assert row.peak_bytes is not None
+        assert row.peak_bytes > row.kv_bytes
+        assert row.split["attention"] > 0.0
+        assert (row.split["side work"] > 0.0) == (row.budget is not None)
+    assert all(row.batch > 1 for row in result.largest)
+    assert result.flat is not None
+    assert abs(result.flat.begin_bytes - result.flat.end_bytes) < 1 << 21
+    monkeypatch.undo()
+    bench_clock.free_memory(loaded.model.device)
+    # A workspace of cuBLAS stays for each stream, captures' included.
+    assert bench_clock.DeviceMemory.now(loaded.model.device).allocated - before.allocated < 1 << 27
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_on_cuda_a_run_goes_on_where_something_does_not_fit() -> None:
+    loaded = random_model("tiny", device="cuda")
+    config = replace(
+        SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "unmasked", "loop")
+    )
+    result = run_bench(loaded, config)
+    assert {row.failure for row in result.rows} == {"does not fit"}
+    (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("unmasked",))).rows
+    assert row.failure == ""

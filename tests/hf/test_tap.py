@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -108,6 +110,16 @@ def test_an_offer_is_for_its_own_keys_and_thread_alone() -> None:
     assert layer.lengths == (3,)
     found(None, query, kept, keys, "untouched")
     assert seen == ["untouched", "untouched", None, "untouched"]
+
+
+def test_a_forward_pass_that_broke_off_keeps_no_cache_alive() -> None:
+    cache = make_cache(make_model("llama").config, H2O)
+    keys = torch.zeros(1, 2, 3, 8)
+    cache.update(keys, keys, 0)  # and no attention after it
+    held = weakref.ref(cache.evicting_layers[0])
+    del cache
+    gc.collect()
+    assert held() is None
 
 
 def test_a_compiled_forward_without_our_cache_has_no_graph_break() -> None:

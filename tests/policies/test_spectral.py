@@ -207,3 +207,31 @@ def test_what_it_cannot_attend_with() -> None:
     renewing = policies.Spectral(budget=100, walk_interval=4).trackers(1)[0]
     assert isinstance(renewing, policies.AttendingTracker)
     assert renewing.capture_obstacle() == "walk_interval=0, got 4"
+
+
+def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    events: list[str] = []
+
+    class Graph:
+        graph_config = spectralkv.GraphConfig(device="cuda:0")
+
+        def capacity(self, layer: int) -> int:  # noqa: ARG002
+            return 0
+
+        def reserve(self, layer: int, capacity: int) -> None:
+            asked.append((layer, capacity))
+            if not events:
+                raise spectralkv.CudaError("cudaMalloc: out of memory")
+
+    class Monitor:
+        graph = Graph()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("given back"))
+    tracker = policies.Spectral(budget=100).trackers(1)[0]
+    monkeypatch.setattr(tracker, "_monitor", Monitor())
+    tracker.reserve(132)
+    assert asked == [(0, 132)] * 2
+    assert events == ["given back"]

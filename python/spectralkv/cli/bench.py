@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from spectralkv.evaluation.bench import BenchResult
 
 Number = TypeVar("Number", int, float)
+# Columns of the tables where they do not go to a terminal.
+_WIDTH_OF_FILES = 180
 
 
 def bench(
@@ -30,37 +32,80 @@ def bench(
     budgets: Annotated[
         str, typer.Option(help="Shares of the context to keep, with commas.")
     ] = "0.1,0.2,0.5",
+    eager_budgets: Annotated[
+        str,
+        typer.Option(
+            help="The same for caches in a plain loop, where the host takes most of the time.",
+            show_default="the middle one of --budgets",
+        ),
+    ] = "",
+    caches: Annotated[
+        str,
+        typer.Option(
+            help="Which, with commas: dynamic, static and unmasked (transformers' full caches; "
+            "unmasked is the fastest that a full one can be), loop (Spectral, captured), policy "
+            "and model (Spectral in a plain loop, by who attends), quantized, kvpress, none."
+        ),
+    ] = "all",
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
-    steps: Annotated[int, typer.Option(help="Decode steps of a measurement.")] = 128,
+    steps: Annotated[
+        int, typer.Option(help="Decode steps of a measurement; of plain loops --interval, if less.")
+    ] = 128,
     repeats: Annotated[int, typer.Option(help="Measurements of each cache.")] = 5,
+    row_seconds: Annotated[
+        float,
+        typer.Option(help="After so many seconds no further measurement of a cache begins."),
+    ] = 1.5,
+    split: Annotated[
+        bool,
+        typer.Option("--split", help="Profile some steps: attention, side work, other, idle."),
+    ] = False,
+    largest_batch: Annotated[
+        bool,
+        typer.Option("--largest-batch", help="Find and time the largest batch that fits."),
+    ] = False,
+    flat: Annotated[
+        int, typer.Option(help="Time so many tokens of one generation, 500 at a time; 0: none.")
+    ] = 0,
     interval: shared.IntervalOption = 32,
     window: Annotated[int, typer.Option(help="Most recent tokens that always stay.")] = 50,
-    chunk: shared.ChunkOption = 1024,
     gguf_file: shared.GgufFileOption = "",
     dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = "cpu",
-    output: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for bench.json and the pictures.")] = Path(
         "build/bench"
     ),
+    markdown: Annotated[
+        Path | None, typer.Option(help="A file for the tables, to be put into a document.")
+    ] = None,
 ) -> None:
-    """Time decode steps: transformers' caches, the evicting cache, and its captured loop.
+    """Time decode steps: transformers' caches, Spectral's, its captured loop, and rivals.
 
-    Full caches are filled with random keys and values, evicting ones read a prompt of as many
-    tokens as they keep. One cache is measured twice, which tells the noise.
+    Caches are filled with random keys and values. bench.json is written after each of them. A
+    measurement is the mean of its steps, one cut in every --interval of them included.
     """
-    from spectralkv.evaluation.bench import BenchConfig, plot_bench, random_model, run_bench
+    from spectralkv.evaluation.bench import BenchConfig, random_model, run_bench
+    from spectralkv.evaluation.bench_caches import GROUPS
+    from spectralkv.evaluation.bench_report import markdown as as_markdown
+    from spectralkv.evaluation.bench_report import plot_bench, plot_flat
     from spectralkv.evaluation.models import resolve_device
-    from spectralkv.evaluation.report import device_name, make_folder, write_json
+    from spectralkv.evaluation.report import device_name, make_folder, write_json, write_text
 
+    chosen = {"all": GROUPS, "none": ()}.get(caches)
     config = BenchConfig(
         contexts=_numbers("contexts", contexts, int),
         budgets=_numbers("budgets", budgets, float),
+        eager_budgets=_numbers("eager-budgets", eager_budgets, float) if eager_budgets else None,
+        caches=tuple(caches.split(",")) if chosen is None else chosen,
         batch=batch,
         steps=steps,
         repeats=repeats,
+        row_seconds=row_seconds,
+        split=split,
+        largest_batch=largest_batch,
+        flat=flat,
         interval=interval,
         window=window,
-        chunk=chunk,
     )
     device = resolve_device(device)
     make_folder(output)
@@ -69,17 +114,27 @@ def bench(
     else:
         with shared.working(f"making random weights of shape {shape}"):
             loaded = random_model(shape, dtype=dtype, device=device)
+    environment = shared.environment(device, loaded.dtype)
+    written = [output / "bench.json"]
+
+    def write(result: BenchResult) -> None:
+        write_json(written[0], {"environment": environment, **result.to_dict()})
+
     with shared.progress_bar() as progress:
-        result = run_bench(loaded, config, on_progress=progress)
+        result = run_bench(loaded, config, on_progress=progress, on_result=write)
     where = f"{loaded.dtype} on {device_name(device)}"
-    write_json(
-        output / "bench.json",
-        {"environment": shared.environment(device, loaded.dtype), **result.to_dict()},
-    )
-    plot_bench(result, output / "bench.png", where=where)
     _show(result, where=where)
-    for name in ("bench.json", "bench.png"):
-        typer.echo(output / name)
+    if result.rows:
+        written.append(output / "bench.png")
+        plot_bench(result, written[-1], where=where)
+    if result.flat is not None:
+        written.append(output / "flat.png")
+        plot_flat(result, result.flat, written[-1], where=where)
+    if markdown is not None:
+        written.append(markdown)
+        write_text(markdown, as_markdown(result, where=where, command=environment["command"]))
+    for path in written:
+        typer.echo(path)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
@@ -95,27 +150,18 @@ def _show(result: BenchResult, *, where: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result.model}, batch {result.config.batch}, {where}")
-    table.add_column("context", justify="right")
-    table.add_column("cache", no_wrap=True)
-    for name in ("ms a step", "tokens/s", "KV, graph", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result.rows:
-        if row.failure:
-            table.add_row(f"{row.context:,}", row.kind, row.failure)
-            continue
-        times = row.step_seconds
-        table.add_row(
-            f"{row.context:,}",
-            row.kind,
-            f"{1000.0 * row.seconds:.2f} ±{(max(times) - min(times)) / 2.0 / row.seconds:.0%}",
-            f"{row.tokens_per_s:,.1f}",
-            shared.size(row.kv_bytes + row.graph_bytes),
-            "-" if row.peak_bytes is None else shared.size(row.peak_bytes),
-        )
+    from spectralkv.evaluation.bench_report import tables
+
     out = Console(highlight=False)
-    out.print(table)
-    replayed = dict.fromkeys(row.kind for row in result.rows if row.is_captured)
-    out.print(f"replayed as CUDA graphs: {', '.join(replayed) or 'none'}", markup=False)
-    for context in result.config.contexts:
-        out.print(f"noise at {context:,}: {result.noise(context):.1%}", markup=False)
+    if not out.is_terminal:  # a file has room
+        out = Console(highlight=False, width=_WIDTH_OF_FILES)
+    for title, columns, lines in tables(result):
+        table = Table(title=f"{result.model}, {where}, {title}")
+        for name in columns:
+            justify: Literal["left", "right"] = "left" if name in ("cache", "loop") else "right"
+            table.add_column(name, justify=justify, no_wrap=True)
+        for line in lines:
+            table.add_row(*line)
+        out.print(table)
+    for note in result.notes:
+        out.print(note, markup=False)

@@ -215,13 +215,10 @@ def load(model: str, *, gguf_file: str, dtype: str, device: str) -> LoadedModel:
 
 
 def size(count: int) -> str:
-    """Return bytes for a reader: ``"45.0 MiB"``."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+    """Return bytes for a reader, see `report.size`."""
+    from spectralkv.evaluation import report
+
+    return report.size(count)
 
 
 def check_counts(**counts: int) -> None:

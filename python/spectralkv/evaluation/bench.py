@@ -1,29 +1,32 @@
 """How fast a model decodes with each kind of cache, and what memory that takes.
 
-Tokens are random, and so are the weights where only a shape is given: neither changes how long a
-step takes. Caches that keep everything get random keys and values in place of a long prompt;
-those that evict read a real prompt of as many tokens as they would hold after a long one. What is
-timed is decoding alone.
+Tokens, keys and values are random, and so are the weights where only a shape is given: none of them
+changes how long a step takes. What is timed is decoding alone.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from statistics import median
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from statistics import linear_regression, median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from spectralkv.evaluation import bench_clock
+from spectralkv.evaluation.bench_caches import (
+    FULL_GROUPS,
+    GROUPS,
+    CacheKind,
+    Setting,
+    Subject,
+    cache_bytes,
+    cache_kinds,
+)
 from spectralkv.evaluation.errors import EvaluationError
 from spectralkv.evaluation.models import LoadedModel, resolve_device
 from spectralkv.policies.base import Policy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-
     from spectralkv.evaluation.progress import Progress
 
 #: Models by shape, for random weights: Llama 3.1 8B, SmolLM2 135M, and one for tests.
@@ -53,8 +56,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-# Before the clock: two kinds of cuts are met, each is captured the second time, and one more.
-_INTERVALS_BEFORE = 4
+# Rows of the graph that a cache gets while it is filled: all of a long prompt's would take longer
+# than what is measured, and a walk is a small part of a step.
+_MOST_ROWS = 2048
+# Steps that are profiled, and timed at least, where each does the same.
+_PROFILED = 4
+#: Steps of one measurement of a long generation.
+FLAT_WINDOW = 500
+# The part of the free memory that the largest batch is tried with first, by what follows from the
+# memory of a measured batch; then less and less of it.
+_LARGEST_SHARES = (0.96, 0.9, 0.8, 0.6)
+# float32 words of memory a step takes for each logit.
+_COPIES_OF_LOGITS = 3
+# Tokens of each sequence that a cache is filled with at a time, whatever the batch.
+_LEAST_CHUNK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +81,31 @@ class BenchConfig:
     contexts : tuple of int
         Tokens before the first decode step.
     budgets : tuple of float
-        Shares of the context that evicting caches keep.
+        Shares of the context that evicting caches keep in the captured loop.
+    eager_budgets : tuple of float or None
+        The same for those that a plain loop drives, where the host is slower than any cache. None:
+        the middle one of `budgets`.
     batch : int
         Sequences.
     steps : int
-        Decode steps of one measurement.
+        Decode steps of one measurement of a captured loop. Of others it is `interval`, if less;
+        where nothing is cut, fewer if they would take longer than `row_seconds`.
     repeats : int
         Measurements, one after the other.
+    row_seconds : float
+        No further measurement of a cache begins after so many seconds; there is always one.
     interval, window : int
         See `spectralkv.policies.Policy`.
     chunk : int
-        Tokens of the prompt that are fed together.
+        Tokens, of all sequences together, that an evicting cache is filled with at a time.
+    caches : tuple of str
+        Groups of caches, see :data:`spectralkv.evaluation.bench_caches.GROUPS`.
+    split : bool
+        Profile some steps of each cache; on CUDA.
+    largest_batch : bool
+        Find the largest batch that fits, of captured caches; on CUDA.
+    flat : int
+        Tokens of one long generation, see :class:`FlatRun`; 0: none.
 
     Raises
     ------
@@ -86,29 +115,49 @@ class BenchConfig:
 
     contexts: tuple[int, ...]
     budgets: tuple[float, ...] = (0.1, 0.2, 0.5)
+    eager_budgets: tuple[float, ...] | None = None
     batch: int = 1
     steps: int = 128
     repeats: int = 5
+    row_seconds: float = 1.5
     interval: int = 32
     window: int = 50
-    chunk: int = 1024
+    chunk: int = 16384
+    caches: tuple[str, ...] = GROUPS
+    split: bool = False
+    largest_batch: bool = False
+    flat: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "repeats", "interval", "chunk"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.row_seconds < 0.0:
+            raise EvaluationError(f"row_seconds must be 0 or more, got {self.row_seconds}")
         if not self.contexts or min(self.contexts) < 1:
             raise EvaluationError(f"contexts must be numbers of 1 or more, got {self.contexts}")
-        for share in self.budgets:
+        for group in self.caches:
+            if group not in GROUPS:
+                raise EvaluationError(f"caches must be of {', '.join(GROUPS)}, got {group!r}")
+        if not (self.flat == 0 or self.flat >= 2):
+            raise EvaluationError(f"flat must be 0 or at least 2 tokens, got {self.flat}")
+        if not self.budgets:
+            raise EvaluationError("budgets must be at least one share, got none")
+        for share in (*self.budgets, *self.shares_of_plain_loops):
             if not 0.0 < share < 1.0:
                 raise EvaluationError(f"budgets must be shares between 0 and 1, got {share}")
             for context in self.contexts:
                 self.policy(context, share)
 
     @property
-    def steps_before(self) -> int:
-        """Steps before the clock runs."""
-        return _INTERVALS_BEFORE * self.interval
+    def middle_budget(self) -> float:
+        """The middle one of `budgets`."""
+        return sorted(self.budgets)[len(self.budgets) // 2]
+
+    @property
+    def shares_of_plain_loops(self) -> tuple[float, ...]:
+        """What `eager_budgets` says, or stands for."""
+        return (self.middle_budget,) if self.eager_budgets is None else self.eager_budgets
 
     def policy(self, context: int, share: float) -> Policy:
         """Return the policy that keeps a share of a context.
@@ -120,9 +169,13 @@ class BenchConfig:
         """
         from spectralkv.policies import Spectral
 
+        budget = round(context * share)
         try:
             return Spectral(
-                budget=round(context * share), interval=self.interval, window=self.window
+                budget=budget,
+                interval=self.interval,
+                window=self.window,
+                row_stride=max(1, budget // _MOST_ROWS),
             )
         except ValueError as error:
             raise EvaluationError(f"{share:.0%} of a context of {context}: {error}") from None
@@ -136,10 +189,14 @@ class BenchRow:
     ----------
     kind : str
         The cache and how it is driven.
+    group : str
+        Which of :data:`spectralkv.evaluation.bench_caches.GROUPS` it is of.
     context : int
         Tokens before the first step.
+    share : float or None
+        Part of the context that it keeps; None: all.
     budget : int or None
-        Tokens that an evicting cache keeps.
+        The same in tokens.
     step_seconds : tuple of float
         Seconds a step, one entry a measurement; empty where `failure` says why.
     batch : int
@@ -147,16 +204,20 @@ class BenchRow:
     kv_bytes, graph_bytes : int
         Bytes of keys and values, and of the policy's state, at the end.
     peak_bytes : int or None
-        Most bytes that torch's allocator held while decoding, weights included; None on the CPU.
-        The policy's state is not in it.
+        Most bytes in use while decoding: weights, caches, and what steps need; None on the CPU.
     is_captured : bool
         Whether steps were replayed as a CUDA graph.
+    split : dict
+        Seconds a step by part, see :data:`spectralkv.evaluation.bench_clock.PARTS`; empty: it was
+        not asked for.
     failure : str
         Why there are no times; "" where there are.
     """
 
     kind: str
+    group: str = ""
     context: int
+    share: float | None = None
     budget: int | None = None
     step_seconds: tuple[float, ...] = ()
     batch: int = 1
@@ -164,7 +225,13 @@ class BenchRow:
     graph_bytes: int = 0
     peak_bytes: int | None = None
     is_captured: bool = False
+    split: dict[str, float] = field(default_factory=dict)
     failure: str = ""
+
+    @property
+    def label(self) -> str:
+        """Kind and share."""
+        return self.kind if self.share is None else f"{self.kind} {100 * self.share:g}%"
 
     @property
     def seconds(self) -> float:
@@ -172,9 +239,58 @@ class BenchRow:
         return median(self.step_seconds)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds a step."""
+        if len(self.step_seconds) == 1:
+            return self.seconds, self.seconds
+        low, _, high = quantiles(self.step_seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens of all sequences a second."""
         return self.batch / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a JSON file."""
+        if self.failure:
+            return asdict(self)
+        return asdict(self) | {"seconds": self.seconds, "tokens_per_s": self.tokens_per_s}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatRun:
+    """A long generation in the captured loop: time and memory along it.
+
+    Attributes
+    ----------
+    context, budget, batch : int
+        Tokens before it, tokens that each KV head keeps, sequences.
+    window : int
+        Steps of one measurement.
+    step_seconds : tuple of float
+        Seconds a step, one entry a measurement, in order.
+    begin_bytes, end_bytes : int
+        Memory in use after the first measurement and after the last: all of the device on CUDA,
+        the cache's on the CPU.
+    """
+
+    context: int
+    budget: int
+    batch: int
+    window: int
+    step_seconds: tuple[float, ...]
+    begin_bytes: int
+    end_bytes: int
+
+    @property
+    def growth(self) -> float:
+        """How much longer a step takes at the end than at the beginning, as a part of its time.
+
+        By the line of least squares through all measurements.
+        """
+        line = linear_regression(range(len(self.step_seconds)), self.step_seconds)
+        return line.slope * len(self.step_seconds) / median(self.step_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,31 +304,43 @@ class BenchResult:
     config : BenchConfig
         What was measured.
     rows : tuple of BenchRow
-        By context, then by kind. The first kind is measured again at the end, for `noise`.
+        By context, then as :data:`spectralkv.evaluation.bench_caches.GROUPS` has them.
+    largest : tuple of BenchRow
+        With the largest batch that fits, one measurement each.
+    flat : FlatRun or None
+        The long generation.
+    notes : tuple of str
+        What was left out, and what to install for it.
     """
 
     model: str
     config: BenchConfig
-    rows: tuple[BenchRow, ...]
+    rows: tuple[BenchRow, ...] = ()
+    largest: tuple[BenchRow, ...] = ()
+    flat: FlatRun | None = None
+    notes: tuple[str, ...] = ()
 
-    def noise(self, context: int) -> float:
-        """Return how much two measurements of one cache differ; NaN where there are not two."""
-        same = [
-            row for row in self.rows if row.context == context and row.kind == self.rows[0].kind
+    def over_full(self, row: BenchRow) -> float | None:
+        """Return a row's time a step over that of the fastest cache that keeps everything."""
+        full = [
+            one.seconds
+            for one in self.rows
+            if one.group in FULL_GROUPS
+            and (one.context, one.batch) == (row.context, row.batch)
+            and not one.failure
         ]
-        times = [row.seconds for row in same if not row.failure]
-        return abs(times[0] - times[1]) / min(times) if len(times) == 2 else float("nan")
+        return None if row.failure or not full else row.seconds / min(full)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a JSON file."""
+        flat = None if self.flat is None else asdict(self.flat) | {"growth": self.flat.growth}
         return {
             "model": self.model,
             "config": asdict(self.config),
-            "noise": {str(context): self.noise(context) for context in self.config.contexts},
-            "rows": [
-                asdict(row) | ({} if row.failure else {"tokens_per_s": row.tokens_per_s})
-                for row in self.rows
-            ],
+            "rows": [row.to_dict() | {"over_full": self.over_full(row)} for row in self.rows],
+            "largest": [row.to_dict() for row in self.largest],
+            "flat": flat,
+            "notes": list(self.notes),
         }
 
 
@@ -231,7 +359,7 @@ def random_model(shape: str, *, dtype: str = "auto", device: str = "cpu") -> Loa
     Raises
     ------
     EvaluationError
-        There is no such shape, dtype or device.
+        There is no such shape, dtype or device, or the weights do not fit.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -245,19 +373,28 @@ def random_model(shape: str, *, dtype: str = "auto", device: str = "cpu") -> Loa
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=1 << 20)
     torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=getattr(torch, dtype)
-        )
+    try:
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=getattr(torch, dtype)
+            )
+    except torch.cuda.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"the weights of shape {shape} do not fit: {str(error).splitlines()[0]}"
+        ) from None
     return LoadedModel(name=f"{shape} shape, random weights", model=model.eval(), tokenizer=None)
 
 
 def run_bench(
-    loaded: LoadedModel, config: BenchConfig, *, on_progress: Progress | None = None
+    loaded: LoadedModel,
+    config: BenchConfig,
+    *,
+    on_progress: Progress | None = None,
+    on_result: Callable[[BenchResult], None] | None = None,
 ) -> BenchResult:
     """Measure every kind of cache at every context.
 
-    A kind that does not fit into memory, or cannot be captured, has a row that says so.
+    A cache that does not fit into memory, or cannot be captured, has a row that says so.
 
     Parameters
     ----------
@@ -267,257 +404,234 @@ def run_bench(
         What to measure.
     on_progress : callable, optional
         Told of each kind that is done.
-    """
-    import torch
-
-    kinds = list(_kinds(config))
-    kinds.append(kinds[0])  # against itself: the noise
-    total = len(config.contexts) * len(kinds)
-    rows: list[BenchRow] = []
-    for context in config.contexts:
-        for name, share, make in kinds:
-            if on_progress is not None:
-                on_progress("measuring", len(rows), total)
-            budget = None if share is None else config.policy(context, share).budget
-            row = BenchRow(kind=name, context=context, budget=budget, batch=config.batch)
-            try:
-                with torch.no_grad():
-                    rows.append(_measured(make(loaded.model, config, context, share), config, row))
-            except torch.cuda.OutOfMemoryError:
-                rows.append(replace(row, failure="out of memory"))
-            except RuntimeError as error:
-                if "captur" not in str(error):
-                    raise
-                rows.append(replace(row, failure=f"not captured: {str(error).splitlines()[0]}"))
-            gc.collect()  # a captured graph and its cache refer to each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    if on_progress is not None:
-        on_progress("measuring", total, total)
-    return BenchResult(model=loaded.name, config=config, rows=tuple(rows))
-
-
-def plot_bench(result: BenchResult, path: Path, *, where: str) -> None:
-    """Draw tokens a second and memory against the context.
-
-    Parameters
-    ----------
-    result : BenchResult
-        What was measured.
-    path : pathlib.Path
-        The PNG to write.
-    where : str
-        Device and dtype, for the title.
+    on_result : callable, optional
+        Gets what there is after each row.
 
     Raises
     ------
-    MissingDependencyError
-        matplotlib is not installed.
+    EvaluationError
+        Something is asked for that needs CUDA, or Spectral cannot compute on the model's device.
     """
-    from spectralkv.evaluation import plots
-
-    figure, (speed, memory) = plots.new_figure(11.0, 4.6, columns=2)
-    kinds = list(dict.fromkeys(row.kind for row in result.rows))
-    shares = list(result.config.budgets)
-    for kind in kinds:
-        rows = [row for row in result.rows if row.kind == kind and not row.failure]
-        rows = list({row.context: row for row in reversed(rows)}.values())[::-1]
-        name, _, share = kind.partition(" ")
-        # A colour a budget, and dashes for what is not the best of its kind.
-        colour = plots.FULL_COLOUR
-        if share:
-            order = [f"{one:.0%}" for one in shares].index(share)
-            colour = plots.COLOURS[order % len(plots.COLOURS)]
-        style = {
-            "marker": "o",
-            "color": colour,
-            "label": kind,
-            "linewidth": 1.8,
-            "linestyle": "--" if name in ("StaticCache", "EvictingCache") else "-",
-        }
-        at = [row.context for row in rows]
-        speed.plot(at, [row.tokens_per_s for row in rows], **style)
-        held = [(row.kv_bytes + row.graph_bytes) / 2**20 for row in rows]
-        memory.plot(at, held, **style)
-    for axis, label in ((speed, "tokens/s"), (memory, "keys, values and graph (MiB)")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(result.config.contexts, [f"{one:,}" for one in result.config.contexts])
-        axis.set_xlabel("context (tokens)")
-        axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
-    speed.set_title(
-        f"{result.model}, batch {result.config.batch}, {where}", loc="left", fontsize=11
-    )
-    memory.legend(frameon=False, fontsize=8)
-    noise = max((result.noise(context) for context in result.config.contexts), default=0.0)
-    plots.add_footnote(
-        figure,
-        f"Decoding alone, medians of {result.config.repeats} x {result.config.steps} steps; the "
-        f"same cache measured twice differs by up to {noise:.1%}. Full caches hold random keys and "
-        "values, evicting ones read a prompt of as many tokens as they keep.",
-    )
-    plots.save_figure(figure, path)
+    _check_device(loaded, config)
+    with bench_clock.quick_collection():
+        return _run(loaded, config, on_progress, on_result)
 
 
-# -- kinds of caches
+def _run(
+    loaded: LoadedModel,
+    config: BenchConfig,
+    on_progress: Progress | None,
+    on_result: Callable[[BenchResult], None] | None,
+) -> BenchResult:
+    kinds, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
+    jobs = list(enumerate((context, kind) for context in config.contexts for kind in kinds))
+    # Importing kvpress puts wrappers around attention, so its presses are last at all contexts.
+    jobs.sort(key=lambda job: job[1][1].group == "kvpress")
+    rows: dict[int, BenchRow] = {}
+    result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
+    total = len(jobs) + (config.flat > 0)
+
+    _wake(loaded.model, config.batch)
+
+    def tell(done: int) -> None:
+        if on_progress is not None:
+            on_progress("measuring", done, total)
+
+    def keep(changed: BenchResult) -> BenchResult:
+        if on_result is not None:
+            on_result(changed)
+        return changed
+
+    for done, (place, (context, kind)) in enumerate(jobs):
+        tell(done)
+        row = rows[place] = _row(loaded.model, config, context, kind)
+        result = keep(replace(result, rows=tuple(rows[i] for i in sorted(rows))))
+        if config.largest_batch and kind.group in ("unmasked", "loop"):
+            largest = _largest(loaded.model, config, context, kind, row)
+            result = keep(replace(result, largest=(*result.largest, largest)))
+    if config.flat > 0:
+        tell(len(jobs))
+        try:
+            result = keep(replace(result, flat=_flat(loaded.model, config)))
+        except Exception as error:
+            if not bench_clock.is_out_of_memory(error):
+                raise
+            note = "left out: the long generation, which does not fit"
+            result = keep(replace(result, notes=(*result.notes, note)))
+    tell(total)
+    return result
 
 
-class _Subject:
-    """A filled cache and the steps that it takes."""
+def _check_device(loaded: LoadedModel, config: BenchConfig) -> None:
+    import spectralkv
 
-    def __init__(
-        self, cache: Any, run: Callable[[int], None], is_captured: Callable[[], bool] | None = None
-    ) -> None:
-        self.cache = cache
-        self.run = run
-        self.is_captured = is_captured or (lambda: False)
-
-
-_Make = Callable[[Any, BenchConfig, int, "float | None"], _Subject]
-
-
-def _kinds(config: BenchConfig) -> Iterator[tuple[str, float | None, _Make]]:
-    yield "DynamicCache", None, _dynamic
-    yield "StaticCache", None, _static
-    for share in config.budgets:
-        yield f"EvictingCache {share:.0%}", share, _evicting
-    for share in config.budgets:
-        yield f"DecodeLoop {share:.0%}", share, _loop
-
-
-def _dynamic(model: Any, config: BenchConfig, context: int, _: float | None) -> _Subject:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    _fill(model, cache, config.batch, context)
-    return _Subject(cache, _eager(model, cache, config.batch))
-
-
-def _static(model: Any, config: BenchConfig, context: int, _: float | None) -> _Subject:
-    import torch
-    from transformers import StaticCache
-
-    steps = config.steps_before + config.steps * config.repeats
-    cache = StaticCache(config=model.config, max_cache_len=context + steps)
-    _fill(model, cache, config.batch, context)
-    run = _eager(model, cache, config.batch)
-    if model.device.type != "cuda":
-        return _Subject(cache, run)
-    run(2)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(1)
-
-    def replay(count: int) -> None:
-        for _ in range(count):
-            graph.replay()
-
-    return _Subject(cache, replay, lambda: True)
-
-
-def _evicting(model: Any, config: BenchConfig, context: int, share: float | None) -> _Subject:
-    cache, _ = _prompted(model, config, context, share)
-    return _Subject(cache, _eager(model, cache, config.batch))
-
-
-def _loop(model: Any, config: BenchConfig, context: int, share: float | None) -> _Subject:
-    import torch
-
-    from spectralkv.hf import DecodeLoop
-
-    cache, logits = _prompted(model, config, context, share)
-    positions = torch.full((config.batch,), context, device=model.device)
-    steps = config.steps_before + config.steps * config.repeats
-    loop = DecodeLoop(model, cache, logits=logits, positions=positions, max_new_tokens=steps + 1)
-    return _Subject(cache, loop.run, lambda: loop.is_captured)
-
-
-def _prompted(
-    model: Any, config: BenchConfig, context: int, share: float | None
-) -> tuple[Any, torch.Tensor]:
-    """Return a cache that is as full as a long prompt leaves it, and the last logits."""
-    import torch
-
-    from spectralkv.hf import EvictingCache
-
-    policy = config.policy(context, share or 0.0)
-    cache = EvictingCache(model.config, policy)
-    count = policy.budget or context
-    generator = torch.Generator().manual_seed(context)
-    shape = (config.batch, count)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
-    for start in range(0, count, config.chunk):
-        logits = model(
-            input_ids=ids[:, start : start + config.chunk],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-    return cache, logits[:, -1]
-
-
-def _fill(model: Any, cache: Any, batch: int, context: int) -> None:
-    """Put random keys and values into a cache that keeps all."""
-    import torch
-
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        shape = (batch, heads, context, dim)
-        keys, values = (
-            torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)
+    device = loaded.model.device
+    for name in ("split", "largest_batch"):
+        if getattr(config, name) and device.type != "cuda":
+            raise EvaluationError(f"{name} must have a model on CUDA, got one on {device}")
+    is_ours = config.flat > 0 or {"loop", "policy", "model"} & set(config.caches)
+    if device.type == "cuda" and is_ours and spectralkv.cuda_device_count() == 0:
+        raise EvaluationError(
+            f"the model is on CUDA, where Spectral cannot follow: {spectralkv.cuda_status()}"
         )
-        cache.update(keys, values, layer)
 
 
-def _eager(model: Any, cache: Any, batch: int) -> Callable[[int], None]:
+def _wake(model: Any, batch: int) -> None:
+    """Take a step without a cache: what a device loads at its first use is no cache's memory."""
     import torch
 
-    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-            ids.copy_(logits[:, -1:].argmax(-1))
-
-    return run
+    with torch.no_grad():
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=model.device))
 
 
-# -- the clock
-
-
-def _measured(subject: _Subject, config: BenchConfig, row: BenchRow) -> BenchRow:
-    import torch
-
-    on_cuda = torch.cuda.is_available()
-    subject.run(config.steps_before)
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(config.repeats):
-        if on_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        subject.run(config.steps)
-        if on_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / config.steps)
-    kv_bytes, graph_bytes = _bytes_of(subject.cache)
-    return replace(
-        row,
-        step_seconds=tuple(times),
-        kv_bytes=kv_bytes,
-        graph_bytes=graph_bytes,
-        peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
-        is_captured=subject.is_captured(),
+def _empty_row(config: BenchConfig, context: int, kind: CacheKind) -> BenchRow:
+    budget = None if kind.share is None else config.policy(context, kind.share).budget
+    return BenchRow(
+        kind=kind.name,
+        group=kind.group,
+        context=context,
+        share=kind.share,
+        budget=budget,
+        batch=config.batch,
     )
 
 
-def _bytes_of(cache: Any) -> tuple[int, int]:
-    if hasattr(cache, "stats"):
-        stats = cache.stats()
-        return stats.kv_bytes, stats.graph_bytes
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors), 0
+def _row(model: Any, config: BenchConfig, context: int, kind: CacheKind) -> BenchRow:
+    """Measure one cache; where that is not possible, say why."""
+    row = _empty_row(config, context, kind)
+    bench_clock.free_memory(model.device)
+    try:
+        return _measured(model, config, kind, row)
+    except Exception as error:
+        if bench_clock.is_out_of_memory(error):
+            return replace(row, failure="does not fit")
+        if isinstance(error, RuntimeError) and "captur" in str(error):
+            return replace(row, failure=f"not captured: {str(error).splitlines()[0]}")
+        if not kind.is_rival:
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        return replace(row, failure=f"failed: {type(error).__name__}: {first}")
+
+
+def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -> BenchRow:
+    import torch
+
+    device = model.device
+    setting = _setting(model, config, row.context, kind.share, config.steps * config.repeats)
+    with bench_clock.own_stream(device), torch.no_grad():
+        before = bench_clock.DeviceMemory.now(device) if device.type == "cuda" else None
+        with kind.open(setting) as subject:
+            peak = bench_clock.PeakMemory(device, before)
+            times = _times(subject, config, device)
+            kv_bytes, graph_bytes = cache_bytes(subject.cache)
+            row = replace(
+                row,
+                step_seconds=times,
+                kv_bytes=kv_bytes,
+                graph_bytes=graph_bytes,
+                peak_bytes=peak.read(),
+                is_captured=subject.is_captured(),
+            )
+            if not config.split:
+                return row
+            # As many steps have a cut as of all.
+            steps = subject.period if subject.period > 1 else _PROFILED
+            split = bench_clock.split_of(subject.run, steps, row.seconds, device)
+            return replace(row, split=split)
+
+
+def _times(subject: Subject, config: BenchConfig, device: Any) -> tuple[float, ...]:
+    """Warm up, and return seconds a step of each measurement."""
+    subject.run(subject.warm_up - 1)
+    one = bench_clock.seconds_a_step(subject.run, 1, device)
+    begin = time.monotonic()
+    steps = config.steps
+    if not subject.is_captured():
+        steps = min(steps, config.interval)
+    if subject.period == 1:  # a slow cache need not take all steps
+        steps = min(steps, max(_PROFILED, int(config.row_seconds / one)))
+    times: list[float] = []
+    while len(times) < config.repeats:
+        times.append(bench_clock.seconds_a_step(subject.run, steps, device))
+        if time.monotonic() - begin > config.row_seconds:
+            break
+    return tuple(times)
+
+
+def _setting(
+    model: Any, config: BenchConfig, context: int, share: float | None, timed_steps: int
+) -> Setting:
+    profiled = max(config.interval, _PROFILED) if config.split else 0
+    return Setting(
+        model=model,
+        batch=config.batch,
+        context=context,
+        policy=None if share is None else config.policy(context, share),
+        interval=config.interval,
+        steps=timed_steps + profiled,
+        chunk=max(_LEAST_CHUNK, config.chunk // config.batch),
+    )
+
+
+# -- the largest batch
+
+
+def _largest(
+    model: Any, config: BenchConfig, context: int, kind: CacheKind, row: BenchRow
+) -> BenchRow:
+    """Return the row of the largest batch that fits: computed from what one takes, then tried."""
+    import torch
+
+    if row.failure or row.peak_bytes is None:
+        return replace(row, failure=row.failure or "its memory is not known")
+    bench_clock.free_memory(model.device)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    cache = row.kv_bytes + row.graph_bytes
+    # What a step needs besides grows with the batch by its logits, in several copies.
+    logits = _COPIES_OF_LOGITS * 4 * model.config.get_text_config(decoder=True).vocab_size
+    fixed = row.peak_bytes - torch.cuda.memory_allocated(model.device) - cache
+    once = replace(config, repeats=1, steps=config.interval, split=False)
+    tried = row
+    for share in _LARGEST_SHARES:
+        batch = int((share * free - fixed) / (cache / row.batch + logits))
+        tried = _row(model, replace(once, batch=max(1, batch)), context, kind)
+        if tried.failure != "does not fit":
+            break
+    return tried
+
+
+# -- a long generation
+
+
+def _flat(model: Any, config: BenchConfig) -> FlatRun:
+    import torch
+
+    device, context = model.device, config.contexts[0]
+    window = min(FLAT_WINDOW, config.flat // 2)
+    count = config.flat // window
+    setting = _setting(model, config, context, config.middle_budget, count * window)
+    (kind,), _ = cache_kinds(("loop",), (config.middle_budget,), ())
+    times: list[float] = []
+    memory: list[int] = []
+    bench_clock.free_memory(device)
+    with bench_clock.own_stream(device), torch.no_grad(), kind.open(setting) as subject:
+        subject.run(subject.warm_up)
+        for _ in range(count):
+            times.append(bench_clock.seconds_a_step(subject.run, window, device))
+            memory.append(_memory_in_use(subject.cache, device))
+    return FlatRun(
+        context=context,
+        budget=setting.budget,
+        batch=config.batch,
+        window=window,
+        step_seconds=tuple(times),
+        begin_bytes=memory[0],
+        end_bytes=memory[-1],
+    )
+
+
+def _memory_in_use(cache: Any, device: Any) -> int:
+    if device.type != "cuda":
+        return sum(cache_bytes(cache))
+    memory = bench_clock.DeviceMemory.now(device)
+    return memory.allocated + memory.foreign

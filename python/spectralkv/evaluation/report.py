@@ -109,6 +109,16 @@ def processor_name() -> str:
     return f"{name}, {os.cpu_count()} logical cores"
 
 
+def size(count: int) -> str:
+    """Return bytes for a reader: ``"45.0 MiB"``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file; NaN and infinity become null, since JSON has neither.
 
@@ -130,15 +140,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, making its folder.
 
+    A reader, and a crash, finds the old file or the new one whole.
+
     Raises
     ------
     EvaluationError
         The file cannot be written.
     """
     make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise EvaluationError(f"{path}: cannot be written ({error.strerror})") from None
 
 

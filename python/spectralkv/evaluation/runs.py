@@ -17,10 +17,8 @@ A file says what was to be measured and where before the first figure is there:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.errors import EvaluationError
-from spectralkv.evaluation.report import make_folder
+from spectralkv.evaluation.report import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -216,7 +214,7 @@ class RunFile:
     def _save(self) -> None:
         head = ",\n".join(f"{json.dumps(key)}: {_encode(item)}" for key, item in self._head.items())
         cases = ",\n".join(self._lines)
-        _replace(self.path, f'{{\n{head},\n"cases": [\n{cases}\n]\n}}\n')
+        write_text(self.path, f'{{\n{head},\n"cases": [\n{cases}\n]\n}}\n')
         self._unsaved = False
         self._saved_at = time.monotonic()
 
@@ -300,19 +298,6 @@ def _short(config: dict[str, Any], name: str) -> str:
         return "absent"
     text = json.dumps(config[name], ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a crash, finds the old or the new one whole."""
-    make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise EvaluationError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _encode(value: Any) -> str:

@@ -171,6 +171,8 @@ class DecodeLoop:
         self._cut_graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph | None] = {}
         self._layouts: tuple[int, ...] = ()  # of the layers, as the captures know them
         self._eager_steps = 0
+        # Memory of all captures: their replays follow each other, and none reads what another left.
+        self._pool: Any = None
         with torch.no_grad():
             self._take(logits)
         self._count = 1
@@ -326,13 +328,24 @@ class DecodeLoop:
         """Return a CUDA graph of `work`, which has not run."""
         self._cache.settle()  # the manager must be idle
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         generator = self._sampling.generator
         if generator is not None:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
+            # A capture that fails would leave its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool),
+            ):
                 work()
         except RuntimeError as error:
+            # The end of a capture may fail as well, and hide that there was no memory.
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(
+                error.__context__, torch.OutOfMemoryError
+            ):
+                raise
             raise RuntimeError(
                 "[decode] the step cannot be captured, because the model's code needs the host in "
                 f"between; decode with capture=False. It stopped at: {error}"
@@ -347,6 +360,7 @@ class DecodeLoop:
             self._step_graph = None
             self._eager_steps = 0
             self._cut_graphs.clear()
+            self._pool = None  # a pool that no capture uses cannot be used again
 
 
 class _Watch:

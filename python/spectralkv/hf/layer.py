@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping
@@ -359,11 +360,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._release(tracker, keep)
 
     def _count_attended(self) -> None:
-        if not all(length == self._size for length in self._lengths):
+        shortest, longest = _span(self._lengths)
+        if shortest < self._size:
             self._scatter()  # some token took a slot before the last one
-        self._lengths = tuple(length + 1 for length in self._lengths)
-        self._tokens = tuple(count + 1 for count in self._tokens)
-        self._size = max(self._size, *self._lengths)
+        self._lengths, self._tokens = _one_more(self._lengths), _one_more(self._tokens)
+        self._size = max(self._size, longest + 1)
 
     def _release(self, tracker: AttendingTracker, keep: torch.Tensor) -> None:
         kept = self._check_cut(keep)
@@ -911,6 +912,18 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 self._valid_slab = self._all_valid()
             self._valid_slab[:, :size] = keep[:, 0] >= 0
         self._show()
+
+
+# The layers of a cache count the same numbers: of a thousand sequences that would take longer than
+# the device's step if each layer did it anew.
+@functools.lru_cache(maxsize=64)
+def _one_more(counts: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(count + 1 for count in counts)
+
+
+@functools.lru_cache(maxsize=64)
+def _span(counts: tuple[int, ...]) -> tuple[int, int]:
+    return min(counts), max(counts)
 
 
 def _with_size(tensor: torch.Tensor, size: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -40,7 +41,8 @@ class TappedLayer(Protocol):
 
 
 class _Offer(threading.local):
-    layer: TappedLayer | None = None
+    # Weak: a forward pass that broke off must not keep its cache alive.
+    layer: weakref.ref[TappedLayer] | None = None
 
 
 _MOST_WRAPPERS = 256
@@ -52,7 +54,7 @@ _wrappers: dict[tuple[str, Callable[..., Any]], Callable[..., Any]] = {}
 
 def offer(layer: TappedLayer) -> None:
     """Announce that `layer` has just returned its keys to this thread's model."""
-    _offer.layer = layer
+    _offer.layer = weakref.ref(layer)
 
 
 def install() -> None:
@@ -103,7 +105,7 @@ def _tapped(attention: Callable[..., Any], implementation: str) -> Callable[...,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        layer = _offer.layer
+        layer = None if _offer.layer is None else _offer.layer()
         if layer is None or layer.keys is not key:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         _offer.layer = None

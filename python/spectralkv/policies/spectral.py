@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from spectralkv._core import CudaError
 from spectralkv.config import (
     EvictionConfig,
     GraphConfig,
@@ -377,7 +378,13 @@ class _SpectralTracker(AttendingTracker):
         held = graph.capacity(self._layer)
         # To take or give back memory is to wait for a CUDA device, and a prompt in chunks would
         # wait twice at each: what one chunk needed stays for the next, unless it is a lot.
-        if graph.graph_config.device == "cpu" or not capacity <= held <= _SPARE * capacity:
+        if graph.graph_config.device != "cpu" and capacity <= held <= _SPARE * capacity:
+            return
+        try:
+            graph.reserve(self._layer, capacity)
+        except CudaError:
+            # What torch has freed it keeps for itself, out of the core's reach.
+            torch.cuda.empty_cache()
             graph.reserve(self._layer, capacity)
 
     def reset(self) -> None:
