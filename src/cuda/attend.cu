@@ -316,7 +316,8 @@ std::int64_t shared_bytes(const LayerView& layer, const AttendPlan& plan) {
 /// Lets a kernel take all shared memory and any cluster: not what one launch needs, for another
 /// thread may launch the same kernel for another shape.
 template <class Kernel>
-cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster, cudaLaunchAttribute& attribute) {
+cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster,
+                              cudaLaunchAttribute& attribute) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              most_shared_bytes()),
         "cudaFuncSetAttribute");

@@ -1,5 +1,3 @@
-#include "cuda/clusters.h"
-
 #include <cuda_runtime.h>
 
 #include <array>
@@ -7,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
 #include "cuda/launch_shape.h"
 

@@ -120,7 +120,8 @@ void check_all() {
     check_novelty({.batch = 2, .heads = 4, .dtype = dtype, .length = 3000, .shared_graph = true},
                   10);
   }
-  const std::vector<UpdatePlan> plans = {{1, 256}, {2, 128}, {3, 256}, {8, 512}, {13, 512}, {16, 256}, {0, 0}};
+  const std::vector<UpdatePlan> plans = {{1, 256},  {2, 128},  {3, 256}, {8, 512},
+                                         {13, 512}, {16, 256}, {0, 0}};
   for (const UpdatePlan& plan : plans) {
     for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
       for (const std::int64_t length : {0, 1, 7, 8, 9, 777, 4096}) {

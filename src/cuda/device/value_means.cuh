@@ -68,7 +68,8 @@ struct TensorMeans {
   static constexpr int kUnits = (kBlocks + 1) / 2;
   /// Units without columns behind the end of the shortest row that comes here.
   static constexpr int kFullUnits = kBlocks <= 2 ? 0 : kBlocks <= 4 ? 1 : 2;
-  /// Units of a tile under way: of long rows the second half is asked for when the first one is there.
+  /// Units of a tile under way: of long rows the second half is asked for when the first one is
+  /// there.
   static constexpr int kAhead = kUnits < 2 ? 1 : 2;
 
   __device__ TensorMeans(const ValueRows<T>& rows, const TileScores& tile_scores)
