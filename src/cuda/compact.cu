@@ -30,14 +30,17 @@ constexpr int kMostCluster = 8;
 /// Thread blocks that keep a GPU busy: about two a multiprocessor.
 constexpr std::int64_t kBusy = 240;
 
-/// A task is a part of one graph, or one row of one sequence of a tensor; a cluster does one.
+/// A task is a part of one graph, or one row of one sequence of a tensor; a cluster does one. The
+/// rows of the graphs, which take longest, come first, then the tensors, then what graphs have one
+/// number a slot of.
 struct MoveArgs {
   MoveJob jobs[kMostMoveJobs];
   std::int64_t first_task[kMostMoveJobs];
   std::int32_t vector_bytes[kMostMoveJobs];
   std::int32_t count;
   std::int32_t graphs;       ///< of all sequences; 0: only tensors move
-  std::int32_t graph_tasks;  ///< their parts, the first tasks
+  std::int32_t graph_tasks;  ///< their parts
+  std::int64_t first_array;  ///< task
   std::int32_t cluster;
   std::int32_t kept_length;
   TableView<const std::int32_t> keep;
@@ -231,31 +234,53 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
   const int top_k = layer.top_k;
   const bool has_thresholds = layer.law != EdgeLaw::uniform;
   auto* const thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
-  // Kept edges are pushed together first; writing never overtakes reading. A few edges are read
+  // Kept edges are pushed together first; writing never overtakes reading. Some edges are read
   // ahead, so that their loads do not wait for each other.
-  constexpr int kAhead = 4;
+  constexpr int kAhead = 8;
   int count = 0;
   std::uint32_t sum = 0;
   std::uint32_t before = 0;
-  for (int k = 0; k < top_k; k += kAhead) {
+  for (int first = 0; first < top_k; first += kAhead) {
     std::int32_t targets[kAhead];
-    std::uint32_t uppers[kAhead];
+    std::uint32_t uppers[kAhead] = {};
+#pragma unroll
+    for (int e = 0; e < kAhead; e += 4) {
+      const bool there = first + e < top_k;  // four at a time: top_k is a multiple of four
+      const auto words = [&](const void* of) {
+        return there ? *(static_cast<const int4*>(of) + (first + e) / 4) : int4{-1, -1, -1, -1};
+      };
+      const int4 slots = words(row);
+      targets[e] = slots.x;
+      targets[e + 1] = slots.y;
+      targets[e + 2] = slots.z;
+      targets[e + 3] = slots.w;
+      if (!has_thresholds) continue;
+      const int4 bounds = words(thresholds);
+      uppers[e] = static_cast<std::uint32_t>(bounds.x);
+      uppers[e + 1] = static_cast<std::uint32_t>(bounds.y);
+      uppers[e + 2] = static_cast<std::uint32_t>(bounds.z);
+      uppers[e + 3] = static_cast<std::uint32_t>(bounds.w);
+    }
+    std::int32_t moved[kAhead];
+    bool is_older[kAhead];
 #pragma unroll
     for (int e = 0; e < kAhead; ++e) {
-      const std::int32_t neighbor = k + e < top_k ? row[k + e] : -1;
-      uppers[e] = has_thresholds && k + e < top_k ? thresholds[k + e] : 0U;
-      targets[e] = -1;
-      if (neighbor >= 0) {
-        const std::int32_t its = positions[neighbor];
-        const std::int32_t to = new_slots[neighbor];
-        // Only an entry of new_slots that its list confirms is one of this compaction.
-        const bool stays = to >= 0 && to < kept_length && keep[to * keep_stride] == neighbor;
-        if (stays && its >= 0 && its < position) targets[e] = to;
-      }
+      const std::int32_t neighbor = targets[e];
+      moved[e] = neighbor >= 0 ? new_slots[neighbor] : -1;
+      const std::int32_t its = neighbor >= 0 ? positions[neighbor] : -1;
+      is_older[e] = its >= 0 && its < position;
     }
 #pragma unroll
     for (int e = 0; e < kAhead; ++e) {
-      if (k + e >= top_k) break;
+      // Only an entry of new_slots that its list confirms is one of this compaction.
+      const std::int32_t to = moved[e];
+      const bool stays =
+          is_older[e] && to >= 0 && to < kept_length && keep[to * keep_stride] == targets[e];
+      targets[e] = stays ? to : -1;
+    }
+#pragma unroll
+    for (int e = 0; e < kAhead; ++e) {
+      if (first + e >= top_k) break;
       if (has_thresholds) {
         const std::uint32_t width = uppers[e] - before;
         before = uppers[e];
@@ -376,7 +401,7 @@ __device__ void move_graph(const LayerView& layer, const MoveArgs& args,
                            int rank, char* shared) {
   const auto length = static_cast<std::int32_t>(layer.counters->length);
   const GraphMove graph(layer, args, kept, task % args.graphs, rank);
-  const int part = task / args.graphs;  // the rows, which take longest, first
+  const int part = task / args.graphs;
   if (part == 0) {
     move_rows_of_graph(layer, args, graph, new_slots, length, shared);
   } else {
@@ -398,7 +423,9 @@ __global__ void __launch_bounds__(kMoveThreads, 2)
   extern __shared__ __align__(16) char shared[];
   std::int64_t task = blockIdx.x / args.cluster;
   const int rank = static_cast<int>(blockIdx.x % args.cluster);
-  if (task < args.graph_tasks) {
+  const bool is_array = task >= args.first_array;
+  if (task < args.graphs || is_array) {
+    if (is_array) task -= args.first_array - args.graphs;
     move_graph(layer, args, new_slots, kept, static_cast<int>(task), rank, shared);
     return;
   }
@@ -465,7 +492,7 @@ void launch(const LayerView* layer, const MoveJob* jobs, int count, std::int64_t
   args.graph_tasks = layer == nullptr ? 0 : args.graphs * (1 + arrays_of(*layer));
   std::int64_t widest = 0;
   for (int j = 0; j < count; ++j) widest = std::max(widest, jobs[j].width);
-  std::int64_t tasks = args.graph_tasks;
+  std::int64_t tasks = args.graphs;
   std::int64_t long_tasks = 0;  // those that decide when the launch ends
   for (int j = 0; j < count && kept_length > 0; ++j) {
     if (jobs[j].width == 0) continue;
@@ -475,6 +502,8 @@ void launch(const LayerView* layer, const MoveJob* jobs, int count, std::int64_t
     tasks += batch * jobs[j].rows;
     if (2 * jobs[j].width >= widest) long_tasks += batch * jobs[j].rows;
   }
+  args.first_array = tasks;
+  tasks += args.graph_tasks - args.graphs;
   if (tasks == 0) return;
   if (long_tasks == 0) long_tasks = tasks;
   args.cluster = 1;
