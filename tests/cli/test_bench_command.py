@@ -73,7 +73,7 @@ def test_a_run_that_is_cut_keeps_what_it_has(
         ("--contexts", "1e3", "--contexts must be numbers with commas, got '1e3'"),
         ("--budgets", "half", "--budgets must be numbers with commas, got 'half'"),
         ("--eager-budgets", "0.2;0.3", "--eager-budgets must be numbers with commas, got"),
-        ("--caches", "dynamic,paged", "caches must be of dynamic, static, unmasked, loop, policy,"),
+        ("--caches", "dynamic,paged", "caches must be of dynamic, static, fused, loop, policy,"),
         ("--flat", "1", "flat must be 0 or at least 2 tokens, got 1"),
         ("--shape", "9b", "shape must be one of 8b, 135m, tiny, got '9b'"),
         ("--device", "tpu", "device must be cpu, cuda or cuda:N, got 'tpu'"),

@@ -25,7 +25,7 @@ from spectralkv.evaluation.bench import (
 from spectralkv.evaluation.bench_caches import GROUPS, CacheKind, Setting, Subject
 from spectralkv.hf.layer import EvictingLayer
 
-OURS = ("dynamic", "static", "unmasked", "loop", "policy", "model")
+OURS = ("dynamic", "static", "fused", "loop", "policy", "model")
 SMALL = BenchConfig(
     contexts=(100, 200),
     budgets=(0.2, 0.5),
@@ -63,7 +63,7 @@ def test_every_cache_at_every_context() -> None:
         on_result=seen.append,
     )
     assert [row.label for row in result.rows if row.context == 100] == [
-        "StaticCache unmasked",
+        "StaticCache fused",
         "StaticCache",
         "DynamicCache",
         "Spectral loop 20%",
@@ -141,23 +141,30 @@ def test_rows_stop_when_their_time_is_over() -> None:
     assert row.quartiles == (row.seconds, row.seconds)
 
 
-def test_an_unmasked_cache_needs_no_mask_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.llama import modeling_llama
+def test_a_fused_cache_attends_to_all_its_slots_without_a_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    attend = bench_caches._attend_fused
 
-    masks: list[Any] = []
-    make = modeling_llama.create_causal_mask
-    monkeypatch.setattr(
-        modeling_llama, "create_causal_mask", lambda **options: masks.append(make(**options))
-    )
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    model = random_model("tiny").model
-    for is_masked in (True, False):
-        cache = bench_caches._static_cache(model.config, 20, is_masked=is_masked)
-        assert isinstance(cache, StaticCache)
-        bench_caches.fill(model, cache, batch=1, count=10)
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
-    assert masks[0].shape == (1, 1, 1, 20)
-    assert masks[1] is None
+    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        attended, weights = attend(module, query, key, value, mask, **options)
+        seen.append((query, key, value, mask, options["scaling"], attended))
+        return attended, weights
+
+    monkeypatch.setattr(bench_caches, "_attend_fused", spy)
+    loaded = random_model("tiny")
+    before = loaded.model.config._attn_implementation
+    row = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("fused",))).rows[0]
+    assert row.kind == "StaticCache fused"
+    assert loaded.model.config._attn_implementation == before
+    query, key, value, mask, scaling, attended = seen[0]
+    assert mask is None
+    assert key.shape[2] > 100
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    expected = scores.softmax(-1) @ value.repeat_interleave(group, 1)
+    torch.testing.assert_close(attended, expected.transpose(1, 2))
 
 
 def test_bytes_of_a_quantized_cache() -> None:
@@ -385,7 +392,7 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"row_seconds": -1.0}, "row_seconds must be 0 or more, got -1.0"),
         ({"flat": 1}, "flat must be 0 or at least 2 tokens, got 1"),
-        ({"caches": ("paged",)}, "caches must be of dynamic, static, unmasked, loop, policy,"),
+        ({"caches": ("paged",)}, "caches must be of dynamic, static, fused, loop, policy,"),
         ({"budgets": (0.05,)}, "5% of a context of 100: [spectral] budget must be at least"),
     ],
 )
@@ -422,7 +429,7 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
     result = run_bench(loaded, config)
     assert [row.failure for row in (*result.rows, *result.largest)] == [""] * 10
     captured = {row.group for row in result.rows if row.is_captured}
-    assert captured == {"static", "unmasked", "loop"}
+    assert captured == {"static", "fused", "loop"}
     for row in result.rows:
         assert row.peak_bytes is not None
         assert row.peak_bytes > row.kv_bytes
@@ -442,9 +449,9 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
 def test_on_cuda_a_run_goes_on_where_something_does_not_fit() -> None:
     loaded = random_model("tiny", device="cuda")
     config = replace(
-        SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "unmasked", "loop")
+        SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "fused", "loop")
     )
     result = run_bench(loaded, config)
     assert {row.failure for row in result.rows} == {"does not fit"}
-    (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("unmasked",))).rows
+    (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("fused",))).rows
     assert row.failure == ""

@@ -42,8 +42,8 @@ def bench(
     caches: Annotated[
         str,
         typer.Option(
-            help="Which, with commas: dynamic, static and unmasked (transformers' full caches; "
-            "unmasked is the fastest that a full one can be), loop (Spectral, captured), policy "
+            help="Which, with commas: dynamic, static and fused (full caches; "
+            "fused is the fastest that a full one can be), loop (Spectral, captured), policy "
             "and model (Spectral in a plain loop, by who attends), quantized, kvpress, none."
         ),
     ] = "all",

@@ -446,7 +446,7 @@ def _run(
         tell(done)
         row = rows[place] = _row(loaded.model, config, context, kind)
         result = keep(replace(result, rows=tuple(rows[i] for i in sorted(rows))))
-        if config.largest_batch and kind.group in ("unmasked", "loop"):
+        if config.largest_batch and kind.group in ("fused", "loop"):
             largest = _largest(loaded.model, config, context, kind, row)
             result = keep(replace(result, largest=(*result.largest, largest)))
     if config.flat > 0:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from spectralkv.policies.base import Policy
 
 #: Groups of caches, as they are chosen by name.
-GROUPS = ("dynamic", "static", "unmasked", "loop", "policy", "model", "quantized", "kvpress")
+GROUPS = ("dynamic", "static", "fused", "loop", "policy", "model", "quantized", "kvpress")
 #: Groups that keep everything, exactly.
-FULL_GROUPS = ("dynamic", "static", "unmasked")
+FULL_GROUPS = ("dynamic", "static", "fused")
 # Steps before the clock runs, where nothing is cut.
 _WARM_UP = 2
 # Steps before a capture: they run what allocates or compiles at its first use.
@@ -139,8 +139,8 @@ def cache_kinds(
         What is left out, why, and what to install.
     """
     whole: dict[str, tuple[str, Callable[[Setting], AbstractContextManager[Subject]]]] = {
-        "unmasked": ("StaticCache unmasked", partial(_static, is_masked=False)),
-        "static": ("StaticCache", partial(_static, is_masked=True)),
+        "fused": ("StaticCache fused", _fused),
+        "static": ("StaticCache", _static),
         "dynamic": ("DynamicCache", _dynamic),
     }
     kinds = [
@@ -255,12 +255,13 @@ def _dynamic(setting: Setting) -> Iterator[Subject]:
 
 
 @contextmanager
-def _static(setting: Setting, *, is_masked: bool) -> Iterator[Subject]:
+def _static(setting: Setting) -> Iterator[Subject]:
     import torch
+    from transformers import StaticCache
 
     model, on_cuda = setting.model, setting.model.device.type == "cuda"
     slots = setting.context + _WARM_UP + setting.steps + (_STEPS_BEFORE_CAPTURE if on_cuda else 0)
-    cache = _static_cache(model.config, slots, is_masked=is_masked)
+    cache = StaticCache(config=model.config, max_cache_len=slots)
     fill(model, cache, batch=setting.batch, count=setting.context)
     run = _eager(setting, cache)
     if not on_cuda:
@@ -278,23 +279,48 @@ def _static(setting: Setting, *, is_masked: bool) -> Iterator[Subject]:
     yield Subject(cache=cache, run=replay, is_captured=lambda: True)
 
 
-def _static_cache(config: Any, slots: int, *, is_masked: bool) -> Any:
-    from transformers import StaticCache
+@contextmanager
+def _fused(setting: Setting) -> Iterator[Subject]:
+    """A bound: no cache of the same size that keeps everything is faster with torch's kernels."""
+    from transformers import AttentionInterface
 
-    class Unmasked(StaticCache):
-        """Attention reads all slots, used or not, so that it needs no mask.
+    name, model = "spectralkv_bench_fused", setting.model
+    AttentionInterface.register(name, _attend_fused)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        with _static(setting) as subject:
+            yield subject
+    finally:
+        model.set_attn_implementation(before)
 
-        With a mask torch has no kernel that splits the keys of a head. This one is a bound: no
-        cache of the same size that keeps everything is faster.
-        """
 
-        is_compileable = False
+def _attend_fused(
+    module: torch.nn.Module,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the attention to all slots, used or not: transformers makes no mask for this function.
 
-        def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-            # A number, not a tensor: transformers leaves out no mask for a tensor in a capture.
-            return 0
+    With a mask torch has no kernel that splits the keys of a head, and transformers writes every
+    key once for each query head that reads it.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
 
-    return (StaticCache if is_masked else Unmasked)(config=config, max_cache_len=slots)
+    fastest_first = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(fastest_first, set_priority=True):
+        attended = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return attended.transpose(1, 2).contiguous(), None
 
 
 # -- caches that evict

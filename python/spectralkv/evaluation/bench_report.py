@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Full caches are black, ours has the blues of the palette from light (small) to dark (large).
 _OURS = ("#7FC4EE", "#2E8FCB", "#0B4F80")
 _RIVALS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73", "#8C6D31", "#7F7F7F")
-_FULL_LINES = {"unmasked": "-", "static": "--", "dynamic": ":"}
+_FULL_LINES = {"fused": "-", "static": "--", "dynamic": ":"}
 _PLAIN_LINES = {"policy": "--", "model": ":"}
 
 

@@ -37,8 +37,8 @@ class Spectral(Policy):
 
     Each token points to the `top_k` tokens it attended to most. Walkers restart at a population's
     tokens with `restart_prob` and else follow an edge; the more often they arrive at a token, the
-    longer it stays. By default six of ten walkers, and that part of the budget, restart at recent
-    tokens and four at phrases with distinctive keys.
+    longer it stays. By default six tenths of the budget go to what walks from recent tokens reach,
+    four to what is reached from phrases with distinctive keys, which is solved exactly.
 
     .. math:: \pi = p \, s + (1 - p) \, P^{\top} \pi
 
