@@ -111,7 +111,10 @@ struct SPECTRALKV_API WalkConfig {
   std::int64_t novelty_width = 5;
   std::vector<Population> populations{
       {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.6},
-      {.restart = Restart::novelty, .count = VisitCount::all, .share = 0.4, .solver = Solver::exact},
+      {.restart = Restart::novelty,
+       .count = VisitCount::all,
+       .share = 0.4,
+       .solver = Solver::exact},
   };
 
   void validate() const;
