@@ -305,6 +305,37 @@ def test_goals_of_a_whole_report() -> None:
     assert unknown.endswith("not measured |")
 
 
+def decoded(group: str, seconds: float, **more: Any) -> dict[str, Any]:
+    """A row of `spectralkv bench`."""
+    row = {
+        "group": group,
+        "batch": 1,
+        "context": 65536,
+        "share": None,
+        "failure": "",
+        "seconds": seconds,
+        "step_seconds": [seconds, 1.1 * seconds, 0.9 * seconds],
+        "kv_bytes": 1000,
+        "graph_bytes": 200,
+    }
+    return {**row, **more}
+
+
+def test_goals_of_decoding() -> None:
+    rows = [
+        decoded("fused", 0.006),
+        decoded("loop", 0.004, share=0.2),
+        decoded("loop", 0.003, share=0.1),
+        decoded("loop", 0.002, share=0.2, failure="does not fit"),
+        decoded("loop", 0.002, share=0.2, context=131072),  # without a full cache beside it
+    ]
+    report = {"stages": [{"stage": "decode-1", "decode": {"rows": rows}}]}
+    lines = goals.lines_of(json.dumps(report))
+    assert [line["case"] for line in lines] == ["B=1 S=65536 20%", "B=1 S=65536 10%"]
+    (row,) = rows_with(lines, "decode step, 8B shape at 20 % of 64k, B 1")
+    assert row.endswith("| full: 6,000 us | 4,000 us [3,600, 4,400] | 1.5x | yes |")
+
+
 def test_a_wrong_result_meets_no_goal() -> None:
     wrong = {**ROW, "figures": {"equals_fp64": False}}
     (row,) = rows_with(goals.lines_of(json.dumps({"rows": [wrong]})), "B 1, 64k, over torch")

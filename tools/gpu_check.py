@@ -399,6 +399,11 @@ def googletest_source(given: str | None) -> list[str]:
     return [] if source is None else [f"-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST={source}"]
 
 
+def parted(stages: list[Stage], *, side_by_side: bool) -> list[list[Stage]]:
+    """Stages as one group, or each as one of its own."""
+    return [stages] if side_by_side else [[stage] for stage in stages]
+
+
 def plan(
     arguments: argparse.Namespace, architecture: str, folder: Path, gpus: int = 1
 ) -> list[list[Stage]]:
@@ -430,6 +435,32 @@ def plan(
         if not compared.exists():
             raise CheckError("no figures were written")
         return {"report": json.loads(compared.read_text())}
+
+    def decode(batch: int, contexts: str, gpu: int) -> Stage:
+        """Decode steps of an 8B shape with caches that keep all and with ours, both captured."""
+        name = f"decode-{batch}"
+        out = folder / name
+
+        def read(_: str) -> Figures:
+            written = out / "bench.json"
+            if not written.exists():
+                raise CheckError("no figures were written")
+            bench = json.loads(written.read_text())
+            failed = [row for row in bench["rows"] if row["failure"]]
+            if failed or not bench["rows"]:
+                raise ResultError("; ".join(row["failure"] for row in failed), {"decode": bench})
+            return {"decode": bench}
+
+        # fmt: off
+        command = [
+            python, "-c", "import sys; from spectralkv.cli import main; sys.exit(main())", "bench",
+            "--shape", "8b", "--device", "cuda", "--batch", str(batch), "--contexts", contexts,
+            "--budgets", "0.1,0.2,0.5", "--caches", "fused,loop", "--steps", "64", "--repeats", "3",
+            "--row-seconds", "1", "--output", str(out),
+        ]
+        # fmt: on
+        env = installed if gpus == 1 else {**installed, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        return Stage(name, command, limit=120, cwd=folder, env=env, needs=("package",), parse=read)
 
     configure = [
         "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
@@ -526,6 +557,14 @@ def plan(
                 parse=read_compared,
             )
         ],
+        # Replays of graphs: two devices do not disturb each other.
+        *parted(
+            [
+                decode(1, "4096,16384,65536,131072", 0),
+                decode(8, "4096,16384,65536", gpus - 1),
+            ],
+            side_by_side=gpus > 1,
+        ),
         # Models launch thousands of small kernels: beside the others' they would wait for turns.
         [
             Stage(
@@ -557,6 +596,8 @@ def stage_names() -> list[str]:
         *SANITIZERS,
         *BENCHMARKS,
         "compare",
+        "decode-1",
+        "decode-8",
     ]
 
 
@@ -573,6 +614,8 @@ def row_of(result: Result) -> str:
         said = f"{len(figures['lines'])} figures"
     if not said and "report" in figures:
         said = f"{len(figures['report']['rows'])} comparisons"
+    if not said and "decode" in figures:
+        said = f"{len(figures['decode']['rows'])} caches"
     return f"{result.name:13} {result.verdict:9} {result.seconds:7.1f} s  {said}"
 
 

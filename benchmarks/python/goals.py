@@ -42,6 +42,40 @@ def flat_row(row: Line) -> Line:
     }
 
 
+def decode_lines(report: Line) -> list[Line]:
+    """Turn what `spectralkv bench` measured into a line for each evicting cache.
+
+    `over_full` is the time of the fastest cache that keeps everything over its own.
+    """
+    lines = []
+    for row in report["rows"]:
+        if row["group"] != "loop" or row["failure"]:
+            continue
+        whole = [
+            other["seconds"]
+            for other in report["rows"]
+            if other["group"] == "fused"
+            and other["context"] == row["context"]
+            and not other["failure"]
+        ]
+        if not whole:
+            continue
+        micro = [1e6 * seconds for seconds in sorted(row["step_seconds"])]
+        lines.append(
+            {
+                "source": "decode",
+                "bench": "decode",
+                "case": f"B={row['batch']} S={row['context']} {row['share']:.0%}",
+                "us": 1e6 * row["seconds"],
+                "us_quartiles": [micro[0], micro[-1]],
+                "full_us": 1e6 * min(whole),
+                "over_full": min(whole) / row["seconds"],
+                "cache_bytes": row["kv_bytes"] + row["graph_bytes"],
+            }
+        )
+    return lines
+
+
 def lines_of(text: str) -> list[Line]:
     """Read every figure of a file."""
     try:
@@ -54,6 +88,8 @@ def lines_of(text: str) -> list[Line]:
         for stage in whole["stages"]:
             lines += [{"source": "cpp", **line} for line in stage.get("lines", [])]
             lines += [flat_row(row) for row in stage.get("report", {}).get("rows", [])]
+            if "decode" in stage:
+                lines += decode_lines(stage["decode"])
         return lines
     if "rows" in whole:
         return [flat_row(row) for row in whole["rows"]]
@@ -408,6 +444,52 @@ GOALS = (
             floor=lambda line: f"noise {100 * line['noise']:.2f} %",
         )
         for kind in ("one layer", "all layers")
+    ),
+    *(
+        Goal(
+            "10",
+            f"decode step, 8B shape at 20 % of 64k, B {batch}: times as fast as the full cache",
+            "decode",
+            "decode",
+            (rf"B={batch} ", r"S=65536 20%"),
+            "over_full",
+            limit,
+            True,
+            "x",
+            floor=lambda line: f"full: {line['full_us']:,.0f} us",
+        )
+        for batch, limit in ((1, 1.3), (8, 2.3))
+    ),
+    *(
+        Goal(
+            "10",
+            f"attention with its row at 20 % of 64k, B {batch}, over the best of the full cache",
+            "python",
+            "attend_kept",
+            (rf"B={batch} ",),
+            "ratio",
+            3.5,
+            True,
+            "x",
+            floor=rival,
+        )
+        for batch in (1, 8)
+    ),
+    *(
+        Goal(
+            "—",
+            f"attention alone, B {batch}, {length // 1024}k, over the best of torch",
+            "python",
+            "attend",
+            (rf"B={batch} ", rf"S={length} "),
+            lambda line: line[f"{line['best_rival']} us"] / line["attention_alone_us"],
+            0.95,
+            True,
+            "x",
+            floor=rival,
+        )
+        for batch in (1, 8)
+        for length in (4096, 16384, 65536)
     ),
 )
 

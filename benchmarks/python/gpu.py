@@ -395,6 +395,8 @@ def bench_attend(clock: Clock, options: argparse.Namespace) -> Iterator[Row]:
     shapes = [(1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (8, 65536)]
     for batch, length in shapes[:3] if options.quick else shapes:
         yield compare_attend(clock, options, batch, length)
+    for batch in (1,) if options.quick else (1, 8):
+        yield compare_kept(clock, options, batch, 65536)
 
 
 def compare_attend(clock: Clock, options: argparse.Namespace, batch: int, length: int) -> Row:
@@ -476,6 +478,53 @@ def compare_attend(clock: Clock, options: argparse.Namespace, batch: int, length
         ours=mine,
         rivals=timings,
         figures=figures,
+    )
+
+
+def compare_kept(clock: Clock, options: argparse.Namespace, batch: int, length: int) -> Row:
+    """Attention to a fifth of the tokens, with its row, against attention to all of them."""
+    repeats, kept = options.repeats, length // 5
+
+    def slabs(slots: int, count: int) -> list[Tensor]:
+        return [bf16(batch, KV_HEADS, slots, HEAD_DIM) for _ in range(count)]
+
+    layers = clock.copies(2 * batch * KV_HEADS * kept * HEAD_DIM * 2)
+    capacity = kept + 2 * repeats + 64  # attend takes slots
+    keys, values = slabs(capacity, layers), slabs(capacity, layers)
+    queries = [bf16(batch, QUERY_HEADS, HEAD_DIM) for _ in range(layers)]
+    outs = [torch.empty_like(query) for query in queries]
+    manager = filled_manager(keys, kept)
+    whole = clock.copies(2 * batch * KV_HEADS * length * HEAD_DIM * 2)
+    all_keys, all_values = slabs(length, whole), slabs(length, whole)
+
+    def attend() -> None:
+        for layer in range(layers):
+            manager.attend(layer, queries[layer], keys[layer], values[layer], out=outs[layer])
+
+    attend()
+    manager.synchronize()
+    graph = clock.capture(attend, warm_up=False)
+    ours = clock.alternate({"ours": graph.replay}, repeats, calls=layers)["ours"]
+
+    def rival_of(function: Callable[..., Tensor]) -> Callable[[], None]:
+        def rival() -> None:
+            for layer in range(whole):
+                function(queries[layer % layers], all_keys[layer], all_values[layer])
+
+        return rival
+
+    rivals = attention_rivals(options) | {"decode_attention": spectralkv.decode_attention}
+    captured, failed = clock.capture_all(
+        {name: rival_of(function) for name, function in rivals.items()}
+    )
+    timings = clock.alternate(replays(captured), repeats, calls=whole)
+    manager.refresh()
+    return Row(
+        bench="attend_kept",
+        case=f"B={batch} 20 % of S={length} bf16 Hq=32 Hkv=8 D=128 K=8, graph replay",
+        ours=ours,
+        rivals=timings,
+        figures={"kept": kept, **failed},
     )
 
 

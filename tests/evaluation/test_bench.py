@@ -149,7 +149,7 @@ def test_a_fused_cache_attends_to_all_its_slots_without_a_mask(
 
     def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         attended, weights = attend(module, query, key, value, mask, **options)
-        seen.append((query, key, value, mask, options["scaling"], attended))
+        seen.append((query, key.clone(), value.clone(), mask, options["scaling"], attended))
         return attended, weights
 
     monkeypatch.setattr(bench_caches, "_attend_fused", spy)
@@ -448,9 +448,7 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("cuda")
 def test_on_cuda_a_run_goes_on_where_something_does_not_fit() -> None:
     loaded = random_model("tiny", device="cuda")
-    config = replace(
-        SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "fused", "loop")
-    )
+    config = replace(SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "fused", "loop"))
     result = run_bench(loaded, config)
     assert {row.failure for row in result.rows} == {"does not fit"}
     (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("fused",))).rows

@@ -281,7 +281,7 @@ def _static(setting: Setting) -> Iterator[Subject]:
 
 @contextmanager
 def _fused(setting: Setting) -> Iterator[Subject]:
-    """A bound: no cache of the same size that keeps everything is faster with torch's kernels."""
+    """Give the bound: with torch's kernels no cache that keeps everything is faster."""
     from transformers import AttentionInterface
 
     name, model = "spectralkv_bench_fused", setting.model

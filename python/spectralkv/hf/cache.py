@@ -67,10 +67,10 @@ class EvictingCache(Cache):
         The policy :class:`spectralkv.policies.Spectral` can: it reads each key once for the
         attention and for its graph, and tokens stay in their slots. "auto": the policy on CUDA,
         and in a :class:`spectralkv.hf.DecodeLoop`, which needs it; the model on a CPU and where
-        the policy cannot. "policy": the policy, or an error that says what is in its way. "model": the model, always. Random walks draw where
-        they restart in the order of slots: what they keep is another sample of the same
-        distribution than with "model", and, since tokens take the slots of padding, than without
-        padding.
+        the policy cannot. "policy": the policy, or an error that says what is in its way.
+        "model": the model, always. Random walks draw where they restart in the order of slots:
+        what they keep is another sample of the same distribution than with "model", and, since
+        tokens take the slots of padding, than without padding.
 
     Raises
     ------
