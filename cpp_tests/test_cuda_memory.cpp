@@ -75,7 +75,8 @@ TEST(CudaMemory, IsGivenBackWhereThereIsTooLittle) {
   for (int i = 0; i < 3; ++i) {
     EXPECT_THROW(spectralkv::GraphManager(config, Decoder::walk_config()), CudaError);
   }
-  EXPECT_EQ(free_device_bytes(), before);
+  // More is free where the driver gave back what others had left to it, too.
+  EXPECT_GE(free_device_bytes(), before);
 }
 
 }  // namespace
