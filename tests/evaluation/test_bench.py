@@ -437,7 +437,8 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
         assert (row.split["side work"] > 0.0) == (row.budget is not None)
     assert all(row.batch > 1 for row in result.largest)
     assert result.flat is not None
-    assert abs(result.flat.begin_bytes - result.flat.end_bytes) < 1 << 21
+    # torch may have asked for another segment of 2 MiB.
+    assert abs(result.flat.begin_bytes - result.flat.end_bytes) <= 1 << 21
     monkeypatch.undo()
     bench_clock.free_memory(loaded.model.device)
     # A workspace of cuBLAS stays for each stream, captures' included.
@@ -448,7 +449,8 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("cuda")
 def test_on_cuda_a_run_goes_on_where_something_does_not_fit() -> None:
     loaded = random_model("tiny", device="cuda")
-    config = replace(SMALL, contexts=(1 << 16,), batch=1 << 16, caches=("dynamic", "fused", "loop"))
+    # Grids of kernels have at most 65,535 blocks along their second axis, for instance sequences.
+    config = replace(SMALL, contexts=(1 << 16,), batch=1 << 15, caches=("dynamic", "fused", "loop"))
     result = run_bench(loaded, config)
     assert {row.failure for row in result.rows} == {"does not fit"}
     (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("fused",))).rows
