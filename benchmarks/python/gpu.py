@@ -504,7 +504,7 @@ def compare_kept(clock: Clock, options: argparse.Namespace, batch: int, length: 
     attend()
     manager.synchronize()
     graph = clock.capture(attend, warm_up=False)
-    ours = clock.alternate({"ours": graph.replay}, repeats, calls=layers)["ours"]
+    ours = clock.alternate(replays({"ours": graph}), repeats, calls=layers)["ours"]
 
     def rival_of(function: Callable[..., Tensor]) -> Callable[[], None]:
         def rival() -> None:

@@ -64,6 +64,7 @@ def generate(model: Any, cache: Any, ids: torch.Tensor, count: int, **options: A
 
 
 def reload(cache: EvictingCache, model: Any, path: Path, **options: Any) -> EvictingCache:
+    options.setdefault("attention", "model")  # as make_cache has it
     cache.save(path)
     return EvictingCache.load(path, model.config, device=model.device, **options)
 

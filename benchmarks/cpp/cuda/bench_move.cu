@@ -267,6 +267,14 @@ class Comparison {
   bool ok_ = true;
 };
 
+/// The usual walk with walkers for all populations: what is solved exactly is the CPU's to rounding
+/// only.
+WalkConfig walking() {
+  WalkConfig walk;
+  for (Population& population : walk.populations) population.solver = Solver::walk;
+  return walk;
+}
+
 /// One manager and what it writes, in host vectors.
 class Subject {
  public:
@@ -275,7 +283,7 @@ class Subject {
         batch_(batch),
         device_(device),
         stream_(stream),
-        manager_(graph_config(1, inputs.length + 8, device), WalkConfig{}) {
+        manager_(graph_config(1, inputs.length + 8, device), walking()) {
     inputs.load(manager_, 0, batch, device);
     manager_.walk(0, {}, Stream{stream});
   }
