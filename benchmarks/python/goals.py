@@ -210,6 +210,7 @@ GOALS = (
             (
                 rf"\bB=?{batch}\b.*S=?65536|S=?65536.*\bB=?{batch}\b",
                 r"^(?!.*(layer|warm)).*bf16",
+                r"cluster",  # bench_update's, which times nothing else beside it
                 r"group=?4\b|Hq=?32\b",
                 r"D=?128\b",
                 r"K=?8\b",

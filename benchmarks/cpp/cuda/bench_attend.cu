@@ -203,7 +203,7 @@ void time_shape(const Shape& shape, double bandwidth) {
   };
   time("attend", bytes, [&](const Attended& one, auto stream) { one.attend(extent, stream); });
   time("attention", bytes, [](const Attended& one, auto stream) { one.attend_alone(stream); });
-  time("update", bytes / 2, [&](const Attended& one, auto stream) {
+  time("update_alone", bytes / 2, [&](const Attended& one, auto stream) {
     launch_update(one.layer.view(), one.layer.args(), extent, stream);
   });
 }
