@@ -388,6 +388,7 @@ TEST(PprWalk, AddsVisitsToDecayedScores) {
     WalkConfig walk{.decay = *given[0]};
     std::array<double, 2> decays;
     for (std::size_t p = 0; p < 2; ++p) {
+      walk.populations[p].solver = Solver::walk;  // exact scores are no whole visits
       walk.populations[p].decay = given[p + 1];
       decays[p] = given[p + 1].value_or(walk.decay);
     }
