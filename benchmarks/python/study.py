@@ -44,8 +44,10 @@ HALF_EXACT = [
     "spectral:populations=recent:edges:0.5+novelty:all:0.5:exact",
     "spectral:novelty_width=9,populations=recent:edges:0.6+novelty:all:0.4:exact",
     "spectral:populations=recent:edges:0.6::0.5+novelty:all:0.4:exact",
-    "spectral:edge_law=attention,top_k=16,"
-    "populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4:exact",
+    (
+        "spectral:edge_law=attention,top_k=16,"
+        "populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4:exact"
+    ),
 ]
 # Without the noise of walks.
 EXACT = [
