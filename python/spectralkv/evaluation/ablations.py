@@ -269,14 +269,19 @@ def _population_axis(name: str, title: str, values: Mapping[Any, tuple[Populatio
 
 
 def _populations(*parts: tuple[Any, ...]) -> tuple[Population, ...]:
-    """Return populations from (restart, count, share[, recent_fraction]); none of share 0."""
-    from spectralkv.config import Population
+    """Return populations from (restart, count, share[, recent_fraction]); none of share 0.
 
+    Each is solved as the default solves it, so that an axis varies what it names and nothing else.
+    """
+    from spectralkv.config import Population, WalkConfig
+
+    solvers = {one.restart: one.solver for one in WalkConfig().populations}
     return tuple(
         Population(
             restart=restart,
             count=count,
             share=share,
+            solver=solvers.get(restart, "walk"),
             **({"recent_fraction": recent[0]} if recent else {}),
         )
         for restart, count, share, *recent in parts

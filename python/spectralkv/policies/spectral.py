@@ -1,4 +1,4 @@
-"""Spectral: the tokens that random walks over the attention graph reach."""
+"""Spectral: the tokens that walks over the attention graph reach, random or solved exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Spectral(Policy):
     Each token points to the `top_k` tokens it attended to most. Walkers restart at a population's
     tokens with `restart_prob` and else follow an edge; the more often they arrive at a token, the
     longer it stays. By default six tenths of the budget go to what walks from recent tokens reach,
-    four to what is reached from phrases with distinctive keys, which is solved exactly.
+    four to what is reached from phrases with distinctive keys, which is solved exactly, so that no
+    noise parts a phrase.
 
     .. math:: \pi = p \, s + (1 - p) \, P^{\top} \pi
 
@@ -70,10 +71,10 @@ class Spectral(Policy):
     scope : {"head", "layer"}
         Whether each KV head has a graph or a layer's heads share one.
     solver : {"walk", "exact"}
-        Random walks, but for populations that say otherwise, or for all populations one
-        deterministic sweep: what infinitely many walks would find. On a CPU it is faster while a
-        head holds some thousand tokens. Text long after the first cut is kept better by walks,
-        whose noise lets heads keep different tokens.
+        Random walks, but for populations that say otherwise, as novelty does by default; or for
+        all populations one deterministic sweep: what infinitely many walks would find. On a CPU it
+        is faster while a head holds some thousand tokens. Text alone is kept better where novelty
+        walks, too (`populations=` without an exact one): noise lets heads keep different tokens.
     walk_interval : int
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
