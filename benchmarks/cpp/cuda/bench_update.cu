@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <functional>
 #include <memory>
+#include <numbers>
 #include <string>
 #include <vector>
 
@@ -206,19 +207,32 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
   }
 }
 
-void time_novelty(const Shape& shape, double bandwidth) {
+/// Of keys as they lie, or turned back as a model with rotary embeddings turned them.
+void time_novelty(const Shape& shape, bool turned, double bandwidth) {
   const std::vector<std::unique_ptr<Layer>> layers = layers_for(shape, false);
   const std::int64_t width = WalkConfig{}.novelty_width;
   const Buffer scratch(novelty_scratch(layers[0]->view(), width) * 4);
+  const int pairs = shape.dim / 2;
+  std::vector<double> revolutions(static_cast<std::size_t>(pairs));
+  for (int i = 0; i < pairs; ++i) {
+    revolutions[static_cast<std::size_t>(i)] =
+        std::pow(1e4, -static_cast<double>(i) / pairs) / (2.0 * std::numbers::pi);
+  }
+  const Buffer on_device(static_cast<std::int64_t>(revolutions.size() * sizeof(double)));
+  check(cudaMemcpy(on_device.as<void>(), revolutions.data(), revolutions.size() * sizeof(double),
+                   cudaMemcpyHostToDevice),
+        "cudaMemcpy");
+  const RotaryView rotary{
+      .revolutions = on_device.as<double>(), .pairs = turned ? pairs : 0, .interleaved = false};
   const Timing timing =
       measure({.calls = static_cast<int>(layers.size()), .warm_up = 3, .replays = 25},
               [&](int call, auto stream) {
                 const Layer& layer = *layers[static_cast<std::size_t>(call)];
-                launch_novelty(layer.view(), layer.keys(), {}, width, scratch.as<float>(),
+                launch_novelty(layer.view(), layer.keys(), rotary, width, scratch.as<float>(),
                                shape.length, stream);
               });
-  print_rate("novelty", shape.name(), timing, 2.0 * static_cast<double>(shape.key_bytes()),
-             bandwidth);
+  print_rate("novelty", shape.name() + (turned ? " turned back" : ""), timing,
+             2.0 * static_cast<double>(shape.key_bytes()), bandwidth);
 }
 
 /// What other plans would give.
@@ -269,7 +283,9 @@ void time_all(double bandwidth) {
   }
   for (const int batch : {1, 16}) {
     for (const std::int64_t length : {4096, 65536}) {
-      time_novelty({.batch = batch, .length = length}, bandwidth);
+      for (const bool turned : {false, true}) {
+        time_novelty({.batch = batch, .length = length}, turned, bandwidth);
+      }
     }
   }
 }
