@@ -44,6 +44,13 @@ def ask(option: str) -> str:
     return run(sys.executable, "-m", "spectralkv", option).strip()
 
 
+def cmake_program() -> str:
+    found = shutil.which("cmake")
+    if not found:
+        pytest.skip("no CMake on this machine")
+    return found
+
+
 def compiler() -> str:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not found:
@@ -111,9 +118,7 @@ def test_public_header_compiles_alone(header: Path, tmp_path: Path) -> None:
 
 
 def test_a_cmake_project_builds_against_the_installed_package(version: str, tmp_path: Path) -> None:
-    cmake = shutil.which("cmake")
-    if not cmake:
-        pytest.skip("no CMake on this machine")
+    cmake = cmake_program()
     run(
         cmake,
         *("-S", ROOT / "examples" / "embed", "-B", tmp_path),
@@ -127,6 +132,25 @@ def test_a_cmake_project_builds_against_the_installed_package(version: str, tmp_
     held = re.search(r"300 tokens seen, (\d+) held", shown)
     assert held
     assert 80 <= int(held[1]) < 112
+
+
+@pytest.mark.parametrize("build_type", ["", "Release"])
+def test_the_sources_in_another_project_are_a_library_alone(
+    build_type: str, tmp_path: Path
+) -> None:
+    shown = run(
+        cmake_program(),
+        *("-S", ROOT / "examples" / "embed", "-B", tmp_path),
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+        f"-DCMAKE_BUILD_TYPE={build_type}",
+        f"-DSPECTRALKV_SOURCE_DIR={ROOT}",
+        "-DSPECTRALKV_CUDA=OFF",
+        "-DSKBUILD=2",  # the other project is a Python package, of its own module
+    )
+    cache = (tmp_path / "CMakeCache.txt").read_text()
+    assert "SPECTRALKV_BUILD_PYTHON:BOOL=OFF" in cache
+    assert "SPECTRALKV_INSTALL:BOOL=OFF" in cache
+    assert ("CMAKE_BUILD_TYPE is empty" in shown) == (not build_type)
 
 
 @pytest.mark.parametrize("folder", ["src", "cpp_tests", "benchmarks/cpp", "python"])

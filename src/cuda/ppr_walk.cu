@@ -1,5 +1,4 @@
 // Personalized PageRank by random walks: the draws of src/cpu/ppr_walk.cpp, number for number.
-#include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 #include <curand_kernel.h>
 
@@ -10,7 +9,9 @@
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_tasks.cuh"
 #include "cuda/device/restart.cuh"
+#include "cuda/device/thread_cluster.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch_shape.h"
 
 namespace spectralkv::cuda {
 namespace {
@@ -29,6 +30,18 @@ constexpr std::int64_t kMostGridY = 65535;
 /// Thread blocks that runs are spread over before these grow.
 constexpr std::int64_t kRunBlocks = 128;
 constexpr int kAddThreads = 256;
+
+// Below sm_90 a launch begins when the one in front of it is done.
+__device__ void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ void wait_for_launch_in_front() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
 
 __host__ __device__ bool is_novelty(const WalkRules& rules, int population) {
   return rules.population[population].restart == static_cast<std::int32_t>(Restart::novelty);
@@ -69,15 +82,15 @@ __device__ std::int32_t first_slot_from(const std::int32_t* positions, std::int6
 
 /// Fills the table of one population of one graph; all threads of the cluster take part. Where
 /// slots ascend with positions and none is empty, a search takes the place of sums.
-__device__ void fill_restart_table(const cooperative_groups::cluster_group& cluster,
-                                   const LayerView& layer, const WalkRules& rules, std::int64_t b,
+__device__ void fill_restart_table(const LayerView& layer, const WalkRules& rules, std::int64_t b,
                                    std::int64_t g, int p) {
   __shared__ std::uint64_t warp_sums[kTableThreads / 32];
   __shared__ std::uint64_t totals[2];  // by turns: the other one may still be read
   const std::int64_t length = layer.counters->length;
   const RestartWeights weights = restart_weights(layer, rules, b, g, p);
   const RestartTable table = restart_table_of(layer, b, g, p);
-  const unsigned rank = cluster.block_rank();
+  const int cluster = cluster_size();
+  const int rank = cluster_rank();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
 
@@ -96,7 +109,7 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
   const std::int64_t group = layer.restart_group;
   const std::int64_t coarse = (length + group * kRestartBlock - 1) / (group * kRestartBlock);
   const std::int64_t blocks = coarse * group;
-  const std::int64_t a_round = std::int64_t{cluster.num_blocks()} * kTableThreads;
+  const std::int64_t a_round = std::int64_t{cluster} * kTableThreads;
   std::uint64_t carry = 0;
   for (std::int64_t start = 0, round = 0; start < blocks; start += a_round, ++round) {
     const std::int64_t block = start + std::int64_t{rank} * kTableThreads + threadIdx.x;
@@ -135,11 +148,11 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
       warp_sums[lane] = all;
       if (lane == 31) totals[round % 2] = all;
     }
-    cluster.sync();
+    cluster_sync(cluster);
     std::uint64_t total = carry;
     std::uint64_t in_front = carry;
-    for (unsigned r = 0; r < cluster.num_blocks(); ++r) {
-      const std::uint64_t its = *cluster.map_shared_rank(&totals[round % 2], r);
+    for (int r = 0; r < cluster; ++r) {
+      const std::uint64_t its = *copy_in_block(&totals[round % 2], r);
       if (r < rank) in_front += its;
       total += its;
     }
@@ -153,15 +166,15 @@ __device__ void fill_restart_table(const cooperative_groups::cluster_group& clus
   if (rank == 0 && threadIdx.x == 0) {
     *table.header = {.total = carry, .first = 0, .coarse = static_cast<std::int32_t>(coarse)};
   }
-  cluster.sync();  // others may still read this block's totals
+  cluster_sync(cluster);  // others may still read this block's totals
 }
 
 /// Zeroes the slots [0, length) of an array; all threads of the cluster take part.
 template <class T>
-__device__ void clear(const cooperative_groups::cluster_group& cluster, T* values,
-                      std::int64_t length, bool aligned) {
-  const std::int64_t threads = std::int64_t{cluster.num_blocks()} * kTableThreads;
-  const std::int64_t thread = std::int64_t{cluster.block_rank()} * kTableThreads + threadIdx.x;
+__device__ void clear(T* values, std::int64_t length, bool aligned) {
+  const int cluster = cluster_size();
+  const std::int64_t threads = std::int64_t{cluster} * kTableThreads;
+  const std::int64_t thread = std::int64_t{cluster_rank()} * kTableThreads + threadIdx.x;
   const std::int64_t quads = aligned ? length / 4 : 0;
   for (std::int64_t i = thread; i < quads; i += threads) {
     reinterpret_cast<uint4*>(values)[i] = uint4{};
@@ -174,10 +187,9 @@ __device__ void clear(const cooperative_groups::cluster_group& cluster, T* value
 template <bool kOne>
 __global__ void __launch_bounds__(kTableThreads)
     prepare_kernel(Launch launch, LayerView shape, WalkRules rules, bool walks) {
-  cudaTriggerProgrammaticLaunchCompletion();
-  const auto cluster = cooperative_groups::this_cluster();
+  let_next_launch_begin();
   GraphTask task;
-  if (!find<kOne>(launch, shape, blockIdx.x / cluster.num_blocks(), task)) return;
+  if (!find<kOne>(launch, shape, static_cast<unsigned>(cluster_index()), task)) return;
   const LayerView& layer = layer_of<kOne>(launch, shape, task);
   const std::int64_t b = task.sequence;
   const std::int64_t length = layer.counters->length;
@@ -186,14 +198,14 @@ __global__ void __launch_bounds__(kTableThreads)
   if (walks) {
     const bool aligned = layer.capacity % 4 == 0;
     if (layer.visits != nullptr) {
-      clear(cluster, visits_of(layer, b, task.graph, task.population), length, aligned);
+      clear(visits_of(layer, b, task.graph, task.population), length, aligned);
     } else {
-      clear(cluster, scores_of(layer, b, task.graph, task.population), length, aligned);
+      clear(scores_of(layer, b, task.graph, task.population), length, aligned);
     }
   }
   if (walks && dense) return;  // walkers find their way alone
   if (walks && is_novelty(rules, task.population)) return;
-  fill_restart_table(cluster, layer, rules, b, task.graph, task.population);
+  fill_restart_table(layer, rules, b, task.graph, task.population);
 }
 
 constexpr std::int32_t kNone = -1;   ///< a number that means no edge
@@ -437,7 +449,7 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
           .total = static_cast<std::uint64_t>(length - first), .first = first, .coarse = 0};
       return fault == 0;
     }
-    cudaGridDependencySynchronize();
+    wait_for_launch_in_front();
     read_table();
   }
   while_waiting();
@@ -481,7 +493,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
     position = walk.edges.position(node);
     drawn = walk.edges.draw(node, number.y);
   }
-  cudaGridDependencySynchronize();
+  wait_for_launch_in_front();
   const auto steps = static_cast<std::uint64_t>(rules.walk_length);
   for (std::uint64_t step = 0; step < steps; ++step) {
     if (step % 2 == 0) four = walk.numbers(walker, step / 2 + 1);
@@ -577,7 +589,7 @@ __global__ void __launch_bounds__(kMostRunThreads)
         goes_on_next = follows_at(at + 1, next_number);
       }
     }
-    if (begin == 0) cudaGridDependencySynchronize();
+    if (begin == 0) wait_for_launch_in_front();
     if (!runs) continue;
     if (restarts_here && walk.counts_restarts) walk.visit(node);
     while (goes_on) {
@@ -638,8 +650,9 @@ __global__ void __launch_bounds__(kAddThreads)
 
 void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRules& rules,
                     std::int64_t graphs, std::int64_t extent, bool walks, cudaStream_t stream) {
+  const unsigned most = device_attribute(cudaDevAttrClusterLaunch) != 0 ? kMostTableCluster : 1;
   unsigned cluster = 1;
-  while (cluster < kMostTableCluster && cluster * kTableSlots < extent) cluster *= 2;
+  while (cluster < most && cluster * kTableSlots < extent) cluster *= 2;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {.x = cluster, .y = 1, .z = 1};
@@ -648,7 +661,7 @@ void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRule
   config.blockDim = dim3(kTableThreads);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config,
                            launch.layers == nullptr ? prepare_kernel<true> : prepare_kernel<false>,
                            launch, shape, rules, walks),
@@ -691,7 +704,7 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
   config.blockDim = dim3(kWalkThreads);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
   auto* kernel = walk_kernel<kTopK, kLaw>;
   if (few) {
     kernel = walk_runs_kernel<kTopK, kLaw>;

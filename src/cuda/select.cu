@@ -7,6 +7,7 @@
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_rows.cuh"
 #include "cuda/device/thread_cluster.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
@@ -79,9 +80,9 @@ __device__ int sum_before(int value, int* warps, int& all) {
   __syncthreads();
   if (lane == 31) warps[warp] = sum;
   __syncthreads();
-  const int of_warp = warps[lane];
-  all = __reduce_add_sync(kAllLanes, of_warp);
-  return __reduce_add_sync(kAllLanes, lane < warp ? of_warp : 0) + sum - value;
+  const auto of_warp = static_cast<std::uint32_t>(warps[lane]);
+  all = static_cast<int>(warp_add(of_warp));
+  return static_cast<int>(warp_add(lane < warp ? of_warp : 0)) + sum - value;
 }
 
 /// Sums of two numbers of each thread over the cluster, and over the blocks in front of this one.

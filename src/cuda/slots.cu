@@ -4,6 +4,7 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_rows.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
@@ -338,8 +339,8 @@ __global__ void __launch_bounds__(kWideThreads)
   __shared__ unsigned long long sums[2];
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
-  const unsigned own_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(own));
-  const unsigned first_warp = __reduce_add_sync(kAllLanes, static_cast<unsigned>(of_first));
+  const unsigned own_warp = warp_add(static_cast<unsigned>(own));
+  const unsigned first_warp = warp_add(static_cast<unsigned>(of_first));
   if (threadIdx.x % 32 == 0) {
     atomicAdd(&sums[0], static_cast<unsigned long long>(own_warp));
     atomicAdd(&sums[1], static_cast<unsigned long long>(first_warp));
@@ -499,8 +500,8 @@ __global__ void __launch_bounds__(kWideThreads)
     ++mine;
     lowest = min(lowest, static_cast<unsigned>(position));
   }
-  mine = __reduce_add_sync(kAllLanes, mine);
-  lowest = __reduce_min_sync(kAllLanes, lowest);
+  mine = warp_add(mine);
+  lowest = warp_min(lowest);
   if (threadIdx.x % 32 == 0) {
     atomicAdd(&found_in_block, mine);
     atomicMin(&oldest_in_block, lowest);

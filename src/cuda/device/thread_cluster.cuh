@@ -49,6 +49,16 @@ __device__ inline void cluster_sync(int cluster) {
   __syncthreads();
 }
 
+/// Where block `rank` of the cluster has its copy of `address`, which lies in shared memory.
+template <class T>
+__device__ T* copy_in_block(T* address, [[maybe_unused]] int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(address, static_cast<unsigned>(rank)));
+#else
+  return address;
+#endif
+}
+
 /// In shared memory.
 struct Mailbox {
   std::uint64_t barrier;

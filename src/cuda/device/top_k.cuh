@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/device/warp.cuh"
+
 namespace spectralkv::cuda {
 
 /// A value and its slot as one number, so that of equal values the lower slot is the higher. 0 is
@@ -18,19 +20,6 @@ __device__ inline float value_of(std::uint64_t candidate) {
 __device__ inline std::int32_t slot_of(std::uint64_t candidate) {
   return static_cast<std::int32_t>(~static_cast<std::uint32_t>(candidate));
 }
-
-__device__ inline std::uint32_t warp_max(std::uint32_t value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(0xffffffffU, value);
-#else
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = max(value, __shfl_xor_sync(0xffffffffU, value, offset));
-  }
-  return value;
-#endif
-}
-
-__device__ inline std::uint32_t warp_min(std::uint32_t value) { return ~warp_max(~value); }
 
 inline constexpr int kMostTopKThreads = 512;
 
