@@ -267,14 +267,6 @@ class Comparison {
   bool ok_ = true;
 };
 
-/// The usual walk with walkers for all populations: what is solved exactly is the CPU's to rounding
-/// only.
-WalkConfig walking() {
-  WalkConfig walk;
-  for (Population& population : walk.populations) population.solver = Solver::walk;
-  return walk;
-}
-
 /// One manager and what it writes, in host vectors.
 class Subject {
  public:

@@ -493,11 +493,7 @@ GraphManager manager_of(const Law& law, std::int64_t layers, std::int64_t heads,
 
 /// The usual populations, and all of them walking.
 const std::vector<Population> kUsual = WalkConfig{}.populations;
-const std::vector<Population> kWalking = [] {
-  std::vector<Population> populations = kUsual;
-  for (Population& one : populations) one.solver = Solver::walk;
-  return populations;
-}();
+const std::vector<Population> kWalking = walking().populations;
 const std::vector<Population> kRecent{{.restart = Restart::recent, .count = VisitCount::edges}};
 
 void time_one_graph() {

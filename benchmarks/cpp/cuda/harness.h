@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/cuda_check.h"
+#include "spectralkv/config.h"
 
 namespace spectralkv::bench {
 
@@ -162,6 +163,14 @@ inline void print(std::string_view bench, std::string_view shape, const Timing& 
   for (const auto& [name, value] : figures) std::printf(", \"%s\": %.6g", name, value);
   std::printf("}\n");
   std::fflush(stdout);
+}
+
+/// The usual walk with walkers for all populations: what is solved exactly is the CPU's to rounding
+/// only, and takes no steps.
+inline WalkConfig walking() {
+  WalkConfig walk;
+  for (Population& population : walk.populations) population.solver = Solver::walk;
+  return walk;
 }
 
 }  // namespace spectralkv::bench
