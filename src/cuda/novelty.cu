@@ -205,6 +205,58 @@ struct Reader {
   }
 };
 
+/// Keys as they lie.
+template <class Reader>
+struct Plain {
+  using R = Reader;
+  static constexpr bool kReadsPositions = false;
+  static constexpr int kBlocks = 2;  ///< of a multiprocessor, at least
+
+  __device__ Plain(const RotaryView& /*rotary*/, int /*member*/) {}
+  __device__ void take(const typename Reader::Slice& values, int row, std::int32_t /*position*/,
+                       float (&out)[Reader::kHeld]) const {
+#pragma unroll
+    for (int i = 0; i < Reader::kHeld; ++i) out[i] = values(row, i);
+  }
+};
+
+/// Keys that were turned, element i with the one half a key behind it, turned back. A slice of the
+/// reader is a whole key in two chunks, so a lane holds both elements of its pairs.
+template <class Reader>
+struct Unturned {
+  using R = Reader;
+  static constexpr bool kReadsPositions = true;
+  static constexpr int kBlocks = 2;
+  static_assert(Reader::kChunks == 2);
+
+  std::uint64_t steps[Reader::kVector];  ///< of a position, in units of 2^-64 revolutions
+
+  __device__ Unturned(const RotaryView& rotary, int member) {
+#pragma unroll
+    for (int i = 0; i < Reader::kVector; ++i) {
+      const double revolutions = rotary.revolutions[Reader::column(member, i)];
+      steps[i] = __double2ull_rn((revolutions - floor(revolutions)) * 0x1p64);
+    }
+  }
+  __device__ void take(const typename Reader::Slice& values, int row, std::int32_t position,
+                       float (&out)[Reader::kHeld]) const {
+    constexpr float kRadians = 6.28318530717958647692F / 0x1p32F;
+#pragma unroll
+    for (int i = 0; i < Reader::kVector; ++i) {
+      // Whole revolutions fall off at the upper end; what is left lies in [-pi, pi), where the
+      // quick sine and cosine are off by less than 2^-21.
+      const std::uint64_t turn = static_cast<std::uint32_t>(position) * steps[i];
+      const float angle = static_cast<float>(static_cast<std::int32_t>(turn >> 32U)) * kRadians;
+      const float sine = __sinf(angle);
+      const float cosine = __cosf(angle);
+      const float x = values(row, i);
+      const float y = values(row, i + Reader::kVector);
+      out[i] = x * cosine + y * sine;
+      out[i + Reader::kVector] = y * cosine - x * sine;
+    }
+  }
+};
+
 /// The slots of a block of (B, Hkv, splits).
 struct Part {
   std::int64_t head;  ///< of all sequences
@@ -225,9 +277,10 @@ struct Part {
 };
 
 /// Inverse norms, and the sum of a part's directions.
-template <class Reader>
-__global__ void __launch_bounds__(kThreads, 2)
-    directions_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+template <class Way>
+__global__ void __launch_bounds__(kThreads, Way::kBlocks)
+    directions_kernel(LayerView layer, TokensView keys, RotaryView rotary, Scratch scratch) {
+  using Reader = typename Way::R;
   using T = typename Reader::T;
   __shared__ float team_sums[kWarps * Reader::kTeams][Reader::kWidth];
   if (has_fault(layer)) return;
@@ -240,6 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
+  const Way way(rotary, member);
   constexpr int kStep = kWarps * Reader::kBatch;
   const int first_of_team = part.begin + warp * Reader::kBatch + team * kRows;
   for (int base = 0; base < dim; base += Reader::kWidth) {
@@ -290,8 +344,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         const float scale =
             __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
         if (scale < 0.0F) continue;
+        float row[Reader::kHeld];
+        way.take(values, r, Way::kReadsPositions ? positions[first + r] : 0, row);
 #pragma unroll
-        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(values(r, i), scale, sums[i]);
+        for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(row[i], scale, sums[i]);
       }
     }
 #pragma unroll
@@ -478,9 +534,10 @@ __global__ void __launch_bounds__(kMeanThreads) mean_kernel(LayerView layer, Scr
   for (int d = thread; d < dim; d += width) direction[d] *= inverse;
 }
 
-template <class Reader>
-__global__ void __launch_bounds__(kThreads, 2)
-    distances_kernel(LayerView layer, TokensView keys, Scratch scratch) {
+template <class Way>
+__global__ void __launch_bounds__(kThreads, Way::kBlocks)
+    distances_kernel(LayerView layer, TokensView keys, RotaryView rotary, Scratch scratch) {
+  using Reader = typename Way::R;
   using T = typename Reader::T;
   if (has_fault(layer)) return;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -489,10 +546,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int member = lane % Reader::kTeam;
   const Part part(layer, scratch.splits);
   const int dim = layer.head_dim;
+  const std::int32_t* const positions = positions_of(layer, part.b, part.h / layer.heads_per_graph);
   const T* const key_of_head = key_at<T>(keys, part.b, part.h, 0);
   const float* const inverse_norms = scratch.inverse_norms + part.head * layer.capacity;
   const float* const directions = scratch.directions + part.head * dim;
   float* const distances = scratch.distances + part.head * layer.capacity;
+  const Way way(rotary, member);
   float direction[Reader::kHeld];
   const auto load_direction = [&](int base) {
 #pragma unroll
@@ -514,10 +573,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto add_slice = [&](const typename Reader::Slice& values) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        float row[Reader::kHeld];
+        way.take(values, r, Way::kReadsPositions ? positions[min(first + r, part.end - 1)] : 0,
+                 row);
 #pragma unroll
-        for (int i = 0; i < Reader::kHeld; ++i) {
-          dots[r] = fmaf(values(r, i), direction[i], dots[r]);
-        }
+        for (int i = 0; i < Reader::kHeld; ++i) dots[r] = fmaf(row[i], direction[i], dots[r]);
       }
     };
     if (!Reader::kAhead) Reader::load(keys, key_of_head, first, part.end, 0, dim, next);
@@ -757,19 +817,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class Reader>
-void launch_reader(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
-                   cudaStream_t stream) {
+template <class Way>
+void launch_way(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
+                const Scratch& scratch, cudaStream_t stream) {
   const auto heads = static_cast<unsigned>(layer.batch * layer.heads);
   const unsigned parts = heads * static_cast<unsigned>(scratch.splits);
-  directions_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  directions_kernel<Way><<<parts, kThreads, 0, stream>>>(layer, keys, rotary, scratch);
   check(cudaGetLastError(), "directions_kernel");
   mean_kernel<<<heads, kMeanThreads, 0, stream>>>(layer, scratch);
   check(cudaGetLastError(), "mean_kernel");
-  distances_kernel<Reader><<<parts, kThreads, 0, stream>>>(layer, keys, scratch);
+  distances_kernel<Way><<<parts, kThreads, 0, stream>>>(layer, keys, rotary, scratch);
   check(cudaGetLastError(), "distances_kernel");
 }
 
+/// Any shape.
 template <class T>
 void launch_turned(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
                    const Scratch& scratch, cudaStream_t stream) {
@@ -784,21 +845,41 @@ void launch_turned(const LayerView& layer, const TokensView& keys, const RotaryV
 }
 
 template <class T>
-void launch_as(const LayerView& layer, const TokensView& keys, const Scratch& scratch,
-               cudaStream_t stream) {
+void launch_as(const LayerView& layer, const TokensView& keys, const RotaryView& rotary,
+               const Scratch& scratch, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const auto is_aligned = [&](std::int64_t stride) { return stride % kVector == 0; };
   const bool wide = is_aligned(layer.head_dim) && is_aligned(keys.sequence_stride) &&
                     is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
                     reinterpret_cast<std::uintptr_t>(keys.data) % 16 == 0;
+  if (rotary.pairs > 0) {
+    const auto launch = [&]<int kElements, int kTeam>() {
+      launch_way<Unturned<Reader<T, kElements, kTeam, 2>>>(layer, keys, rotary, scratch, stream);
+    };
+    const bool halves = wide && !rotary.interleaved && 2 * rotary.pairs == layer.head_dim;
+    // A team has at least as many lanes as it looks at slots.
+    if (halves && rotary.pairs == 32) {
+      launch.template operator()<4, 8>();
+    } else if (halves && rotary.pairs == 64) {
+      launch.template operator()<kVector, 64 / kVector>();
+    } else if (halves && rotary.pairs == 128) {
+      launch.template operator()<kVector, 128 / kVector>();
+    } else {
+      launch_turned<T>(layer, keys, rotary, scratch, stream);
+    }
+    return;
+  }
+  const auto launch = [&]<class One>() {
+    launch_way<Plain<One>>(layer, keys, rotary, scratch, stream);
+  };
   if (!wide) {
-    launch_reader<Reader<T, 1, 32, 8>>(layer, keys, scratch, stream);
+    launch.template operator()<Reader<T, 1, 32, 8>>();
   } else if (layer.head_dim <= 64) {
-    launch_reader<Reader<T, kVector, 64 / kVector, 1>>(layer, keys, scratch, stream);
+    launch.template operator()<Reader<T, kVector, 64 / kVector, 1>>();
   } else if (layer.head_dim <= 128) {
-    launch_reader<Reader<T, kVector, 128 / kVector, 1>>(layer, keys, scratch, stream);
+    launch.template operator()<Reader<T, kVector, 128 / kVector, 1>>();
   } else {
-    launch_reader<Reader<T, kVector, 32, 8 / kVector>>(layer, keys, scratch, stream);
+    launch.template operator()<Reader<T, kVector, 32, 8 / kVector>>();
   }
 }
 
@@ -812,13 +893,7 @@ void launch_novelty(const LayerView& layer, const TokensView& keys, const Rotary
                     std::int64_t width, float* scratch, std::int64_t extent, cudaStream_t stream) {
   if (layer.batch == 0 || extent == 0) return;
   const Scratch parts = scratch_of(layer, width, scratch);
-  const auto launch = [&]<class T>(T) {
-    if (rotary.pairs > 0) {
-      launch_turned<T>(layer, keys, rotary, parts, stream);
-    } else {
-      launch_as<T>(layer, keys, parts, stream);
-    }
-  };
+  const auto launch = [&]<class T>(T) { launch_as<T>(layer, keys, rotary, parts, stream); };
   switch (keys.dtype) {
     case DType::f16:
       launch(__half{});
