@@ -182,6 +182,12 @@ struct Reader {
   /// Row whose sum a lane gets from `sum_rows`.
   __device__ static int row_of_member(int member) { return member / (kTeam / kRows); }
 
+  /// What the lane has that gets the sum of a row.
+  template <class Value>
+  __device__ static Value of_row(Value value, int row) {
+    return __shfl_sync(0xffffffffU, value, row * (kTeam / kRows), kTeam);
+  }
+
   /// Sums each row over the lanes of a team.
   __device__ static float sum_rows(float (&rows)[kRows]) {
     const int member = static_cast<int>(threadIdx.x) % kTeam;
@@ -226,7 +232,7 @@ template <class Reader>
 struct Unturned {
   using R = Reader;
   static constexpr bool kReadsPositions = true;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = sizeof(typename Reader::T) == 2 ? 2 : 1;
   static_assert(Reader::kChunks == 2);
 
   std::uint64_t steps[Reader::kVector];  ///< of a position, in units of 2^-64 revolutions
@@ -309,6 +315,7 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
         Reader::load(keys, key_of_head, first + kStep, part.end, base, dim, next);
       }
       const int slot = first + Reader::row_of_member(member);
+      const std::int32_t position = positions[min(slot, part.end - 1)];
       float inverse = -1.0F;
       if (base == 0) {
         float squares[kRows];
@@ -333,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
         }
         const float norm2 = Reader::sum_rows(squares);
         if (slot < part.end) {
-          inverse = inverse_norm(norm2, positions[slot]);
+          inverse = inverse_norm(norm2, position);
           if (member % (Reader::kTeam / kRows) == 0) inverse_norms[slot] = inverse;
         }
       } else if (slot < part.end) {
@@ -341,11 +348,11 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float scale =
-            __shfl_sync(0xffffffffU, inverse, r * (Reader::kTeam / kRows), Reader::kTeam);
+        const float scale = Reader::of_row(inverse, r);
+        const std::int32_t place = Way::kReadsPositions ? Reader::of_row(position, r) : 0;
         if (scale < 0.0F) continue;
         float row[Reader::kHeld];
-        way.take(values, r, Way::kReadsPositions ? positions[first + r] : 0, row);
+        way.take(values, r, place, row);
 #pragma unroll
         for (int i = 0; i < Reader::kHeld; ++i) sums[i] = fmaf(row[i], scale, sums[i]);
       }
@@ -569,13 +576,15 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
     Reader::load(keys, key_of_head, first_of_team, part.end, 0, dim, next);
   }
   for (int first = first_of_team; first - team * kRows < part.end; first += kStep) {
+    const int slot = first + Reader::row_of_member(member);
+    const std::int32_t position = Way::kReadsPositions ? positions[min(slot, part.end - 1)] : 0;
     float dots[kRows] = {};
     const auto add_slice = [&](const typename Reader::Slice& values) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
+        const std::int32_t place = Way::kReadsPositions ? Reader::of_row(position, r) : 0;
         float row[Reader::kHeld];
-        way.take(values, r, Way::kReadsPositions ? positions[min(first + r, part.end - 1)] : 0,
-                 row);
+        way.take(values, r, place, row);
 #pragma unroll
         for (int i = 0; i < Reader::kHeld; ++i) dots[r] = fmaf(row[i], direction[i], dots[r]);
       }
@@ -596,7 +605,6 @@ __global__ void __launch_bounds__(kThreads, Way::kBlocks)
       load_direction(0);
     }
     const float dot = Reader::sum_rows(dots);
-    const int slot = first + Reader::row_of_member(member);
     if (slot >= part.end || member % (Reader::kTeam / kRows) != 0) continue;
     const float inverse = inverse_norms[slot];
     if (inverse < 0.0F) continue;
@@ -853,17 +861,19 @@ void launch_as(const LayerView& layer, const TokensView& keys, const RotaryView&
                     is_aligned(keys.head_stride) && is_aligned(keys.token_stride) &&
                     reinterpret_cast<std::uintptr_t>(keys.data) % 16 == 0;
   if (rotary.pairs > 0) {
-    const auto launch = [&]<int kElements, int kTeam>() {
-      launch_way<Unturned<Reader<T, kElements, kTeam, 2>>>(layer, keys, rotary, scratch, stream);
+    const auto launch = [&]<int kPairsOfKey>() {
+      // Four pairs a lane: more would not fit into registers, and a team has at least as many lanes
+      // as it looks at slots.
+      using Halves = Reader<T, 4, kPairsOfKey / 4, 2>;
+      launch_way<Unturned<Halves>>(layer, keys, rotary, scratch, stream);
     };
     const bool halves = wide && !rotary.interleaved && 2 * rotary.pairs == layer.head_dim;
-    // A team has at least as many lanes as it looks at slots.
     if (halves && rotary.pairs == 32) {
-      launch.template operator()<4, 8>();
+      launch.template operator()<32>();
     } else if (halves && rotary.pairs == 64) {
-      launch.template operator()<kVector, 64 / kVector>();
+      launch.template operator()<64>();
     } else if (halves && rotary.pairs == 128) {
-      launch.template operator()<kVector, 128 / kVector>();
+      launch.template operator()<128>();
     } else {
       launch_turned<T>(layer, keys, rotary, scratch, stream);
     }
