@@ -387,6 +387,9 @@ def test_texts_that_do_not_fit_get_one_line(
     model = ["-m", str(model_folder), "--output", str(tmp_path / "out")]
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--budget", "80")
     assert "too short: 90 tokens leave 10 to score" in line
+    early = ["--budget", "80", "--first-scored", "79"]
+    line = refused(capsys, "evaluate", "perplexity", str(path), *model, *early)
+    assert "must be 80 or later" in line
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--budget", "0.2")
     assert "55, got 18" in line
     line = refused(capsys, "evaluate", "perplexity", str(path), *model, "--name", "a/b")

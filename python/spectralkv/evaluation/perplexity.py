@@ -438,7 +438,9 @@ def exact_budget_check(label: str, budget: int | None) -> BudgetCheck:
     return BudgetCheck(label, budget)
 
 
-def scored_range(lengths: Sequence[int], budgets: Sequence[int]) -> int:
+def scored_range(
+    lengths: Sequence[int], budgets: Sequence[int], *, wanted: int | None = None
+) -> int:
     """Return the position of the first scored token of a comparison.
 
     Parameters
@@ -447,23 +449,35 @@ def scored_range(lengths: Sequence[int], budgets: Sequence[int]) -> int:
         Tokens of each sequence.
     budgets : sequence of int
         All budgets that will be compared; empty for the full cache alone.
+    wanted : int or None
+        Where to begin, so that runs at other budgets score the same tokens; None: as early as
+        possible.
 
     Returns
     -------
     int
-        ``max(budgets)``, and at least 1, since nothing predicts token 0.
+        `wanted`, or ``max(budgets)`` and at least 1, since nothing predicts token 0.
 
     Raises
     ------
     EvaluationError
-        A sequence is too short to leave `MIN_SCORED_TOKENS` tokens.
+        `wanted` comes before the largest budget has filled, or a sequence is too short to leave
+        `MIN_SCORED_TOKENS` tokens.
     """
     first = max(1, *budgets) if budgets else 1
+    if wanted is not None:
+        if wanted < first:
+            raise EvaluationError(
+                f"the first scored token must be {first} or later, where the largest budget has "
+                f"filled, got {wanted}"
+            )
+        first = wanted
     shortest = min(lengths)
     if shortest - first < MIN_SCORED_TOKENS:
         raise EvaluationError(
             f"the text is too short: {shortest} tokens leave {max(0, shortest - first)} to score "
-            f"after a budget of {first} tokens has filled, at least {MIN_SCORED_TOKENS} are needed"
+            f"from token {first} on, where all budgets have filled, at least {MIN_SCORED_TOKENS} "
+            "are needed"
         )
     return first
 

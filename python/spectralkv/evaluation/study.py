@@ -363,16 +363,27 @@ def check_context(model: Any, corpora: Mapping[str, Sequences]) -> None:
         )
 
 
-def first_scored(corpora: Mapping[str, Sequences], jobs: Sequence[Job]) -> int:
+def first_scored(
+    corpora: Mapping[str, Sequences], jobs: Sequence[Job], *, wanted: int | None = None
+) -> int:
     """Return the position of the first scored token, the same for all jobs and sequences.
+
+    Parameters
+    ----------
+    corpora : mapping
+        Sequences by the name of their text.
+    jobs : sequence of Job
+        What will run.
+    wanted : int or None
+        The position, if it is to be later than where the largest budget has filled.
 
     Raises
     ------
     EvaluationError
-        A sequence is too short for the largest budget.
+        A sequence is too short for the largest budget, or `wanted` comes before it.
     """
     budgets = [job.policy.budget for job in jobs if job.policy.budget is not None]
-    return scored_range(sequence_lengths(corpora), budgets)
+    return scored_range(sequence_lengths(corpora), budgets, wanted=wanted)
 
 
 class _Foresights:

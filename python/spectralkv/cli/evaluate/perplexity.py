@@ -66,6 +66,13 @@ def perplexity(
     stride: StrideOption = None,
     batch: shared.BatchOption = 1,
     chunk: shared.ChunkOption = 32,
+    first_scored: Annotated[
+        int | None,
+        typer.Option(
+            help="Position of the first scored token, for runs that are compared at other budgets.",
+            show_default="the largest budget",
+        ),
+    ] = None,
     interval: shared.IntervalOption = 32,
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
@@ -82,7 +89,7 @@ def perplexity(
     """Stream texts through evicting caches and report their perplexity.
 
     The full cache is always run too, and all runs are scored on the same tokens: those after the
-    largest budget has filled. An interrupted run goes on when it is called again.
+    largest budget has filled, or from --first-scored on. An interrupted run goes on when it is called again.
     """
     from spectralkv import evaluation
     from spectralkv.evaluation import plots, report, study
@@ -109,7 +116,7 @@ def perplexity(
     shortest = min(study.sequence_lengths(cut))
     jobs = study.policy_jobs(specs, wanted, settings, length=shortest)
     jobs += study.limit_jobs(horizons, wanted, settings, length=shortest, chunk=chunk)
-    first = study.first_scored(cut, jobs)
+    first = study.first_scored(cut, jobs, wanted=first_scored)
     run = evaluation.RunFile.open(
         path,
         kind="perplexity",
