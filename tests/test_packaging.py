@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,20 @@ def test_every_cpp_file_is_listed_in_the_build(folder: str) -> None:
     sources = [path for path in (ROOT / folder).rglob("*") if path.suffix in {".cpp", ".cu"}]
     assert sources
     assert not [str(path.relative_to(ROOT)) for path in sources if not is_listed(path)]
+
+
+def test_the_source_archive_holds_what_a_build_and_the_tests_read(tmp_path: Path) -> None:
+    pytest.importorskip("scikit_build_core")
+    tree = tmp_path / "tree"
+    made = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", *made))
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, tmp_path, cwd=tree)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    files = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    pages = ("benchmarks/results/", "docs/evaluation/", "docs/images/", "tests/test_docs.py")
+    assert files - held == {name for name in files if name.startswith((".ci/", ".github/", *pages))}
 
 
 def test_importing_the_package_imports_no_framework() -> None:
