@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spectralkv.hf import SpectralCache
+from spectralkv.hf import SpectralCache, cache_argument
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -22,7 +22,7 @@ tokenizer = AutoTokenizer.from_pretrained(options.model)
 inputs = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt")
 
 cache = SpectralCache(model.config, budget=options.budget)  # the one line that is new
-output = model.generate(**inputs, past_key_values=cache, max_new_tokens=options.new_tokens)
+output = model.generate(**inputs, **cache_argument(cache), max_new_tokens=options.new_tokens)
 
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
 stats = cache.stats()

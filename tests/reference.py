@@ -12,6 +12,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
+from spectralkv.hf import cache_argument
+
 # -- eviction by masking: a full cache in which evicted tokens are never looked at
 
 DENSE = "dense_reference"
@@ -83,7 +85,7 @@ def dense_run(
                 chunk,
                 attention_mask=mask[:, :end],
                 position_ids=position_ids[:, seen:end],
-                past_key_values=cache,
+                **cache_argument(cache),
             )
         logits.append(output.logits)
         seen = end

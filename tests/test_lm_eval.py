@@ -14,6 +14,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.api.task import ConfigurableTask
 
 from spectralkv import policies
+from spectralkv.hf import EvictingCache
 from spectralkv.lm_eval import SpectralLM
 
 
@@ -68,7 +69,7 @@ def test_a_task_is_generated_in_evicting_caches(
     generate = lm.model.generate
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        caches.append(kwargs["past_key_values"])
+        caches.extend(one for one in kwargs.values() if isinstance(one, EvictingCache))
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(lm.model, "generate", watched)

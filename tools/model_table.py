@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from spectralkv.hf import SpectralCache
+from spectralkv.hf import SpectralCache, cache_argument
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 VOCABULARY = 97
@@ -152,7 +152,7 @@ def _feed(model: Any, cache: Any) -> torch.Tensor:
     ids = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
     chunks = ids.split([PROMPT, *[1] * (TOKENS - PROMPT)], dim=1)
     with torch.no_grad():
-        return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], 1)
+        return torch.cat([model(chunk, **cache_argument(cache)).logits for chunk in chunks], 1)
 
 
 def _reason(error: Exception) -> str:

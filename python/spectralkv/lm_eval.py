@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache
+from spectralkv.hf import EvictingCache, cache_argument
 
 __all__ = ["SpectralLM"]
 
@@ -49,7 +49,7 @@ class SpectralLM(HFLM):  # type: ignore[misc]
     ) -> torch.Tensor:
         cache = EvictingCache(self.model.config, self._policy)
         generated: torch.Tensor = super()._model_generate(
-            context, max_length, stop, past_key_values=cache, **generation_kwargs
+            context, max_length, stop, **cache_argument(cache), **generation_kwargs
         )
         return generated
 

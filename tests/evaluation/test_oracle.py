@@ -33,7 +33,7 @@ from spectralkv.evaluation.oracle_graph import (
     select_by_shares,
 )
 from spectralkv.evaluation.runs import RunFile
-from spectralkv.hf import EvictingCache, EvictionEvent
+from spectralkv.hf import EvictingCache, EvictionEvent, cache_argument
 from spectralkv.hf.rotary import rotary_of
 from tiny_models import make_config, make_model, random_ids
 
@@ -110,7 +110,7 @@ def test_choices_are_those_of_the_policies_that_saw_the_same(device: str, tmp_pa
 
         cache = EvictingCache(model.config, policy, on_evict=note)
         with torch.no_grad():
-            model(ids[:, : CONFIG.context], past_key_values=cache)
+            model(ids[:, : CONFIG.context], **cache_argument(cache))
         for layer in capture.layers:
             ours = layer_graph(whole, capture, layer).choices()[name]
             assert ours.shape == (2, CONFIG.kept)

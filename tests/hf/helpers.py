@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache
+from spectralkv.hf import EvictingCache, cache_argument
 
 
 def make_cache(config: Any, policy: policies.Policy, **options: Any) -> EvictingCache:
@@ -27,4 +27,4 @@ def feed(model: Any, cache: Any, ids: torch.Tensor, sizes: list[int]) -> torch.T
     """Feed `ids` in chunks; return the logits of all tokens."""
     with torch.no_grad():
         chunks = ids.split(sizes, dim=1)
-        return torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], 1)
+        return torch.cat([model(chunk, **cache_argument(cache)).logits for chunk in chunks], 1)

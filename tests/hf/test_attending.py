@@ -10,7 +10,7 @@ from helpers import feed, make_cache
 from transformers.modeling_utils import AttentionInterface
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache
+from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache, cache_argument
 from tiny_models import implementations, make_model, random_ids
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
@@ -27,7 +27,7 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, **options: Any) -> torch
     # The padding token's embedding is zero, so it attends to all alike: which of equal neighbours
     # its row takes is said by slots, which are others here.
     defaults = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
-    return model.generate(ids, past_key_values=cache, **(defaults | options))
+    return model.generate(ids, **cache_argument(cache), **(defaults | options))
 
 
 def left_padded(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +207,7 @@ def test_what_the_policy_cannot_do_is_the_models(device: str) -> None:
                 _attend_everywhere(cache)
             feed(model, cache, ids[:, :20], [20])
             with torch.no_grad():
-                out = model(ids[:, 20:21], past_key_values=cache, **options).logits
+                out = model(ids[:, 20:21], **cache_argument(cache), **options).logits
             rest = feed(model, cache, ids[:, 21:], [1] * 39)
             expected.append(torch.cat((out, rest), 1))
             assert cache.stats().attention == ("policy" if by == "auto" else "model")
@@ -218,7 +218,7 @@ def test_what_the_policy_cannot_do_is_the_models(device: str) -> None:
             torch.no_grad(),
             pytest.raises(RuntimeError, match=rf"attention='policy' expected .*{said}"),
         ):
-            model(ids[:, 20:21], past_key_values=cache, **options)
+            model(ids[:, 20:21], **cache_argument(cache), **options)
 
 
 def _attend_everywhere(cache: EvictingCache) -> None:
@@ -256,7 +256,7 @@ def test_who_asks_for_attentions_gets_them(device: str) -> None:
         _attend_everywhere(cache)
         feed(model, cache, ids[:, :20], [20])
         with torch.no_grad():
-            out = model(ids[:, 20:21], past_key_values=cache, **options)
+            out = model(ids[:, 20:21], **cache_argument(cache), **options)
         if "output_attentions" in options:
             assert out.attentions[1].shape == (1, 4, 1, 21)
             assert cache.stats().attention.startswith("model (the policy expected no output_att")
@@ -270,7 +270,7 @@ def test_gradients_are_the_models(device: str) -> None:
     cache = make_cache(model.config, SPECTRAL, attention="policy")
     feed(model, cache, ids, [29, 1])
     with pytest.raises(RuntimeError, match="expected no gradients"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(cache))
 
 
 def test_attention_that_is_not_tapped_never_sees_a_gap(device: str) -> None:

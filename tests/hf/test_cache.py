@@ -15,7 +15,7 @@ from transformers import BertConfig, DynamicCache, T5Config
 from transformers.cache_utils import DynamicLayer
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache
+from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache, cache_argument
 from tiny_models import make_config, make_model, random_ids
 
 H2O = policies.H2O(budget=24, interval=8)
@@ -214,7 +214,7 @@ def test_crop_takes_the_newest_back(padded: bool, device: str) -> None:
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=position_ids[:, start:end],
-                past_key_values=cache,
+                **cache_argument(cache),
             ).logits
 
     cache = make_cache(model.config, policy)
@@ -269,10 +269,11 @@ def test_every_policy_goes_on_after_a_crop(name: str, device: str) -> None:
     assert {layer.lengths for layer in cache.evicting_layers} == {(24,)}
 
 
-def test_only_a_cache_that_never_evicts_is_croppable_without_a_trace() -> None:
+def test_a_cache_is_croppable_where_the_newest_tokens_outlive_a_cut() -> None:
     config = make_config("llama")
-    assert not EvictingCache(config, H2O).is_croppable
     assert EvictingCache(config, policies.Full()).is_croppable
+    assert EvictingCache(config, H2O).is_croppable
+    assert not EvictingCache(config, policies.Random(budget=24, window=0)).is_croppable
 
 
 # -- batch
@@ -296,7 +297,7 @@ def test_sequences_can_be_selected_and_repeated(name: str, device: str) -> None:
                     ids[rows, start:end],
                     attention_mask=mask[rows, :end],
                     position_ids=position_ids[rows, start:end],
-                    past_key_values=cache,
+                    **cache_argument(cache),
                 )
             logits.append(output.logits)
             start = end

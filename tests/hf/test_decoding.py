@@ -10,7 +10,14 @@ import torch
 from helpers import feed, make_cache
 
 from spectralkv import policies
-from spectralkv.hf import DecodeLoop, EvictingCache, EvictionEvent, Sampling, generate
+from spectralkv.hf import (
+    DecodeLoop,
+    EvictingCache,
+    EvictionEvent,
+    Sampling,
+    cache_argument,
+    generate,
+)
 from tiny_models import implementations, make_model, random_ids
 
 SPECTRAL = policies.Spectral(budget=24, interval=8, window=6, sinks=2)
@@ -34,7 +41,7 @@ def left_padded(lengths: list[int], device: str) -> tuple[torch.Tensor, torch.Te
 
 def theirs(model: Any, ids: torch.Tensor, cache: EvictingCache, **options: Any) -> torch.Tensor:
     defaults = {"max_new_tokens": 60, "do_sample": False}
-    return model.generate(ids, past_key_values=cache, **(defaults | options))
+    return model.generate(ids, **cache_argument(cache), **(defaults | options))
 
 
 def same_state(one: EvictingCache, other: EvictingCache) -> bool:

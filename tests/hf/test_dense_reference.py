@@ -10,7 +10,7 @@ from helpers import make_cache
 
 from reference import DENSE, dense_run
 from spectralkv import policies
-from spectralkv.hf import EvictingCache, EvictionEvent
+from spectralkv.hf import EvictingCache, EvictionEvent, cache_argument
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 SHARED = {"budget": 24, "interval": 8}
@@ -51,7 +51,7 @@ def evicting_run(
                 "position_ids": position_ids[:, seen:end],
             }
         with torch.no_grad():
-            logits.append(model(chunk, past_key_values=cache, **padded).logits)
+            logits.append(model(chunk, **cache_argument(cache), **padded).logits)
         seen = end
     return logits, events, cache
 

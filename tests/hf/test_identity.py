@@ -8,6 +8,7 @@ from helpers import make_cache
 from transformers import DynamicCache
 
 from spectralkv import policies
+from spectralkv.hf import cache_argument
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 CASES = [(family, name) for family in FAMILIES for name in implementations(family)]
@@ -29,8 +30,8 @@ def test_generation_without_eviction_equals_dynamic_cache(
         "output_logits": True,
         "return_dict_in_generate": True,
     }
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-    got = model.generate(ids, past_key_values=make_cache(model.config, policy), **options)
+    expected = model.generate(ids, **cache_argument(DynamicCache(config=model.config)), **options)
+    got = model.generate(ids, **cache_argument(make_cache(model.config, policy)), **options)
     assert torch.equal(got.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits))
 
@@ -44,6 +45,6 @@ def test_chunks_without_eviction_equal_dynamic_cache(
     caches = [DynamicCache(config=model.config), make_cache(model.config, policies.TOVA(budget=99))]
     with torch.no_grad():
         for chunk in ids.split([20, 1, 1, 17, 21], dim=1):
-            expected, got = (model(chunk, past_key_values=cache).logits for cache in caches)
+            expected, got = (model(chunk, **cache_argument(cache)).logits for cache in caches)
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert [cache.get_seq_length() for cache in caches] == [60, 60]

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from spectralkv import policies
-from spectralkv.hf import masks
+from spectralkv.hf import cache_argument, masks
 from tiny_models import make_model, random_ids
 
 LOW = torch.finfo(torch.float32).min
@@ -110,7 +110,7 @@ def test_several_new_tokens_without_a_mask() -> None:
     model = make_model("llama")
     cache = make_cache(model.config, policies.KeyDiff(budget=24, interval=8))
     with torch.no_grad():
-        model(random_ids(1, 50), past_key_values=cache)
+        model(random_ids(1, 50), **cache_argument(cache))
     layer = cache.evicting_layers[0]
     keys = torch.zeros(1, 2, 3, 8, dtype=torch.float64)
     layer.update(keys, keys)
@@ -159,7 +159,7 @@ def test_two_dimensional_masks_serve_a_flash_attention() -> None:
                     chunk,
                     attention_mask=mask[:, :end],
                     position_ids=position_ids[:, seen:end],
-                    past_key_values=cache,
+                    **cache_argument(cache),
                 )
             logits.append(output.logits)
             seen = end

@@ -14,7 +14,7 @@ from test_generation import POLICIES, generate
 
 import spectralkv
 from spectralkv import policies
-from spectralkv.hf import EvictingLayer, EvictionEvent, SpectralCache
+from spectralkv.hf import EvictingLayer, EvictionEvent, SpectralCache, cache_argument
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -157,7 +157,7 @@ def test_a_real_model(demo_model: Any, dtype: torch.dtype) -> None:
         model.to("cuda", dtype)
         cache = SpectralCache(model.config, budget=96, interval=16)
         output = model.generate(
-            ids.cuda(), past_key_values=cache, max_new_tokens=24, do_sample=False
+            ids.cuda(), **cache_argument(cache), max_new_tokens=24, do_sample=False
         )
     finally:
         model.to("cpu", torch.float32)

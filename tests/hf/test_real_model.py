@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache, SpectralCache
+from spectralkv.hf import EvictingCache, SpectralCache, cache_argument
 
 TEXT = (
     "The lighthouse stood at the end of a narrow spit of land, and every evening at dusk the "
@@ -29,9 +29,9 @@ def test_no_eviction_generates_the_same_text(demo_model: Any) -> None:
     model = demo_model.model
     ids = ids_of(demo_model, TEXT)
     options = {"max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    expected = model.generate(ids, **cache_argument(DynamicCache(config=model.config)), **options)
     cache = EvictingCache(model.config, policies.SnapKV(budget=2000))
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(ids, **cache_argument(cache), **options), expected)
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_generation_at_a_small_budget(demo_model: Any) -> None:
     model = demo_model.model
     ids = ids_of(demo_model, TEXT * 3)
     cache = SpectralCache(model.config, budget=96, interval=16)
-    output = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    output = model.generate(ids, **cache_argument(cache), max_new_tokens=20, do_sample=False)
     stats = cache.stats()
     assert stats.tokens_seen == output.shape[1] - 1
     assert 96 <= stats.tokens_kept < 112

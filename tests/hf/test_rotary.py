@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from spectralkv.config import Rotary
+from spectralkv.hf import cache_argument
 from spectralkv.hf.rotary import rotary_of
 from tiny_models import FAMILIES, implementations, make_config, make_model, random_ids
 
@@ -43,7 +44,7 @@ def keys_before_and_after(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]
         )
     cache = transformers.DynamicCache()
     with torch.no_grad():
-        model(random_ids(1, LENGTH), past_key_values=cache)
+        model(random_ids(1, LENGTH), **cache_argument(cache))
     for hook in hooks:
         hook.remove()
     pairs = []

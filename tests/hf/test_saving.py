@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from spectralkv import Population, policies
-from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache, saving
+from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache, cache_argument, saving
 from spectralkv.policies import Observation, Policy, ScoreTracker, Tracker
 from tiny_models import make_config, make_model, random_ids
 
@@ -59,7 +59,7 @@ def model_for(policy: Policy, device: str = "cpu", family: str = "llama") -> Any
 
 def generate(model: Any, cache: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
     return model.generate(
-        ids, past_key_values=cache, max_new_tokens=count, do_sample=False, **options
+        ids, **cache_argument(cache), max_new_tokens=count, do_sample=False, **options
     )
 
 

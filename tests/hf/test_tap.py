@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from spectralkv import policies
-from spectralkv.hf import tap
+from spectralkv.hf import cache_argument, tap
 from tiny_models import implementations, make_model, random_ids
 
 H2O = policies.H2O(budget=24, interval=8)
@@ -85,7 +85,7 @@ def test_other_caches_pass_untouched(family: str) -> None:
         DynamicCache(config=model.config),
         StaticCache(config=model.config, max_cache_len=64),
     ):
-        assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+        assert torch.equal(model.generate(ids, **cache_argument(cache), **options), expected)
 
 
 def test_an_offer_is_for_its_own_keys_and_thread_alone() -> None:

@@ -10,7 +10,7 @@ from test_scores import DIM, HEADS, SCALING, observe, tokens
 
 import reference
 from spectralkv import policies
-from spectralkv.hf import EvictingCache
+from spectralkv.hf import EvictingCache, cache_argument
 from tiny_models import make_model
 
 OPTIONS = {"budget": 14, "interval": 6, "window": 4, "threshold": 0.1}
@@ -170,7 +170,7 @@ def test_in_a_model(implementation: str) -> None:
     )
     with torch.no_grad():
         output = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False
+            ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=20, do_sample=False
         )
     assert output.shape == (2, 90)
     assert cache.layers[0].evictions > 1

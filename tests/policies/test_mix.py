@@ -10,7 +10,7 @@ import torch
 from test_scores import DIM, HEADS, observe, tokens
 
 from spectralkv import policies
-from spectralkv.hf import EvictingCache
+from spectralkv.hf import EvictingCache, cache_argument
 from tiny_models import make_model
 
 OPTIONS = {"budget": 24, "interval": 8, "window": 6, "sinks": 2}
@@ -215,7 +215,7 @@ def test_in_a_model(names: tuple[str, ...], padded: bool) -> None:
     cache = EvictingCache(model.config, create(*names), on_evict=events.append)
     with torch.no_grad():
         model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False
+            ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=20, do_sample=False
         )
     assert cache.layers[0].evictions > 1
     assert all(24 <= length < 24 + 8 for length in cache.layers[0].lengths)
@@ -236,7 +236,7 @@ def test_one_policy_serves_many_caches() -> None:
         cache = EvictingCache(model.config, policy)
         with torch.no_grad():
             outputs.append(
-                model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
+                model.generate(ids, **cache_argument(cache), max_new_tokens=12, do_sample=False)
             )
         assert cache.layers[0].evictions > 1
     assert torch.equal(*outputs)

@@ -521,6 +521,8 @@ class _Feeder:
         """Feed ids (B, Q), of which bool `valid` (B, Q) marks padding; return logits (B, V)."""
         import torch
 
+        from spectralkv.hf import cache_argument
+
         batch, count = ids.shape
         options: dict[str, Any] = {}
         if self._mask is None and valid is not None:
@@ -536,7 +538,7 @@ class _Feeder:
                 options["attention_mask"] = self._mask
         output = self._model(
             input_ids=ids,
-            past_key_values=self._cache,
+            **cache_argument(self._cache),
             use_cache=True,
             **options,
             **self._last_only,

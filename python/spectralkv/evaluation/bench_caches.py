@@ -473,6 +473,8 @@ def _eager(setting: Setting, cache: Any, *, names_positions: bool = False) -> Ca
     """
     import torch
 
+    from spectralkv.hf import cache_argument
+
     model = setting.model
     ids = torch.zeros(setting.batch, 1, dtype=torch.long, device=model.device)
     position = torch.full((1,), setting.context, device=model.device)
@@ -482,7 +484,7 @@ def _eager(setting: Setting, cache: Any, *, names_positions: bool = False) -> Ca
         if names_positions:
             options = {"position_ids": position[None], "cache_position": position}
         for _ in range(count):
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+            logits = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options).logits
             ids.copy_(logits[:, -1:].argmax(-1))
             position.add_(1)
 

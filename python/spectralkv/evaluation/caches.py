@@ -80,7 +80,7 @@ def create_policy(spec: PolicySpec, budget: int | None, settings: CacheSettings)
 def create_cache(
     model: Any, policy: Policy, *, on_evict: Callable[[EvictionEvent], None] | None = None
 ) -> EvictingCache:
-    """Build the cache that a run hands to the model as ``past_key_values``.
+    """Build the cache that a run hands to the model.
 
     Parameters
     ----------

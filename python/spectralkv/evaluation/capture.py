@@ -300,7 +300,7 @@ def capture_attention(
 
     import torch
 
-    from spectralkv.hf import EvictingLayer
+    from spectralkv.hf import EvictingLayer, cache_argument
 
     if not plan.tokens <= len(token_ids) <= plan.tokens + 1 or boundary not in plan.ends:
         raise EvaluationError(
@@ -319,7 +319,7 @@ def capture_attention(
     nll = []
     with torch.no_grad():
         for start, end in zip((0, *plan.ends[:-1]), plan.ends, strict=True):
-            out = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids[:, start:end], **cache_argument(cache), use_cache=True)
             targets = ids[0, start + 1 : end + 1]
             logits = out.logits[0, : targets.shape[0]].float()
             nll.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))

@@ -120,6 +120,8 @@ def prefill(
     """
     import torch
 
+    from spectralkv.hf import cache_argument
+
     if not token_ids:
         raise EvaluationError("the prompt has no tokens")
     if chunk < 1:
@@ -131,7 +133,7 @@ def prefill(
     with torch.no_grad():
         for begin in range(0, total, chunk):
             part = ids[:, begin : begin + chunk]
-            output = model(input_ids=part, past_key_values=cache, use_cache=True, **last_only)
+            output = model(input_ids=part, **cache_argument(cache), use_cache=True, **last_only)
             logits = output.logits[0, -1]
             if on_progress is not None:
                 on_progress(begin + part.shape[1], total)
@@ -161,6 +163,8 @@ def decode(model: Any, logits: Any, cache: EvictingCache, sampling: Sampling) ->
     """
     import torch
 
+    from spectralkv.hf import cache_argument
+
     stop = eos_token_ids(model) if sampling.stop_at_eos else frozenset()
     generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
     last_only = last_logits_only(model)
@@ -173,7 +177,7 @@ def decode(model: Any, logits: Any, cache: EvictingCache, sampling: Sampling) ->
             return
         with torch.no_grad():
             ids = torch.tensor([[token]], device=logits.device)
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **last_only)
+            output = model(input_ids=ids, **cache_argument(cache), use_cache=True, **last_only)
             logits = output.logits[0, -1]
 
 

@@ -668,6 +668,7 @@ def continuation_nats(
     import torch
 
     from spectralkv.evaluation.oracle_caches import kept_cache
+    from spectralkv.hf import cache_argument
 
     cache = kept_cache(whole.cache, whole.others, tokens=context, keep=keep, batch=rows)
     fed = ids.shape[1] - 1
@@ -680,7 +681,7 @@ def continuation_nats(
             out = model(
                 input_ids=inputs,
                 position_ids=position.expand(rows, -1),
-                past_key_values=cache,
+                **cache_argument(cache),
                 use_cache=True,
             )
             targets = ids[:, start + 1 : end + 1].expand(rows, -1)

@@ -339,6 +339,8 @@ def _feed(
     """Return nats (B, N - 1), and the logits (B, V) after the last token, on the device."""
     import torch
 
+    from spectralkv.hf import cache_argument
+
     ids = torch.tensor([list(sequence) for sequence in sequences], device=model.device)
     batch, total = ids.shape
     nats = torch.empty(batch, total - 1, device=ids.device)
@@ -347,7 +349,7 @@ def _feed(
         for begin in range(0, total, chunk):
             end = min(begin + chunk, total)
             logits = model(
-                input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True
+                input_ids=ids[:, begin:end], **cache_argument(cache), use_cache=True
             ).logits  # (B, chunk, V); row i predicts token begin + i + 1
             targets = ids[:, begin + 1 : end + 1]
             count = targets.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spectralkv.hf.cache import CacheStats, EvictingCache, SpectralCache
 from spectralkv.hf.decoding import DecodeLoop, Sampling, generate
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
+from spectralkv.hf.naming import cache_argument
 
 __all__ = [
     "CacheStats",
@@ -14,5 +15,6 @@ __all__ = [
     "EvictionEvent",
     "Sampling",
     "SpectralCache",
+    "cache_argument",
     "generate",
 ]

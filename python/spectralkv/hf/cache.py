@@ -48,7 +48,7 @@ class CacheStats:
 
 
 class EvictingCache(Cache):
-    """A KV cache that keeps what its policy chooses. Hand it to a model as ``past_key_values``.
+    """A KV cache that keeps what its policy chooses. A model takes it as any other cache.
 
     Each sequence of a batch is cut on its own schedule, so that it fares as it would alone,
     whatever its padding. Layers with a sliding window, linear attention or another cache of their
@@ -92,7 +92,7 @@ class EvictingCache(Cache):
     Examples
     --------
     >>> cache = EvictingCache(model.config, policies.H2O(budget=512))  # doctest: +SKIP
-    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    >>> model.generate(**inputs, **cache_argument(cache))  # doctest: +SKIP
     >>> cache.stats().tokens_kept  # doctest: +SKIP
     540
     """
@@ -379,7 +379,7 @@ class SpectralCache(EvictingCache):
     Examples
     --------
     >>> cache = SpectralCache(model.config, budget=512)  # doctest: +SKIP
-    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    >>> model.generate(**inputs, **cache_argument(cache))  # doctest: +SKIP
     """
 
     _policy_type = Spectral

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from spectralkv.hf.cache import EvictingCache
+from spectralkv.hf.naming import cache_argument
 from spectralkv.policies.base import AttendingTracker
 
 # Steps before the capture: they run what allocates or compiles at its first use.
@@ -255,7 +256,7 @@ class DecodeLoop:
             input_ids=self._ids,
             position_ids=self._positions,
             attention_mask=mask,
-            past_key_values=self._cache,
+            **cache_argument(self._cache),
             use_cache=True,
         ).logits
         self._positions += 1
@@ -535,7 +536,7 @@ def _prefill(
             f"[generate] input_ids must have tokens that the cache has not seen, got {total} of "
             f"which it saw {seen}"
         )
-    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    options: dict[str, Any] = {**cache_argument(cache), "use_cache": True}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     positions = torch.arange(total, device=input_ids.device).expand_as(input_ids)

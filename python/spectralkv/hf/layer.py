@@ -118,8 +118,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._rotary = rotary
         self._on_evict = on_evict
         self._attention = attention
-        # `crop` restores what was before only where nothing can have been evicted in between.
-        self.is_croppable = policy.budget is None
+        # Assisted decoding asks, before it takes drafts back: the newest tokens must outlive a cut.
+        self.is_croppable = policy.budget is None or policy.protected_window > 0
         self._clear()
 
     def _clear(self) -> None:
