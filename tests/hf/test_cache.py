@@ -329,6 +329,11 @@ def test_another_batch_size_is_refused(device: str) -> None:
             random_ids(2, 1, device=device),
             [1],
         )
+    elsewhere = torch.empty(2, 2, 1, 8, dtype=torch.float64, device="meta")
+    with pytest.raises(
+        ValueError, match=rf"on {device}\S* as the cache holds them, got .* on meta"
+    ):
+        cache.layers[0].update(elsewhere, elsewhere)
 
 
 # -- events

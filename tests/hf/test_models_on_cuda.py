@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import feed, make_cache
-from test_generation import POLICIES, generate
+from test_generation import POLICIES, generate, left_padded
 
 import spectralkv
 from spectralkv import policies
-from spectralkv.hf import EvictingLayer, EvictionEvent, SpectralCache, cache_argument
+from spectralkv.hf import EvictingCache, EvictingLayer, EvictionEvent, SpectralCache, cache_argument
 from tiny_models import FAMILIES, implementations, make_model, random_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -131,20 +134,76 @@ def test_models_in_two_threads_on_two_streams() -> None:
         assert torch.equal(got, wanted)
 
 
-def test_layers_on_several_devices() -> None:
-    """A device map: each layer's graph lies where its keys are."""
+@pytest.fixture
+def split_model() -> Any:
+    """A model on the first device, and its like with a layer on each of two."""
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
     accelerate = pytest.importorskip("accelerate")
-    model = make_model("llama", dtype=torch.float32, seed=9, device="cuda")
-    ids = random_ids(1, 60, device="cuda")
-    expected = generate(model, ids, make_cache(model.config, WALK))
+    whole = make_model("llama", dtype=torch.float32, seed=9, device="cuda")
     placed = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
     placed |= {"model.layers.1": 1, "model.norm": 1, "lm_head": 1}
-    split = accelerate.dispatch_model(model, device_map=placed)
-    cache = make_cache(split.config, WALK)
-    assert torch.equal(generate(split, ids, cache), expected)
-    assert [layer.keys.device.index for layer in cache.evicting_layers] == [0, 1]
+    return whole, accelerate.dispatch_model(copy.deepcopy(whole), device_map=placed)
+
+
+@pytest.mark.parametrize("attention", ["model", "policy"])
+@pytest.mark.parametrize("lengths", [(60, 60), (60, 45)])
+def test_layers_on_several_devices(
+    attention: str, lengths: tuple[int, int], split_model: Any
+) -> None:
+    """A device map: each layer's graph lies where its keys are."""
+    ids, mask = left_padded(list(lengths), "cuda")
+    outputs, caches = [], []
+    for model in split_model:
+        caches.append(make_cache(model.config, WALK, attention=attention))
+        outputs.append(generate(model, ids, caches[-1], attention_mask=mask))
+    assert torch.equal(*outputs)
+    for ours, theirs in zip(*(cache.evicting_layers for cache in caches), strict=True):
+        assert torch.equal(ours.positions().cpu(), theirs.positions().cpu())
+    assert [layer.keys.device.index for layer in caches[1].evicting_layers] == [0, 1]
+    one, other = (replace(cache.stats(), graph_bytes=0) for cache in caches)
+    assert one == other
+
+
+def test_a_decode_loop_over_several_devices(split_model: Any) -> None:
+    ids = random_ids(2, 60, device="cuda")
+    whole, split = split_model
+    expected = generate(whole, ids, make_cache(whole.config, WALK, attention="policy"))
+    caches = [make_cache(split.config, WALK, attention="policy") for _ in range(2)]
+    got = spectralkv.hf.generate(split, ids, caches[0], max_new_tokens=40)
+    assert torch.equal(got, expected)
+    assert caches[0].stats().evictions > 0
+    refusal = r"a model on one CUDA device, got \['cuda:0', 'cuda:1'\]"
+    with pytest.raises(ValueError, match=refusal):
+        spectralkv.hf.generate(split, ids, caches[1], max_new_tokens=40, capture=True)
+
+
+def test_a_cache_on_several_devices_is_saved(split_model: Any, tmp_path: Path) -> None:
+    _, model = split_model
+    cache = make_cache(model.config, WALK)
+    ids = generate(model, random_ids(1, 60, device="cuda"), cache)
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    devices = [layer.keys.device for layer in cache.evicting_layers]
+    loaded = EvictingCache.load(path, model.config, device=devices, attention="model")
+    ids = torch.cat((ids, random_ids(1, 10, seed=3, device="cuda")), 1)
+    assert torch.equal(generate(model, ids, loaded), generate(model, ids, cache))
+    loaded = EvictingCache.load(path, model.config, device="cuda:0", attention="model")
+    with pytest.raises(ValueError, match=r"layer 1: .* on cuda:0 as .* got .* on cuda:1"):
+        generate(model, ids, loaded)
+
+
+def test_a_loop_is_captured_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    model = make_model("llama", dtype=torch.float32, device="cuda:1")
+    ids = random_ids(2, 60, device="cuda:1")
+    caches = [make_cache(model.config, WALK, attention="policy") for _ in range(2)]
+    ends = {"eos_token_id": 1}  # so that the host looks at tokens on their way
+    expected = generate(model, ids, caches[0], **ends)
+    got = spectralkv.hf.generate(model, ids, caches[1], max_new_tokens=40, capture=True, **ends)
+    assert torch.equal(got, expected)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.slow

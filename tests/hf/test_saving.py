@@ -96,6 +96,16 @@ def test_a_conversation_goes_on_as_if_never_saved(name: str, tmp_path: Path, dev
         ids = expected
 
 
+def test_devices_are_one_or_one_for_each_layer(tmp_path: Path) -> None:
+    model, path = model_for(POLICIES["h2o"]), tmp_path / "cache.safetensors"
+    cache = make_cache(model.config, POLICIES["h2o"])
+    generate(model, cache, random_ids(1, 45), 10)
+    cache.save(path)
+    assert_same(cache, EvictingCache.load(path, model.config, device=["cpu", "cpu"]))
+    with pytest.raises(ValueError, match=r"one device, or 2: one for each layer, got 3"):
+        EvictingCache.load(path, model.config, device=["cpu"] * 3)
+
+
 def test_slots_with_gaps_are_closed_to_be_saved(tmp_path: Path, device: str) -> None:
     # The exact solver: walkers that restart draw a slot, and slots are others here.
     policy = policies.Spectral(**SHARED, window=6, sinks=2, solver="exact")

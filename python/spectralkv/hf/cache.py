@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -193,7 +193,7 @@ class EvictingCache(Cache):
         config: PreTrainedConfig,
         *,
         policy: Policy | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | Sequence[str | torch.device] = "cpu",
         on_evict: Callable[[EvictionEvent], None] | None = None,
         attention: Attention = "auto",
     ) -> Self:
@@ -208,8 +208,8 @@ class EvictingCache(Cache):
             one; that the weights are the same is for the caller to know.
         policy : Policy, optional
             The policy that was saved, where it is of one's own; None: the one in the file.
-        device : str or torch.device
-            Where the model is.
+        device : str, torch.device, or a sequence of these
+            Where the model is; of a model on several devices: where each layer is.
         on_evict : callable, optional
         attention : {"auto", "policy", "model"}
             As in the constructor.
@@ -219,7 +219,8 @@ class EvictingCache(Cache):
         FileNotFoundError
             There is no such file.
         ValueError
-            It is no saved cache, or of another version, model or policy.
+            It is no saved cache, or of another version, model or policy; or there are not as many
+            devices as layers.
 
         Examples
         --------
@@ -236,6 +237,13 @@ class EvictingCache(Cache):
         cache = cls.__new__(cls)
         cache._build(config, used, on_evict, attention)
         saved.check_model(cache._config)
+        if isinstance(device, (str, torch.device)):
+            device = [device] * len(cache.layers)
+        if len(device) != len(cache.layers):
+            raise ValueError(
+                f"[load] device must be one device, or {len(cache.layers)}: one for each layer, "
+                f"got {len(device)}"
+            )
         saved.read_into(cache.layers, device)
         return cache
 

@@ -174,6 +174,7 @@ class DecodeLoop:
         self._eager_steps = 0
         # Memory of all captures: their replays follow each other, and none reads what another left.
         self._pool: Any = None
+        self._capture_stream: torch.cuda.Stream | None = None
         with torch.no_grad():
             self._take(logits)
         self._count = 1
@@ -331,14 +332,17 @@ class DecodeLoop:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        device = self._ids.device  # which need not be the current one
+        if self._capture_stream is None:  # torch's own is of the device that captured first
+            self._capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         generator = self._sampling.generator
         if generator is not None:
             graph.register_generator_state(generator)
         try:
             # A capture that fails would leave its stream the current one.
             with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._pool),
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream),
             ):
                 work()
         except RuntimeError as error:
@@ -417,7 +421,7 @@ class _Watch:
         for copy, one in zip(copies, (tokens, finished), strict=True):
             copy.copy_(one, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(tokens.device))
         self._queue.append((copies[0], copies[1], event))
 
 

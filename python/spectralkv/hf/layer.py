@@ -190,7 +190,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Raises
         ------
         ValueError
-            Shape or dtype differ from what the cache holds.
+            Shape, dtype or device differ from what the cache holds.
         RuntimeError
             The model's attention did not pass the tap.
         """
@@ -807,11 +807,12 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 or shape[1] != held[1]
                 or shape[3] != held[3]
                 or new.dtype != slab.dtype  # type: ignore[union-attr]
+                or new.device != slab.device  # type: ignore[union-attr]
             ):
                 raise ValueError(
                     f"[cache] layer {self.index}: new {name} must be {self.dtype} "
-                    f"({held[0]}, {held[1]}, Q, {held[3]}) as the cache holds them, "
-                    f"got {new.dtype} {tuple(shape)}"
+                    f"({held[0]}, {held[1]}, Q, {held[3]}) on {self.device} as the cache holds "
+                    f"them, got {new.dtype} {tuple(shape)} on {new.device}"
                 )
 
     def _make_room(self, needed: int) -> None:

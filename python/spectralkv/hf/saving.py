@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,16 @@ class SavedCache:
         """
         self._compare("the model's", self._head["model"], _model_of(config))
 
-    def read_into(self, layers: list[Any], device: str | torch.device) -> None:
-        """Bring fresh layers to where the saved ones were."""
+    def read_into(self, layers: list[Any], devices: Sequence[str | torch.device]) -> None:
+        """Bring fresh layers to where the saved ones were, each on its device."""
         states = self._head["layers"]
-        with safetensors.safe_open(self._path, framework="pt", device=str(device)) as file:
+        with safetensors.safe_open(self._path, framework="pt") as file:
             names = list(file.keys())
-            for index, (layer, numbers) in enumerate(zip(layers, states, strict=True)):
+            each = zip(layers, states, devices, strict=True)
+            for index, (layer, numbers, device) in enumerate(each):
                 prefix = f"{index}."
                 tensors = {
-                    name.removeprefix(prefix): file.get_tensor(name)
+                    name.removeprefix(prefix): file.get_tensor(name).to(device)
                     for name in names
                     if name.startswith(prefix)
                 }
