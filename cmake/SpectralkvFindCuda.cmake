@@ -57,7 +57,9 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   find_program(_system_nvcc nvcc NO_CACHE
     HINTS "${CUDAToolkit_ROOT}" ENV CUDAToolkit_ROOT ENV CUDA_HOME ENV CUDA_PATH
     PATHS /usr/local/cuda PATH_SUFFIXES bin)
-  if(_wheel_nvcc AND ("$ENV{SPECTRALKV_CUDA_WHEELS}" OR NOT _system_nvcc))
+  if("$ENV{SPECTRALKV_CUDA_WHEELS}" AND NOT _wheel_nvcc)
+    _spectralkv_no_cuda("SPECTRALKV_CUDA_WHEELS is set and the Python of this build sees no wheel with nvcc: pip install \"cuda-toolkit[nvcc,cccl,curand,cudart]==13.0.*\"")
+  elseif(_wheel_nvcc AND ("$ENV{SPECTRALKV_CUDA_WHEELS}" OR NOT _system_nvcc))
     set(CMAKE_CUDA_COMPILER "${_wheel_nvcc}")
   elseif(_system_nvcc)
     set(CMAKE_CUDA_COMPILER "${_system_nvcc}")
