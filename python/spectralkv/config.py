@@ -26,7 +26,7 @@ GraphScope = Literal["head", "layer"]
 Restart = Literal["current", "recent", "novelty"]
 VisitCount = Literal["edges", "all"]
 Solver = Literal["walk", "exact"]
-Preset = Literal["default", "uniform32", "weighted4"]
+Preset = Literal["default", "walks", "uniform32", "weighted4"]
 
 
 def _member(enum: Any, name: str, what: str) -> Any:
@@ -354,7 +354,8 @@ def apply_preset(
     Parameters
     ----------
     name
-        ``"default"``, ``"uniform32"`` or ``"weighted4"``.
+        ``"default"``; ``"walks"``: the default with nothing solved exactly; ``"uniform32"`` or
+        ``"weighted4"``.
     graph, walk
         Configurations to start from; what the preset does not name stays.
 

@@ -195,7 +195,7 @@ def test_too_short_a_text_is_refused() -> None:
 def test_runs_at_other_budgets_score_the_same_tokens_if_told_where_to_begin() -> None:
     assert scored_range([200], [20, 40], wanted=90) == 90
     assert scored_range([200], [20, 40], wanted=40) == 40
-    with pytest.raises(EvaluationError, match="must be 40 or later, .* got 39"):
+    with pytest.raises(EvaluationError, match=r"must be 40 or later, .* got 39"):
         scored_range([200], [20, 40], wanted=39)
     with pytest.raises(EvaluationError, match="leave 10 to score from token 190 on"):
         scored_range([200], [20, 40], wanted=190)

@@ -53,7 +53,7 @@ def test_it_keeps_what_the_monitor_keeps(device: str) -> None:
     assert keep.device.type == device
 
 
-@pytest.mark.parametrize("preset", ["default", "uniform32", "weighted4"])
+@pytest.mark.parametrize("preset", ["default", "walks", "uniform32", "weighted4"])
 @pytest.mark.parametrize("scope", ["head", "layer"])
 @pytest.mark.parametrize("edge_law", [None, "attention"])
 def test_presets_scopes_and_laws(

@@ -178,7 +178,7 @@ def _hops() -> Axis:
 
 
 def _presets() -> Axis:
-    names = ("default", "uniform32", "weighted4")
+    names = ("default", "walks", "uniform32", "weighted4")
     return Axis(name="presets", title="preset", values=tuple((n, {"preset": n}) for n in names))
 
 

@@ -48,7 +48,7 @@ class Spectral(Policy):
 
     Parameters
     ----------
-    preset : {"default", "uniform32", "weighted4"}
+    preset : {"default", "walks", "uniform32", "weighted4"}
         Edge law, `top_k` and walks by name; the options below override it where they are not None.
     edge_law : {"uniform", "weighted", "attention"} or None
         How neighbours are followed: alike, by their part of the attention to all neighbours, or by
@@ -74,7 +74,7 @@ class Spectral(Policy):
         Random walks, but for populations that say otherwise, as novelty does by default; or for
         all populations one deterministic sweep: what infinitely many walks would find. On a CPU it
         is faster while a head holds some thousand tokens. Text alone is kept better where novelty
-        walks, too (`populations=` without an exact one): noise lets heads keep different tokens.
+        walks, too (preset "walks"): noise lets heads keep different tokens.
     walk_interval : int
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
@@ -101,7 +101,7 @@ class Spectral(Policy):
 
     name: ClassVar[str] = "spectral"
 
-    preset: Literal["default", "uniform32", "weighted4"] = "default"
+    preset: Literal["default", "walks", "uniform32", "weighted4"] = "default"
     edge_law: Literal["uniform", "weighted", "attention"] | None = None
     top_k: int | None = None
     restart_prob: float | None = None
