@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -22,12 +22,14 @@ from spectralkv.config import (
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
 
+_T = TypeVar("_T")
+
 # Of the core's attention, whose sums lie in shared memory.
 _MOST_CUDA_DIM = 256
 _MOST_CUDA_SUMS = 16 * 256
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
-# Times the slots a layer needs that its graph may hold on CUDA before it gives memory back.
+# Times the slots a layer needs that its graph may hold on CUDA before memory is given back.
 _SPARE = 4
 
 
@@ -168,10 +170,14 @@ class _Monitors:
         self._policy = policy
         self._num_layers = num_layers
         self._by_shape: dict[tuple[object, ...], Monitor] = {}
+        self._capacities: dict[tuple[Monitor, int], int] = {}  # what each layer asked for last
         self._lock = threading.Lock()
 
-    def get(self, seen: Observation) -> tuple[Monitor, bool]:
-        """Return the monitor for a layer that shows `seen`, and whether it is new."""
+    def get(self, seen: Observation, capacity: int) -> tuple[Monitor, bool]:
+        """Return the monitor for a layer that shows `seen`, and whether it is new.
+
+        A new one has `capacity` slots in each layer, if it is the first.
+        """
         batch, query_heads, _, head_dim = seen.query.shape
         heads, device = seen.keys.shape[1], seen.keys.device
         rotary = seen.rotary if self._policy.unrotate else None
@@ -182,7 +188,11 @@ class _Monitors:
             monitor = self._by_shape.get(shape)
             if monitor is not None:
                 return monitor, False
-            monitor = self._make(batch, query_heads, heads, head_dim, device, rotary)
+            # Where layers differ, another monitor's share of them is not known.
+            capacity = 0 if self._by_shape else capacity
+            monitor = _taken(
+                lambda: self._make(batch, query_heads, heads, head_dim, device, rotary, capacity)
+            )
             self._by_shape[shape] = monitor
             return monitor, True
 
@@ -190,12 +200,31 @@ class _Monitors:
         copied = _Monitors(self._policy, self._num_layers)
         with self._lock:
             copied._by_shape = copy.deepcopy(self._by_shape, memo)
+            copied._capacities = copy.deepcopy(self._capacities, memo)
         return copied
 
     def clear(self) -> None:
         """Forget all monitors."""
         with self._lock:
             self._by_shape.clear()
+            self._capacities.clear()
+
+    def ask(self, monitor: Monitor, layer: int, capacity: int) -> None:
+        """Note how many slots a layer needs."""
+        with self._lock:
+            self._capacities[monitor, layer] = capacity
+
+    def fit(self, monitor: Monitor) -> None:
+        """Give each layer the slots that it asked for.
+
+        To take or give back memory is to wait for a CUDA device: done for all layers together, one
+        wait is all there is.
+        """
+        with self._lock:
+            wanted = [(layer, n) for (one, layer), n in self._capacities.items() if one is monitor]
+        for layer, capacity in wanted:
+            if monitor.graph.capacity(layer) != capacity:
+                _reserve(monitor, layer, capacity)
 
     def _make(
         self,
@@ -205,6 +234,7 @@ class _Monitors:
         head_dim: int,
         device: torch.device,
         rotary: Rotary,
+        capacity: int,
     ) -> Monitor:
         policy = self._policy
         graph, walk = policy._graph_and_walk(
@@ -214,6 +244,7 @@ class _Monitors:
                 num_query_heads=query_heads,
                 num_kv_heads=heads,
                 head_dim=head_dim,
+                capacity=capacity,
                 device=str(device),
                 rotary=rotary,
             )
@@ -226,6 +257,20 @@ class _Monitors:
             walk_interval=policy.walk_interval,
             row_stride=policy.row_stride,
         )
+
+
+def _taken(take: Callable[[], _T]) -> _T:
+    """Return what `take` does, which takes memory of the device."""
+    try:
+        return take()
+    except CudaError:
+        # What torch has freed it keeps for itself, out of the core's reach.
+        torch.cuda.empty_cache()
+        return take()
+
+
+def _reserve(monitor: Monitor, layer: int, capacity: int) -> None:
+    _taken(lambda: monitor.graph.reserve(layer, capacity))
 
 
 class _SpectralTracker(AttendingTracker):
@@ -244,10 +289,13 @@ class _SpectralTracker(AttendingTracker):
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
-            self._monitor, self._counts_memory = self._monitors.get(observation)
-            self.reserve(self._capacity)
+            capacity = max(self._capacity, observation.keys.shape[2])
+            self._monitor, self._counts_memory = self._monitors.get(observation, capacity)
+            self.reserve(capacity)
         if observation.keys.shape[2] > self._capacity:
             self.reserve(observation.keys.shape[2])
+        if self._monitor.graph.capacity(self._layer) > _SPARE * self._capacity:
+            self._monitors.fit(self._monitor)
         self._keys = observation.keys
         if observation.query.shape[2] == 1 and observation.new_valid is None:
             self._monitor.on_step(
@@ -285,7 +333,8 @@ class _SpectralTracker(AttendingTracker):
         monitor, graph = self._active(), self._active().graph
         capacity = step.keys.shape[2]
         if graph.capacity(self._layer) != capacity:  # steps under capture are sized by it
-            graph.reserve(self._layer, capacity)
+            self._monitors.ask(monitor, self._layer, capacity)
+            self._monitors.fit(monitor)
         self._keys, self._capacity = step.keys, capacity
         slots = graph.place(self._layer, step.new_keys, step.new_values, step.keys, step.values)
         attended: torch.Tensor = monitor.attend(
@@ -375,18 +424,13 @@ class _SpectralTracker(AttendingTracker):
         self._capacity = capacity
         if self._monitor is None:
             return
+        self._monitors.ask(self._monitor, self._layer, capacity)
         graph = self._monitor.graph
-        held = graph.capacity(self._layer)
-        # To take or give back memory is to wait for a CUDA device, and a prompt in chunks would
-        # wait twice at each: what one chunk needed stays for the next, unless it is a lot.
-        if graph.graph_config.device != "cpu" and capacity <= held <= _SPARE * capacity:
+        # A prompt in chunks would wait for a CUDA device twice at each, and a cut in each layer:
+        # what one chunk needed stays for the next, and what comes then gives back a lot.
+        if graph.graph_config.device != "cpu" and capacity <= graph.capacity(self._layer):
             return
-        try:
-            graph.reserve(self._layer, capacity)
-        except CudaError:
-            # What torch has freed it keeps for itself, out of the core's reach.
-            torch.cuda.empty_cache()
-            graph.reserve(self._layer, capacity)
+        _reserve(self._monitor, self._layer, capacity)
 
     def reset(self) -> None:
         # Of the next batch the number of sequences may be another.
@@ -402,8 +446,9 @@ class _SpectralTracker(AttendingTracker):
     def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
         if "graph" not in state:
             return
-        self._monitor, self._counts_memory = self._monitors.get(held)
-        self.reserve(held.keys.shape[2])
+        slots = held.keys.shape[2]
+        self._monitor, self._counts_memory = self._monitors.get(held, slots)
+        self.reserve(slots)
         self._monitor.graph.load_layer(self._layer, state["graph"].cpu().numpy().tobytes())
         self._keys = held.keys
 
