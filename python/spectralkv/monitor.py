@@ -167,9 +167,29 @@ class Monitor:
             out=out,
             stream=stream,
         )
+        self._renew_due(layer, keys, stream)
+        return attended
+
+    def admit(
+        self,
+        layer: int,
+        queries: Array,
+        keys: Array,
+        *,
+        valid: Array | None = None,
+        stream: StreamLike = None,
+    ) -> None:
+        """Take in new tokens at a step, or at several, without rows, so that no key is scanned.
+
+        Such tokens have no edges of their own; edges of later tokens lead to them. Arguments are as
+        in `on_prefill`. Renews importance as `on_step` does.
+        """
+        self._graph.update_rows(layer, queries, keys, valid=valid, row_stride=0, stream=stream)
+        self._renew_due(layer, keys, stream)
+
+    def _renew_due(self, layer: int, keys: Array, stream: StreamLike) -> None:
         if self._config.walk_interval > 0:
             self._queue.submit(self._core.renew_due, layer, (keys,), (), stream, keys)
-        return attended
 
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""

@@ -220,6 +220,13 @@ def test_stream_refuses(
         stream(tiny.model, tokens, cache, chunk=chunk)
 
 
+def test_what_steps_alone_show_is_refused_in_chunks(tiny: LoadedModel) -> None:
+    spec = PolicySpec.parse("spectral:scan_interval=2")
+    message = r"^spectral:scan_interval=2: scan_interval is .* chunk must be 1, got 32$"
+    with pytest.raises(EvaluationError, match=message):
+        evaluate_perplexity(tiny.model, [range(2, 90)], [spec], [60], name="tiny")
+
+
 def test_order_is_looked_at_later_where_the_device_is_not_waited_for() -> None:
     def event(*keep: int) -> SimpleNamespace:
         # A tensor that says it is on a GPU: on the CPU there is nothing to wait for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -207,6 +208,107 @@ def test_what_it_cannot_attend_with() -> None:
     renewing = policies.Spectral(budget=100, walk_interval=4).trackers(1)[0]
     assert isinstance(renewing, policies.AttendingTracker)
     assert renewing.capture_obstacle() == "walk_interval=0, got 4"
+
+
+def rows_of(trackers: Sequence[policies.Tracker], like: torch.Tensor) -> list[list[bool]]:
+    """Which tokens have a row, by layer."""
+    found = []
+    for layer, tracker in enumerate(trackers):
+        neighbors, _ = tracker._active().graph.rows(layer, like=like)
+        found.append((neighbors[0, 0] >= 0).any(-1).tolist())
+    return found
+
+
+@pytest.mark.parametrize("interval", [1, 3, 5])
+def test_layers_take_turns_to_draw_rows(interval: int, device: str) -> None:
+    layers, prompt, steps = 4, 12, 17
+    query, keys = tokens(2, prompt + steps, device=device)
+    policy = policies.Spectral(budget=None, sinks=2, row_stride=2, scan_interval=interval)
+    trackers = policy.trackers(layers)
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, prompt)
+    graph = trackers[0]._active().graph
+    written = []
+    for t in range(prompt, prompt + steps):
+        before = graph.statistics().rows_written
+        for tracker in trackers:
+            observe(tracker, query, keys, t, t + 1)
+        written.append((graph.statistics().rows_written - before) // (2 * HEADS))
+        assert [graph.length(layer) for layer in range(layers)] == [t + 1] * layers
+    # The prompt's tokens have every second row from its newest on, of which those of the first
+    # three tokens are empty: these see sinks and themselves alone.
+    in_prompt = [t % 2 == 1 and t > 2 for t in range(prompt)]
+    assert rows_of(trackers, keys) == [
+        in_prompt + [(step + layer) % interval == 0 for step in range(steps)]
+        for layer in range(layers)
+    ]
+    # As even as whole rows can be.
+    assert max(written) - min(written) <= 1
+    assert sum(written) == sum(
+        (step + layer) % interval == 0 for step in range(steps) for layer in range(layers)
+    )
+
+
+def test_rows_between_scans_are_those_of_all_rows(device: str) -> None:
+    query, keys = tokens(1, 40, device=device)
+    drawn = []
+    for interval in (1, 4):
+        (tracker,) = policies.Spectral(budget=None, sinks=2, scan_interval=interval).trackers(1)
+        observe(tracker, query, keys, 0, 20)
+        for t in range(20, 40):
+            observe(tracker, query, keys, t, t + 1)
+        drawn.append(tracker._active().graph.rows(0, like=keys))
+    for every, some in zip(*drawn, strict=True):
+        expected = every.clone()
+        between = torch.tensor([t >= 20 and (t - 20) % 4 != 0 for t in range(40)], device=device)
+        expected[:, :, between] = -1 if every.dtype == torch.int32 else 0.0
+        assert torch.equal(some, expected)
+
+
+def test_padding_and_tokens_taken_back_are_steps(device: str) -> None:
+    query, keys = tokens(2, 31, device=device)
+    mask = torch.ones(2, 31, dtype=torch.bool, device=device)
+    mask[0, [21, 24, 25]] = False
+    policy = policies.Spectral(budget=None, sinks=2, scan_interval=3)
+    trackers = [policy.trackers(1)[0] for _ in range(2)]
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 20, mask)
+        for t in range(20, 31):
+            observe(tracker, query, keys, t, t + 1, mask)
+    trackers[1].truncate(4)
+    for t in range(27, 31):
+        observe(trackers[1], query, keys, t, t + 1, mask)
+    for tracker in trackers:
+        graph = tracker._active().graph
+        assert graph.tokens_seen(0, 0) == graph.tokens_seen(0, 1) - 3 == 28
+        rows = (graph.rows(0, like=keys)[0] >= 0).any(-1)[:, :, 20:]
+        turns = torch.tensor([step % 3 == 0 for step in range(11)], device=device)
+        assert torch.equal(rows, (turns & mask[:, 20:])[:, None].expand_as(rows))
+
+
+def test_steps_without_rows_renew_scores_as_others_do(device: str) -> None:
+    query, keys = tokens(1, 40, device=device)
+    policy = policies.Spectral(budget=None, sinks=2, scan_interval=4, walk_interval=2)
+    (tracker,) = policy.trackers(1)
+    observe(tracker, query, keys, 0, 20)
+    walked = []
+    for t in range(20, 28):
+        observe(tracker, query, keys, t, t + 1)
+        walked.append(tracker._active().graph.tokens_walked(0))
+    assert walked == [21, 21, 23, 23, 25, 25, 27, 27]
+
+
+def test_what_scans_are_refused() -> None:
+    for interval in (0, 2.5, True, "4"):
+        message = rf"\[spectral\] scan_interval must be an integer of at least 1, got {interval!r}"
+        with pytest.raises(ValueError, match=message):
+            policies.Spectral(**OPTIONS, scan_interval=interval)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"scan_interval must be 1 with a population .*, got 4"):
+        policies.Spectral(**OPTIONS, preset="uniform32", scan_interval=4)
+    tracker = policies.Spectral(**OPTIONS, scan_interval=4).trackers(1)[0]
+    assert isinstance(tracker, policies.AttendingTracker)
+    query, keys = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16)
+    assert tracker.obstacle(query, keys, keys) == "scan_interval=1, got 4"
 
 
 def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(

@@ -81,6 +81,12 @@ class Spectral(Policy):
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
         Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
+    scan_interval : int
+        Every how many decode steps, forward passes of one new token, a layer gives its token a row,
+        for which all its keys are read; tokens between have no edges. Layers take turns, so that
+        each step reads about as many. For caches whose attention is the model's, to which it leaves
+        the attention everywhere: where Spectral attends itself, each row comes with the attention,
+        and above 1 saves nothing.
     unrotate : bool
         Whether novelty compares keys as they were before the model turned them by their positions:
         distinctive for what they say, not for where. Without effect where the model does not turn
@@ -116,6 +122,7 @@ class Spectral(Policy):
     solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
     row_stride: int = 1
+    scan_interval: int = 1
     unrotate: bool = True
     seed: int = 0
 
@@ -123,12 +130,19 @@ class Spectral(Policy):
         super().__post_init__()
         self._require_int("walk_interval", minimum=0)
         self._require_int("row_stride", minimum=1)
+        self._require_int("scan_interval", minimum=1)
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
         # The core checks what it is given; a policy with a bad option must not come to be.
-        self._graph_and_walk(GraphConfig())
+        _, walk = self._graph_and_walk(GraphConfig())
         self._eviction()
+        self._require(
+            self.scan_interval == 1
+            or all(population.restart != "current" for population in walk.populations),
+            "scan_interval",
+            "1 with a population that restarts at the current token, whose row it needs",
+        )
 
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; they share one monitor."""
@@ -284,6 +298,7 @@ class _SpectralTracker(AttendingTracker):
         self._counts_memory = False
         self._capacity = 0
         self._keys: torch.Tensor | None = None
+        self._steps = 0  # decode steps observed, of which every `scan_interval`-th draws a row
         self._chosen: torch.Tensor | None = None  # what `keep` returned last
         self._kept: list[int] = []  # and how many of it each sequence keeps
 
@@ -297,7 +312,12 @@ class _SpectralTracker(AttendingTracker):
         if self._monitor.graph.capacity(self._layer) > _SPARE * self._capacity:
             self._monitors.fit(self._monitor)
         self._keys = observation.keys
-        if observation.query.shape[2] == 1 and observation.new_valid is None:
+        is_step = observation.query.shape[2] == 1
+        if is_step and not self._draws_row():
+            self._monitor.admit(
+                self._layer, observation.query, observation.keys, valid=observation.new_valid
+            )
+        elif is_step and observation.new_valid is None:
             self._monitor.on_step(
                 self._layer,
                 observation.query[:, :, 0],
@@ -315,7 +335,20 @@ class _SpectralTracker(AttendingTracker):
                 softcap=observation.softcap,
             )
 
+    def _draws_row(self) -> bool:
+        """Count a decode step, and return whether it is this layer's turn."""
+        turn = (self._steps + self._layer) % self._policy.scan_interval
+        self._steps += 1
+        return turn == 0
+
+    def standing_obstacle(self) -> str | None:
+        interval = self._policy.scan_interval
+        return None if interval == 1 else f"scan_interval=1, got {interval}"
+
     def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+        standing = self.standing_obstacle()
+        if standing is not None:
+            return standing
         dtypes = [tensor.dtype for tensor in (query, keys, values)]
         if len(set(dtypes)) > 1:
             return f"queries, keys and values of one dtype, got {dtypes}"
@@ -410,6 +443,7 @@ class _SpectralTracker(AttendingTracker):
 
     def truncate(self, count: int) -> None:
         self._keys = None
+        self._steps -= count  # steps that are taken back and fed again draw the same rows
         if self._monitor is not None:
             self._monitor.graph.truncate(self._layer, count)
 
@@ -434,14 +468,17 @@ class _SpectralTracker(AttendingTracker):
 
     def reset(self) -> None:
         # Of the next batch the number of sequences may be another.
-        self._keys, self._monitor, self._counts_memory = None, None, False
+        self._keys, self._monitor, self._counts_memory, self._steps = None, None, False, 0
         self._monitors.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         if self._monitor is None:
             return {}
         saved = bytearray(self._monitor.graph.save_layer(self._layer))
-        return {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
+        state = {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
+        if self._policy.scan_interval > 1:
+            state["steps"] = torch.tensor(self._steps)
+        return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
         if "graph" not in state:
@@ -450,6 +487,7 @@ class _SpectralTracker(AttendingTracker):
         self._monitor, self._counts_memory = self._monitors.get(held, slots)
         self.reserve(slots)
         self._monitor.graph.load_layer(self._layer, state["graph"].cpu().numpy().tobytes())
+        self._steps = int(state["steps"]) if "steps" in state else 0
         self._keys = held.keys
 
     def nbytes(self) -> int:
