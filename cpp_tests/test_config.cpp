@@ -178,6 +178,7 @@ TEST(Config, RejectsBadMonitors) {
   bad("EvictionConfig", [](MonitorConfig& config) { config.eviction.budget = 12; });
   bad("MonitorConfig", [](MonitorConfig& config) { config.walk_interval = -1; });
   bad("MonitorConfig", [](MonitorConfig& config) { config.row_stride = 0; });
+  bad("MonitorConfig", [](MonitorConfig& config) { config.prompt_rows = 0; });
   for (const double fraction : {-0.1, 1.1, kNan}) {
     bad("MonitorConfig", [&](MonitorConfig& config) { config.top_fraction = fraction; });
   }

@@ -23,6 +23,9 @@ struct SPECTRALKV_API MonitorConfig {
   std::int64_t walk_interval = 0;
   double top_fraction = 0.2;    ///< the part of a head's tokens that safety_mask protects
   std::int64_t row_stride = 1;  ///< of prompt rows, see RowOptions
+  /// Most rows of a chunk of prompt: of its newest columns, every row_stride-th. The tokens before
+  /// them have no edges: nearly all walks begin among the newest tokens and restart soon.
+  std::int64_t prompt_rows = 1024;
 
   void validate() const;
 };

@@ -47,7 +47,7 @@ SMALL = BenchConfig(
     chunk=30,
     caches=OURS,
 )
-PROMPTS = replace(SMALL, contexts=(100,), caches=(), prefill=True, row_strides=(7,))
+PROMPTS = replace(SMALL, contexts=(100,), caches=(), prefill=True, prompt_rows=(7,))
 SLOT = 2 * 2 * 2 * 64 * 4  # layers, keys and values, heads, dimensions, bytes
 ROW = BenchRow(kind="a", group="static", context=100, step_seconds=(2.0, 1.0, 3.0), batch=4)
 
@@ -322,10 +322,10 @@ def test_prompts_are_read_whole_with_each_sampling_uncut_and_cut(
     assert told == [("measuring", done, 2) for done in range(3)]
     assert [len(one.prompts) for one in seen] == [5, 10]
     assert result.rows == ()
-    wanted = [(None, None), (1, None), (1, 50), (7, None), (7, 50)]
+    wanted = [(None, None), (7, None), (7, 50), (100, None), (100, 50)]
     short = result.prompts[:5]
-    assert [(row.row_stride, row.budget) for row in short] == wanted
-    assert [row.is_default for row in short] == [False, True, True, False, False]
+    assert [(row.prompt_rows, row.budget) for row in short] == wanted
+    assert [row.is_default for row in short] == [False, False, False, True, True]
     assert [row.budget for row in result.prompts[5:]] == [None, None, 65, None, 65]
     for row in result.prompts:
         assert (row.failure, row.batch, row.split) == ("", 2, {})
@@ -337,12 +337,12 @@ def test_prompts_are_read_whole_with_each_sampling_uncut_and_cut(
     for i, (ids, held, cache) in enumerate(read[:15]):
         assert (ids.shape, held) == ((2, 100), 0)
         assert torch.equal(ids, read[0][0])
-        stride, budget = wanted[i % 5]
-        if stride is None:
+        rows, budget = wanted[i % 5]
+        if rows is None:
             assert not isinstance(cache, EvictingCache)
             continue
         assert isinstance(cache.policy, Spectral)
-        assert (cache.policy.row_stride, cache.policy.budget) == (stride, budget)
+        assert (cache.policy.prompt_rows, cache.policy.budget) == (rows, budget)
         assert cache.stats().evictions == (0 if budget is None else 2)
         assert {layer.lengths for layer in cache.evicting_layers} == {(budget or 100,) * 2}
     assert read[0][0].unique().numel() > 50
@@ -360,21 +360,21 @@ def test_a_prompt_that_does_not_fit_has_a_row_that_says_so(
     refused: list[Any] = []
 
     def make(model: Any, ids: torch.Tensor, policy: Any) -> Any:
-        if policy is not None and policy.budget is None and policy.row_stride == 1:
+        if policy is not None and policy.budget is None and policy.prompt_rows == 100:
             refused.append(policy)
             raise spectralkv.CudaError("cudaMalloc: out of memory: asked for 1")
         return reader(model, ids, policy)
 
     monkeypatch.setattr(bench_prompt, "_reader", make)
     result = run_bench(random_model("tiny"), PROMPTS)
-    assert [row.failure for row in result.prompts] == ["", "does not fit", "", "", ""]
+    assert [row.failure for row in result.prompts] == ["", "", "", "does not fit", ""]
     assert len(refused) == 1
-    assert [len(row.prompt_seconds) for row in result.prompts] == [2, 0, 2, 2, 2]
+    assert [len(row.prompt_seconds) for row in result.prompts] == [2, 2, 2, 0, 2]
     costs = [prompt_cost(row, result.prompts) for row in result.prompts]
-    assert costs[1] == PromptCost(over_full=None, rows_seconds=None, cut_seconds=None)
-    assert costs[2].over_full is not None
-    assert costs[2].cut_seconds is None
-    assert costs[4].cut_seconds is not None
+    assert costs[3] == PromptCost(over_full=None, rows_seconds=None, cut_seconds=None)
+    assert costs[4].over_full is not None
+    assert costs[4].cut_seconds is None
+    assert costs[2].cut_seconds is not None
     monkeypatch.setattr(bench_prompt, "_reader", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         run_bench(random_model("tiny"), PROMPTS)
@@ -382,7 +382,7 @@ def test_a_prompt_that_does_not_fit_has_a_row_that_says_so(
 
 def test_what_a_prompt_costs_is_a_difference_of_medians() -> None:
     full = PromptRow(context=100, prompt_seconds=(2.0, 1.0, 9.0))
-    uncut = replace(full, row_stride=4, prompt_seconds=(3.0,))
+    uncut = replace(full, prompt_rows=4, prompt_seconds=(3.0,))
     cut = replace(uncut, budget=50, prompt_seconds=(3.5, 3.25))
     other = replace(full, context=200, prompt_seconds=(7.0,))
     rows = (other, full, uncut, cut)
@@ -467,7 +467,7 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         end_bytes=2**20,
     )
     full = PromptRow(context=100, batch=4, prompt_seconds=(0.5, 0.25, 0.75))
-    uncut = replace(full, row_stride=1, is_default=True, prompt_seconds=(1.0,), split=split)
+    uncut = replace(full, prompt_rows=1, is_default=True, prompt_seconds=(1.0,), split=split)
     prompts = (full, uncut, replace(uncut, budget=2000, prompt_seconds=(), failure="does not fit"))
     result = BenchResult(
         model="m",
@@ -519,7 +519,7 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"row_seconds": -1.0}, "row_seconds must be 0 or more, got -1.0"),
         ({"flat": 1}, "flat must be 0 or at least 2 tokens, got 1"),
-        ({"row_strides": (4, 0)}, "row_strides must be 1 or more, got (4, 0)"),
+        ({"prompt_rows": (4, 0)}, "prompt_rows must be 1 or more, got (4, 0)"),
         (
             {"prefill": True, "interval": 60},
             "must have at least budget + interval = 110 tokens, got a context of 100",

@@ -170,7 +170,9 @@ def test_limits_that_cannot_be_are_refused(horizon: int | None, budget: int, mes
         study.limit_jobs([horizon], [Budget(tokens=budget)], SETTINGS, length=200, chunk=16)
 
 
-@pytest.mark.parametrize("text", ["spectral:scan_interval=4", "mix:of=spectral+h2o,spectral__scan_interval=4"])
+@pytest.mark.parametrize(
+    "text", ["spectral:scan_interval=4", "mix:of=spectral+h2o,spectral__scan_interval=4"]
+)
 def test_what_steps_alone_show_is_fed_token_by_token(
     text: str, tiny: LoadedModel, tmp_path: Path
 ) -> None:

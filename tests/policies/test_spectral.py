@@ -249,6 +249,20 @@ def test_layers_take_turns_to_draw_rows(interval: int, device: str) -> None:
     )
 
 
+def test_only_the_newest_of_a_long_chunk_get_rows(device: str) -> None:
+    query, keys = tokens(2, 70, device=device)
+    (tracker,) = policies.Spectral(budget=None, sinks=2, prompt_rows=8, row_stride=2).trackers(1)
+    observe(tracker, query, keys, 0, 50)
+    observe(tracker, query, keys, 50, 60)
+    for t in range(60, 70):
+        observe(tracker, query, keys, t, t + 1)
+    in_prompt = [t >= 34 and t % 2 == 1 for t in range(50)]
+    in_chunk = [t % 2 == 1 for t in range(50, 60)]
+    assert rows_of([tracker], keys) == [in_prompt + in_chunk + [True] * 10]
+    with pytest.raises(ValueError, match=r"prompt_rows must be .*1.*, got 0"):
+        policies.Spectral(budget=None, prompt_rows=0)
+
+
 def test_rows_between_scans_are_those_of_all_rows(device: str) -> None:
     query, keys = tokens(1, 40, device=device)
     drawn = []
@@ -337,3 +351,52 @@ def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
     tracker.reserve(132)
     assert asked == [(0, 132)] * 2
     assert events == ["given back"]
+
+
+def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capacities = [0, 0]
+    events: list[str] = []
+
+    class Graph:
+        graph_config = spectralkv.GraphConfig(device="cuda:0")
+
+        def capacity(self, layer: int) -> int:
+            return capacities[layer]
+
+        def reserve(self, layer: int, capacity: int) -> None:
+            capacities[layer] = capacity
+            events.append(f"{layer}: {capacity}")
+
+    class Monitor:
+        graph = Graph()
+
+        def on_prefill(self, layer: int, *_: object, **__: object) -> None:
+            events.append(f"{layer}: prompt")
+
+        def on_step(self, layer: int, *_: object, **__: object) -> None:
+            events.append(f"{layer}: step")
+
+    monitor = Monitor()
+
+    def make(*arguments: object) -> Monitor:
+        capacities[:] = [arguments[-1]] * 2  # type: ignore[list-item]
+        return monitor
+
+    trackers = policies.Spectral(budget=100).trackers(2)
+    monkeypatch.setattr(trackers[0]._monitors, "_make", make)
+    query, keys = tokens(1, 1000)
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 900)
+        tracker.reserve(132)  # as a cut does
+    assert capacities == [900, 900]
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 120)
+        observe(tracker, query, keys, 120, 121)
+    assert events == [
+        *("0: prompt", "1: prompt"),
+        *("0: 132", "1: 132", "0: prompt", "0: step", "1: prompt", "1: step"),
+    ]
+    trackers[1].reserve(133)
+    assert capacities == [132, 133]

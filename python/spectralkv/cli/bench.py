@@ -62,13 +62,13 @@ def bench(
             "--prefill", help="Time prompts, too: a full cache, then Spectral's graph and its cut."
         ),
     ] = False,
-    row_strides: Annotated[
+    prompt_rows: Annotated[
         str,
         typer.Option(
-            help="With --prefill: every how many tokens one gets a row of the graph, with commas. "
-            "Spectral's default is timed in any case."
+            help="With --prefill: how many of the newest tokens get a row of the graph, with "
+            "commas. Spectral's default is timed in any case."
         ),
-    ] = "1,4,16",
+    ] = "256,4096,1048576",
     split: Annotated[
         bool,
         typer.Option(
@@ -119,7 +119,7 @@ def bench(
         repeats=repeats,
         row_seconds=row_seconds,
         prefill=prefill,
-        row_strides=_numbers("row-strides", row_strides, int),
+        prompt_rows=_numbers("prompt-rows", prompt_rows, int),
         split=split,
         largest_batch=largest_batch,
         flat=flat,

@@ -57,9 +57,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-# Rows of the graph that a cache gets while it is filled: all of a long prompt's would take longer
-# than what is measured, and a walk is a small part of a step.
-_MOST_ROWS = 2048
 # Steps that are profiled, and timed at least, where each does the same.
 _PROFILED = 4
 #: Steps of one measurement of a long generation.
@@ -103,9 +100,9 @@ class BenchConfig:
         Groups of caches, see :data:`spectralkv.evaluation.bench_caches.GROUPS`.
     prefill : bool
         Time prompts, too, see :func:`spectralkv.evaluation.bench_prompt.measure_prompts`.
-    row_strides : tuple of int
-        Every how many tokens of a prompt one gets a row of the graph; the policy's default is timed
-        in any case.
+    prompt_rows : tuple of int
+        How many of the newest tokens of a prompt get a row of the graph; the policy's default is
+        timed in any case.
     split : bool
         Profile some steps of each cache, and a prompt; on CUDA.
     largest_batch : bool
@@ -131,7 +128,7 @@ class BenchConfig:
     chunk: int = 16384
     caches: tuple[str, ...] = GROUPS
     prefill: bool = False
-    row_strides: tuple[int, ...] = (1, 4, 16)
+    prompt_rows: tuple[int, ...] = (256, 4096, 1 << 20)
     split: bool = False
     largest_batch: bool = False
     flat: int = 0
@@ -149,8 +146,8 @@ class BenchConfig:
                 raise EvaluationError(f"caches must be of {', '.join(GROUPS)}, got {group!r}")
         if not (self.flat == 0 or self.flat >= 2):
             raise EvaluationError(f"flat must be 0 or at least 2 tokens, got {self.flat}")
-        if min(self.row_strides, default=1) < 1:
-            raise EvaluationError(f"row_strides must be 1 or more, got {self.row_strides}")
+        if min(self.prompt_rows, default=1) < 1:
+            raise EvaluationError(f"prompt_rows must be 1 or more, got {self.prompt_rows}")
         if not self.budgets:
             raise EvaluationError("budgets must be at least one share, got none")
         for share in (*self.budgets, *self.shares_of_plain_loops):
@@ -192,7 +189,6 @@ class BenchConfig:
                 budget=budget,
                 interval=self.interval,
                 window=self.window,
-                row_stride=max(1, budget // _MOST_ROWS),
             )
         except ValueError as error:
             raise EvaluationError(f"{share:.0%} of a context of {context}: {error}") from None

@@ -31,11 +31,11 @@ class PromptRow:
         Tokens of each sequence.
     batch : int
         Sequences.
-    row_stride : int or None
-        Every how many tokens one gets a row of the graph; None: transformers' DynamicCache, which
-        has no graph.
+    prompt_rows : int or None
+        How many of the newest tokens get a row of the graph; None: transformers' DynamicCache,
+        which has no graph.
     is_default : bool
-        Whether `row_stride` is what :class:`spectralkv.policies.Spectral` does by default.
+        Whether `prompt_rows` is what :class:`spectralkv.policies.Spectral` does by default.
     budget : int or None
         Tokens that each KV head keeps at the end; None: all, without a cut.
     prompt_seconds : tuple of float
@@ -49,7 +49,7 @@ class PromptRow:
 
     context: int
     batch: int = 1
-    row_stride: int | None = None
+    prompt_rows: int | None = None
     is_default: bool = False
     budget: int | None = None
     prompt_seconds: tuple[float, ...] = ()
@@ -59,7 +59,7 @@ class PromptRow:
     @property
     def kind(self) -> str:
         """The cache."""
-        return "DynamicCache" if self.row_stride is None else "Spectral"
+        return "DynamicCache" if self.prompt_rows is None else "Spectral"
 
     @property
     def seconds(self) -> float:
@@ -94,27 +94,27 @@ class PromptCost:
 def prompt_cost(row: PromptRow, rows: Sequence[PromptRow]) -> PromptCost:
     """Return what a row's cache adds, by the medians of others among `rows` at the same context."""
 
-    def seconds(row_stride: int | None, budget: int | None) -> float | None:
-        wanted = (row.context, row.batch, row_stride, budget)
+    def seconds(prompt_rows: int | None, budget: int | None) -> float | None:
+        wanted = (row.context, row.batch, prompt_rows, budget)
         for one in rows:
-            if (one.context, one.batch, one.row_stride, one.budget) == wanted and not one.failure:
+            if (one.context, one.batch, one.prompt_rows, one.budget) == wanted and not one.failure:
                 return one.seconds
         return None
 
-    own = seconds(row.row_stride, row.budget)
+    own = seconds(row.prompt_rows, row.budget)
     full = seconds(None, None)
-    uncut = seconds(row.row_stride, None)
+    uncut = seconds(row.prompt_rows, None)
     return PromptCost(
         over_full=None if own is None or full is None else own / full,
         rows_seconds=(
-            None if row.row_stride is None or uncut is None or full is None else uncut - full
+            None if row.prompt_rows is None or uncut is None or full is None else uncut - full
         ),
         cut_seconds=None if row.budget is None or own is None or uncut is None else own - uncut,
     )
 
 
 def measure_prompts(model: Any, config: BenchConfig, context: int) -> list[PromptRow]:
-    """Time prompts of one length: a full cache, then each `row_stride` without and with a cut.
+    """Time prompts of one length: a full cache, then each `prompt_rows` without and with a cut.
 
     Caches take turns, so that a device that slows down does so for all of them, and the first turn
     is not counted. A cache that does not fit has a row that says so.
@@ -177,10 +177,12 @@ def _caches(config: BenchConfig, context: int) -> list[tuple[PromptRow, Policy |
     full = PromptRow(context=context, batch=config.batch)
     caches: list[tuple[PromptRow, Policy | None]] = [(full, None)]
     cutting = config.policy(context, config.middle_budget)
-    for stride in sorted({Spectral.row_stride, *config.row_strides}):
-        row = replace(full, row_stride=stride, is_default=stride == Spectral.row_stride)
+    default = Spectral.prompt_rows
+    # More rows than tokens are one for each.
+    for count in sorted({min(n, context) for n in (default, *config.prompt_rows)}):
+        row = replace(full, prompt_rows=count, is_default=count == min(default, context))
         for budget in (None, cutting.budget):
-            policy = replace(cutting, budget=budget, row_stride=stride)
+            policy = replace(cutting, budget=budget, prompt_rows=count)
             caches.append((replace(row, budget=budget), policy))
     return caches
 

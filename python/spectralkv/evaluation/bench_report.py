@@ -83,12 +83,12 @@ def _split_cells(split: dict[str, float]) -> list[str]:
 
 def _prompt_table(result: BenchResult) -> tuple[str, list[str], list[list[str]]]:
     has_split = any(row.split for row in result.prompts)
-    columns = ["context", "cache", "tokens a row", "kept", "ms a prompt [range]", "over full"]
-    columns += ["rows, ms", "cut, ms", *_SPLIT_COLUMNS * has_split]
+    columns = ["context", "cache", "rows", "kept", "ms a prompt [range]", "over full"]
+    columns += ["for rows, ms", "for the cut, ms", *_SPLIT_COLUMNS * has_split]
 
     def cells(row: PromptRow) -> list[str]:
-        stride = "-" if row.row_stride is None else f"{row.row_stride:,}"
-        line = [f"{row.context:,}", row.kind, stride + " (default)" * row.is_default]
+        rows = "-" if row.prompt_rows is None else f"{row.prompt_rows:,}"
+        line = [f"{row.context:,}", row.kind, rows + " (default)" * row.is_default]
         line.append("all" if row.budget is None else f"{row.budget:,}")
         if row.failure:
             return [*line, row.failure]

@@ -81,6 +81,9 @@ class Spectral(Policy):
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
         Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
+    prompt_rows : int
+        Most rows of a chunk, those of its newest tokens: a long prompt in one chunk costs about as
+        much more as so many tokens' scores over all keys.
     scan_interval : int
         Every how many decode steps, forward passes of one new token, a layer gives its token a row,
         for which all its keys are read; tokens between have no edges. Layers take turns, so that
@@ -122,6 +125,7 @@ class Spectral(Policy):
     solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
     row_stride: int = 1
+    prompt_rows: int = 1024
     scan_interval: int = 1
     unrotate: bool = True
     seed: int = 0
@@ -130,6 +134,7 @@ class Spectral(Policy):
         super().__post_init__()
         self._require_int("walk_interval", minimum=0)
         self._require_int("row_stride", minimum=1)
+        self._require_int("prompt_rows", minimum=1)
         self._require_int("scan_interval", minimum=1)
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
@@ -270,6 +275,7 @@ class _Monitors:
             solver=policy.solver,
             walk_interval=policy.walk_interval,
             row_stride=policy.row_stride,
+            prompt_rows=policy.prompt_rows,
         )
 
 
