@@ -298,7 +298,7 @@ TEST_F(Arguments, OfUpdateRows) {
   rejected("update_rows", [&] { update(queries.view(), few, {}); });
   const HostTensor many(DType::f32, {2, 4, kCapacity - kLength + 1, 8});
   rejected("update_rows", [&] { update(many.view(), keys(), {}); });
-  for (const Index stride : {Index{0}, Index{-1}}) {
+  for (const Index stride : {Index{-1}, Index{1} << 31}) {
     rejected("update_rows", [&] {
       update(queries.view(), keys(), {.score = {}, .valid = {}, .row_stride = stride});
     });

@@ -162,6 +162,15 @@ class Life {
   void append(Index layer) {
     if (length(layer) == config_.capacity) return;
     const HostTensor cache = keys(layer);
+    if (random_.chance(0.25)) {
+      const HostTensor block = queries(layer, {1});
+      pair_.both([&](GraphManager& manager) {
+        manager.update_rows(layer, block.view(), cache.view(),
+                            {.score = {}, .valid = {}, .row_stride = 0}, Stream{});
+      });
+      pair_.expect_same_state("update_rows without a row");
+      return;
+    }
     const HostTensor query = queries(layer, {});
     pair_.both([&](GraphManager& manager) {
       manager.update(layer, query.view(), cache.view(), {}, {}, Stream{});
@@ -178,7 +187,7 @@ class Life {
       const Index padding = random_.integer(0, count);
       for (Index i = padding; i < count; ++i) valid.set({b, i}, 1);
     }
-    const Index stride = random_.integer(1, 4);
+    const Index stride = random_.integer(0, 4);
     pair_.both([&](GraphManager& manager) {
       manager.update_rows(layer, block.view(), cache.view(),
                           {.score = {}, .valid = valid.view(), .row_stride = stride}, Stream{});

@@ -178,13 +178,14 @@ TEST(Config, RejectsBadMonitors) {
   bad("EvictionConfig", [](MonitorConfig& config) { config.eviction.budget = 12; });
   bad("MonitorConfig", [](MonitorConfig& config) { config.walk_interval = -1; });
   bad("MonitorConfig", [](MonitorConfig& config) { config.row_stride = 0; });
+  bad("MonitorConfig", [](MonitorConfig& config) { config.prompt_rows = 0; });
   for (const double fraction : {-0.1, 1.1, kNan}) {
     bad("MonitorConfig", [&](MonitorConfig& config) { config.top_fraction = fraction; });
   }
 }
 
 TEST(Config, HasPresets) {
-  for (const char* name : {"default", "uniform32", "weighted4"}) {
+  for (const char* name : {"default", "walks", "uniform32", "weighted4"}) {
     GraphConfig graph = graph_config();
     WalkConfig walk;
     apply_preset(name, graph, walk);
@@ -195,6 +196,16 @@ TEST(Config, HasPresets) {
   }
   GraphConfig graph;
   WalkConfig walk;
+  apply_preset("walks", graph, walk);
+  const WalkConfig defaults;
+  ASSERT_EQ(walk.populations.size(), defaults.populations.size());
+  for (std::size_t p = 0; p < walk.populations.size(); ++p) {
+    EXPECT_EQ(walk.populations[p].solver, Solver::walk) << p;
+    EXPECT_EQ(walk.populations[p].restart, defaults.populations[p].restart) << p;
+    EXPECT_EQ(walk.populations[p].decay, defaults.populations[p].decay) << p;
+    EXPECT_DOUBLE_EQ(walk.populations[p].share, defaults.populations[p].share) << p;
+  }
+
   apply_preset("uniform32", graph, walk);
   EXPECT_EQ(graph.edge_law, EdgeLaw::uniform);
   EXPECT_EQ(graph.top_k, 32);

@@ -323,6 +323,55 @@ TEST(Monitor, DrawsEveryNthPromptRow) {
   EXPECT_EQ(engine.monitor.graph().statistics().rows_written, 7 * kHeads);
 }
 
+TEST(Monitor, DrawsTheNewestPromptRows) {
+  MonitorConfig config = monitor_config();
+  config.prompt_rows = 3;
+  config.row_stride = 2;
+  MonitorConfig all = config;
+  all.prompt_rows = 1000;
+  for (const std::vector<Index>& prompts : {std::vector<Index>{21, 21}, {21, 15}}) {
+    Engine few({Text(1), Text(2)}, config);
+    Engine many({Text(1), Text(2)}, all);
+    few.prefill(prompts);
+    many.prefill(prompts);
+    EXPECT_EQ(few.monitor.graph().statistics().rows_written, 2 * 3 * kHeads);
+    EXPECT_EQ(few.monitor.graph().tokens_seen(0, 0), 21);
+    EXPECT_EQ(few.monitor.graph().tokens_seen(0, 1), prompts[1]);
+    const Graphs some = read_graphs(few.monitor.graph(), 0);
+    const Graphs every = read_graphs(many.monitor.graph(), 0);
+    for (std::size_t b = 0; b < some.size(); ++b) {
+      for (std::size_t h = 0; h < some[b].size(); ++h) {
+        EXPECT_EQ(some[b][h].positions, every[b][h].positions);
+        for (std::size_t slot = 0; slot < 21; ++slot) {
+          const bool drawn = slot >= 15 && (20 - slot) % 2 == 0;
+          EXPECT_EQ(some[b][h].rows[slot], drawn ? every[b][h].rows[slot] : std::vector<Edge>{})
+              << b << ' ' << h << ' ' << slot;
+        }
+      }
+    }
+  }
+}
+
+TEST(Monitor, RefusesLongPromptsWhole) {
+  MonitorConfig config = monitor_config();
+  config.prompt_rows = 3;
+  Engine engine({Text(1)}, config);
+  Monitor& monitor = engine.monitor;
+  const Index capacity = monitor.graph().capacity(0);
+  const HostTensor keys = key_slab(monitor.graph().graph_config(), 1);
+  const auto prefill = [&](Index count, const ConstTensorView& seen, Index marks) {
+    HostTensor queries(DType::f32, {1, kQueryHeads, count, kHeadDim});
+    const HostTensor valid(DType::u8, {1, marks});
+    monitor.on_prefill(0, queries.view(), seen, {}, valid.view(), Stream{});
+  };
+  ConstTensorView short_keys = keys.view();
+  short_keys.shape[2] = 9;
+  EXPECT_THROW(prefill(capacity + 1, keys.view(), capacity + 1), InvalidArgument);
+  EXPECT_THROW(prefill(10, short_keys, 10), InvalidArgument);
+  EXPECT_THROW(prefill(10, keys.view(), 9), InvalidArgument);
+  EXPECT_EQ(monitor.graph().length(0), 0);
+}
+
 TEST(Monitor, DecodesInFixedSlots) {
   // With reuse no slot behind budget + interval is ever touched.
   Engine engine({Text(1), Text(2)}, monitor_config(), {}, true);

@@ -108,7 +108,10 @@ TEST(PprExact, LeavesStaleEdgesOut) {
 
 TEST(PprExact, IsBitwiseDeterministic) {
   WalkConfig walk;
-  for (Population& population : walk.populations) population.solver = Solver::walk;
+  for (Population& population : walk.populations) {
+    population.solver = Solver::walk;
+    population.decay = 0.0;
+  }
   GraphManager manager(graph_config(EdgeLaw::weighted), walk);
   Feeder feeder(manager, 0, 3);
   feeder.prefill(120);

@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
@@ -620,6 +622,70 @@ TEST(UpdateRows, CountsTheStrideOverTokens) {
       expect_same_graph(expected, strided[b][g], 1e-6);
     }
   }
+}
+
+TEST(UpdateRows, AdmitsTokensWithoutRows) {
+  // One by one between updates, and in a block with padding: a token without a row takes its slot
+  // and position, and later rows are what they would be had it one.
+  Random random(14);
+  for (const GraphScope scope : {GraphScope::head, GraphScope::layer}) {
+    const GraphConfig config = prompt_config(scope, EdgeLaw::weighted);
+    const Prompt prompt = make_prompt(config, DType::f32, 40, random, false);
+    HostTensor valid(DType::u8, {2, 10});
+    valid.for_each([&](const std::vector<Index>& index) {
+      valid.set(index, index[0] == 0 || index[1] % 3 != 1 ? 1.0 : 0.0);
+    });
+    GraphManager all(config, {});
+    GraphManager some(config, {});
+    const auto add = [&](GraphManager& manager, Index first, Index last, Index stride) {
+      manager.update_rows(0, part(prompt.queries, first, last), prompt.keys.view(),
+                          {.score = {},
+                           .valid = first == 30 ? std::as_const(valid).view() : ConstTensorView{},
+                           .row_stride = stride},
+                          Stream{});
+    };
+    for (Index slot = 0; slot < 30; ++slot) {
+      add(all, slot, slot + 1, 1);
+      add(some, slot, slot + 1, slot % 4 == 3 ? 1 : 0);
+    }
+    add(all, 30, 40, 1);
+    add(some, 30, 40, 0);
+    EXPECT_EQ(some.length(0), 40);
+    EXPECT_EQ(some.statistics().rows_written, 7 * 2 * some.graphs_per_sequence());
+    const Graphs drawn = read_graphs(all, 0);
+    const Graphs sampled = read_graphs(some, 0);
+    for (Index b = 0; b < 2; ++b) {
+      EXPECT_EQ(some.tokens_seen(0, b), all.tokens_seen(0, b));
+      EXPECT_EQ(some.tokens_held(0, b), all.tokens_held(0, b));
+      for (std::size_t g = 0; g < drawn[at(b)].size(); ++g) {
+        Graph expected = drawn[at(b)][g];
+        for (Index slot = 0; slot < 40; ++slot) {
+          if (slot >= 30 || slot % 4 != 3) expected.rows[at(slot)].clear();
+        }
+        expect_same_graph(expected, sampled[at(b)][g], 0.0);
+      }
+    }
+  }
+}
+
+TEST(UpdateRows, ReadsNothingOfTokensWithoutRows) {
+  const GraphConfig config = prompt_config(GraphScope::head, EdgeLaw::weighted);
+  GraphManager manager(config, {});
+  Prompt prompt{HostTensor(DType::f32, {2, 2, 4, 24}), HostTensor(DType::f32, {2, 6, 4, 24})};
+  const auto spoil = [](HostTensor& tensor) {
+    tensor.for_each([&](const std::vector<Index>& index) {
+      tensor.set(index, std::numeric_limits<double>::quiet_NaN());
+    });
+  };
+  spoil(prompt.keys);
+  spoil(prompt.queries);
+  for (const auto& [first, last] : {std::pair<Index, Index>{0, 1}, {1, 4}}) {
+    manager.update_rows(0, part(prompt.queries, first, last), prompt.keys.view(),
+                        {.score = {}, .valid = {}, .row_stride = 0}, Stream{});
+  }
+  EXPECT_EQ(manager.tokens_held(0, 1), 4);
+  EXPECT_EQ(manager.statistics().rows_written, 0);
+  EXPECT_EQ(manager.statistics().rows_nonfinite, 0);
 }
 
 TEST(UpdateRows, TakesNoTokens) {

@@ -49,7 +49,7 @@ struct UpdateArgs {
   std::int64_t length = 0;  ///< length of the layer once the tokens are in
   double scale = 1.0;
   double softcap = 0.0;
-  std::int64_t row_stride = 1;
+  std::int64_t row_stride = 1;  ///< 0: no rows; more than one token or none attends
 
   bool attends() const { return !attended.values.empty(); }
 };

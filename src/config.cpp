@@ -128,13 +128,18 @@ void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
   if (name == "default") {
     set(EdgeLaw::weighted, GraphConfig{}.top_k, defaults.restart_prob, defaults.decay,
         defaults.populations);
+  } else if (name == "walks") {
+    std::vector<Population> populations = defaults.populations;
+    for (Population& population : populations) population.solver = Solver::walk;
+    set(EdgeLaw::weighted, GraphConfig{}.top_k, defaults.restart_prob, defaults.decay,
+        std::move(populations));
   } else if (name == "uniform32") {
     set(EdgeLaw::uniform, 32, 0.85, 1.0, {{.restart = Restart::current, .count = VisitCount::all}});
   } else if (name == "weighted4") {
     set(EdgeLaw::weighted, 4, 0.15, 0.0,
         {{.restart = Restart::recent, .count = VisitCount::edges}});
   } else {
-    throw_invalid("apply_preset", "name", R"("default", "uniform32" or "weighted4")",
+    throw_invalid("apply_preset", "name", R"("default", "walks", "uniform32" or "weighted4")",
                   "\"" + std::string(name) + "\"");
   }
 }

@@ -170,7 +170,7 @@ struct GraphManager::Impl {
                   const detail::AttendedViews* attended = nullptr) {
     LayerState& state = layer_state(operation, layer);
     detail::check_score_options(operation, options.score);
-    check_range(operation, "row_stride", options.row_stride, 1,
+    check_range(operation, "row_stride", options.row_stride, 0,
                 std::numeric_limits<std::int32_t>::max());
     const std::int64_t count = queries.size(2);
 

@@ -1,6 +1,7 @@
 #include "spectralkv/monitor.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -14,15 +15,37 @@ void MonitorConfig::validate() const {
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
   detail::check_range("MonitorConfig", "walk_interval", walk_interval, 0, kMost);
   detail::check_range("MonitorConfig", "row_stride", row_stride, 1, kMost);
+  detail::check_range("MonitorConfig", "prompt_rows", prompt_rows, 1, kMost);
   if (!(top_fraction >= 0.0 && top_fraction <= 1.0)) {
     detail::throw_invalid("MonitorConfig", "top_fraction", "in [0, 1]",
                           std::to_string(top_fraction));
   }
 }
 
+namespace {
+
+/// `count` elements of an axis; of an empty view an empty one.
+ConstTensorView part_of(ConstTensorView view, int axis, std::int64_t first, std::int64_t count) {
+  if (view.empty()) return view;
+  view.data =
+      static_cast<const std::byte*>(view.data) + first * view.stride(axis) * size_of(view.dtype);
+  view.shape[static_cast<std::size_t>(axis)] = count;
+  return view;
+}
+
+}  // namespace
+
 struct Monitor::Impl {
   GraphManager graph;
   MonitorConfig config;
+
+  /// Whether `count` more tokens with these keys and marks pass the checks that fewer would pass.
+  bool takes(std::int64_t layer, std::int64_t count, const ConstTensorView& keys,
+             const ConstTensorView& valid) const {
+    const std::int64_t length = graph.length(layer) + count;
+    return length <= graph.capacity(layer) && keys.rank == 4 && keys.size(2) >= length &&
+           (valid.empty() || (valid.rank == 2 && valid.size(1) == count));
+  }
 
   /// Marks the sequences of a layer for which `due(sequence)` holds; empty if there are none.
   template <class Predicate>
@@ -67,9 +90,23 @@ Monitor& Monitor::operator=(Monitor&&) noexcept = default;
 void Monitor::on_prefill(std::int64_t layer, const ConstTensorView& queries,
                          const ConstTensorView& keys, const ScoreOptions& options,
                          const ConstTensorView& valid, Stream stream) {
-  impl_->graph.update_rows(
-      layer, queries, keys,
-      {.score = options, .valid = valid, .row_stride = impl_->config.row_stride}, stream);
+  GraphManager& graph = impl_->graph;
+  const std::int64_t stride = impl_->config.row_stride;
+  const auto draw = [&](const ConstTensorView& some, const ConstTensorView& real,
+                        std::int64_t row_stride) {
+    graph.update_rows(layer, some, keys,
+                      {.score = options, .valid = real, .row_stride = row_stride}, stream);
+  };
+  const std::int64_t count = queries.rank == 4 ? queries.size(2) : 0;
+  const std::int64_t drawn = impl_->config.prompt_rows * stride;
+  // What would be refused is refused whole, not after half of it.
+  if (count <= drawn || !impl_->takes(layer, count, keys, valid)) {
+    draw(queries, valid, stride);
+    return;
+  }
+  const std::int64_t older = count - drawn;
+  draw(part_of(queries, 2, 0, older), part_of(valid, 1, 0, older), 0);
+  draw(part_of(queries, 2, older, drawn), part_of(valid, 1, older, drawn), stride);
 }
 
 void Monitor::on_prefill_end(std::int64_t layer, const ConstTensorView& keys, Stream stream) {

@@ -336,6 +336,29 @@ def test_goals_of_decoding() -> None:
     assert row.endswith("| full: 6,000 us | 4,000 us [3,600, 4,400] | 1.5x | yes |")
 
 
+def test_goals_of_prompts() -> None:
+    def prompt(seconds: float, **more: Any) -> dict[str, Any]:
+        row = {"context": 16384, "prompt_rows": None, "is_default": False, "budget": None}
+        times = {"seconds": seconds, "prompt_seconds": [seconds, 1.1 * seconds], "failure": ""}
+        return {**row, **times, **more}
+
+    prompts = [
+        prompt(0.5),
+        prompt(0.9, prompt_rows=16384),
+        prompt(0.52, prompt_rows=1024, is_default=True),
+        prompt(0.53, prompt_rows=1024, is_default=True, budget=3277),
+        prompt(0.1, prompt_rows=1024, is_default=True, context=4096),  # no full cache beside it
+        prompt(0.0, failure="does not fit"),
+    ]
+    report = {"stages": [{"stage": "prompts", "decode": {"rows": [], "prompts": prompts}}]}
+    lines = goals.lines_of(json.dumps(report))
+    assert [line["case"] for line in lines] == ["S=16384 uncut", "S=16384 cut"]
+    (uncut,) = rows_with(lines, "16k, 8B shape, rows of the graph: ")
+    assert uncut.endswith("| full: 500,000 us | 520,000 us [520,000, 572,000] | 4 % | yes |")
+    (cut,) = rows_with(lines, "rows and the cut to 20 %")
+    assert cut.endswith("| 6 % | **no** |")
+
+
 def test_a_wrong_result_meets_no_goal() -> None:
     wrong = {**ROW, "figures": {"equals_fp64": False}}
     (row,) = rows_with(goals.lines_of(json.dumps({"rows": [wrong]})), "B 1, 64k, over torch")

@@ -436,31 +436,48 @@ def plan(
             raise CheckError("no figures were written")
         return {"report": json.loads(compared.read_text())}
 
-    def decode(batch: int, contexts: str, gpu: int) -> Stage:
-        """Decode steps of an 8B shape with caches that keep all and with ours, both captured."""
-        name = f"decode-{batch}"
+    def bench(name: str, gpu: int, rows: str, *options: str) -> Stage:
+        """`spectralkv bench` with the shape of an 8B model; `rows`: where its figures are."""
         out = folder / name
 
         def read(_: str) -> Figures:
             written = out / "bench.json"
             if not written.exists():
                 raise CheckError("no figures were written")
-            bench = json.loads(written.read_text())
-            failed = [row for row in bench["rows"] if row["failure"]]
-            if failed or not bench["rows"]:
-                raise ResultError("; ".join(row["failure"] for row in failed), {"decode": bench})
-            return {"decode": bench}
+            report = json.loads(written.read_text())
+            failed = [row for row in report[rows] if row["failure"]]
+            if failed or not report[rows]:
+                raise ResultError("; ".join(row["failure"] for row in failed), {"decode": report})
+            return {"decode": report}
 
         # fmt: off
         command = [
             python, "-c", "import sys; from spectralkv.cli import main; sys.exit(main())", "bench",
-            "--shape", "8b", "--device", "cuda", "--batch", str(batch), "--contexts", contexts,
-            "--budgets", "0.1,0.2,0.5", "--caches", "fused,loop", "--steps", "64", "--repeats", "3",
-            "--row-seconds", "1", "--output", str(out),
+            "--shape", "8b", "--device", "cuda", *options, "--repeats", "3", "--output", str(out),
         ]
         # fmt: on
         env = installed if gpus == 1 else {**installed, "CUDA_VISIBLE_DEVICES": str(gpu)}
         return Stage(name, command, limit=120, cwd=folder, env=env, needs=("package",), parse=read)
+
+    def decode(batch: int, contexts: str, gpu: int) -> Stage:
+        """Decode steps with caches that keep all and with ours, both captured."""
+        # fmt: off
+        return bench(
+            f"decode-{batch}", gpu, "rows", "--batch", str(batch), "--contexts", contexts,
+            "--budgets", "0.1,0.2,0.5", "--caches", "fused,loop", "--steps", "64",
+            "--row-seconds", "1",
+        )
+        # fmt: on
+
+    def prompts() -> Stage:
+        """Prompts into a full cache and into ours, with more and fewer rows of the graph."""
+        # fmt: off
+        return bench(
+            "prompts", 0, "prompts", "--contexts", "16384", "--budgets", "0.2",
+            "--caches", "none", "--prefill", "--prompt-rows", "256,1048576", "--row-seconds", "2",
+            "--split",
+        )
+        # fmt: on
 
     configure = [
         "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
@@ -565,6 +582,7 @@ def plan(
             ],
             side_by_side=gpus > 1,
         ),
+        [prompts()],
         # Models launch thousands of small kernels: beside the others' they would wait for turns.
         [
             Stage(
@@ -598,6 +616,7 @@ def stage_names() -> list[str]:
         "compare",
         "decode-1",
         "decode-8",
+        "prompts",
     ]
 
 
@@ -615,7 +634,8 @@ def row_of(result: Result) -> str:
     if not said and "report" in figures:
         said = f"{len(figures['report']['rows'])} comparisons"
     if not said and "decode" in figures:
-        said = f"{len(figures['decode']['rows'])} caches"
+        decode = figures["decode"]
+        said = f"{len(decode['rows']) + len(decode.get('prompts', []))} caches"
     return f"{result.name:13} {result.verdict:9} {result.seconds:7.1f} s  {said}"
 
 

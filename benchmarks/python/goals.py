@@ -76,6 +76,28 @@ def decode_lines(report: Line) -> list[Line]:
     return lines
 
 
+def prompt_lines(report: Line) -> list[Line]:
+    """Turn the prompts that `spectralkv bench` timed into a line for each of the policy's default.
+
+    `slower_by` is what it takes longer than the full cache, as a part of that.
+    """
+    prompts = [row for row in report.get("prompts", []) if not row["failure"]]
+    full = {row["context"]: row["seconds"] for row in prompts if row["prompt_rows"] is None}
+    return [
+        {
+            "source": "decode",
+            "bench": "prompt",
+            "case": f"S={row['context']} " + ("uncut" if row["budget"] is None else "cut"),
+            "us": 1e6 * row["seconds"],
+            "us_quartiles": [1e6 * min(row["prompt_seconds"]), 1e6 * max(row["prompt_seconds"])],
+            "full_us": 1e6 * full[row["context"]],
+            "slower_by": row["seconds"] / full[row["context"]] - 1.0,
+        }
+        for row in prompts
+        if row["is_default"] and row["context"] in full
+    ]
+
+
 def lines_of(text: str) -> list[Line]:
     """Read every figure of a file."""
     try:
@@ -89,7 +111,7 @@ def lines_of(text: str) -> list[Line]:
             lines += [{"source": "cpp", **line} for line in stage.get("lines", [])]
             lines += [flat_row(row) for row in stage.get("report", {}).get("rows", [])]
             if "decode" in stage:
-                lines += decode_lines(stage["decode"])
+                lines += decode_lines(stage["decode"]) + prompt_lines(stage["decode"])
         return lines
     if "rows" in whole:
         return [flat_row(row) for row in whole["rows"]]
@@ -460,6 +482,21 @@ GOALS = (
             floor=lambda line: f"full: {line['full_us']:,.0f} us",
         )
         for batch, limit in ((1, 1.3), (8, 2.3))
+    ),
+    *(
+        Goal(
+            "—",
+            f"prompt of 16k, 8B shape, {what}: slower than into a full cache by",
+            "decode",
+            "prompt",
+            (rf"S=16384 {case}",),
+            lambda line: 100 * line["slower_by"],
+            5.0,
+            False,
+            " %",
+            floor=lambda line: f"full: {line['full_us']:,.0f} us",
+        )
+        for case, what in (("uncut", "rows of the graph"), ("cut", "rows and the cut to 20 %"))
     ),
     *(
         Goal(

@@ -11,7 +11,7 @@ Two splits that share no text: policies are tuned on the first sequences of each
 needles of one seed, and reported on later sequences and on the needles of another.
 
 A run scores what follows its largest budget. So policies that are to be compared run at the same
-budgets.
+budgets, or with the same --first-scored.
 """
 
 from __future__ import annotations
@@ -28,22 +28,31 @@ from pathlib import Path
 from queue import SimpleQueue
 
 OURS = ["spectral"]
-# With the noise of walks in both populations.
+# With the noise of walks in both populations, and no memory of earlier walks.
 WALKS = "spectral:populations=recent:edges:0.6+novelty:all:0.4"
+# Exact novelty, and no memory of earlier walks.
+FORGETFUL = "spectral:populations=recent:edges:0.6+novelty:all:0.4:exact"
+# The noise of walks in both, and memory.
+WALKS_THAT_LAST = "spectral:populations=recent:edges:0.6::0.5+novelty:all:0.4"
 CANDIDATES = [
     *OURS,
     WALKS,
+    FORGETFUL,
+    WALKS_THAT_LAST,
     # Single tokens in place of phrases, and halves.
     "spectral:novelty_width=1,restart_prob=0.5,populations=recent:edges:0.5+novelty:all:0.5",
     "spectral:novelty_width=9,populations=recent:edges:0.5+novelty:all:0.5",
     "spectral:window=75,populations=recent:edges:0.75+novelty:all:0.25",
     "spectral:edge_law=attention,top_k=16,populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4",
 ]
-# What the default was chosen from, beside itself and WALKS.
-HALF_EXACT = [
+# What the default was chosen from, beside itself and those above.
+CONTENDERS = [
+    "spectral:populations=recent:edges:0.6::0.7+novelty:all:0.4:exact",
+    "spectral:populations=recent:edges:0.6::0.9+novelty:all:0.4:exact",
+    "spectral:populations=recent:edges:0.5::0.5+novelty:all:0.5:exact",
+    "spectral:populations=recent:edges:0.6::0.5+novelty:all:0.4,solver=exact",
     "spectral:populations=recent:edges:0.5+novelty:all:0.5:exact",
     "spectral:novelty_width=9,populations=recent:edges:0.6+novelty:all:0.4:exact",
-    "spectral:populations=recent:edges:0.6::0.5+novelty:all:0.4:exact",
     (
         "spectral:edge_law=attention,top_k=16,"
         "populations=recent:edges:0.6:0.02:0.9+novelty:all:0.4:exact"
@@ -51,9 +60,9 @@ HALF_EXACT = [
 ]
 # Without the noise of walks.
 EXACT = [
-    "spectral:solver=exact",
+    "spectral:populations=recent:edges:0.6+novelty:all:0.4,solver=exact",
     "spectral:populations=recent:edges:0.5+novelty:all:0.5,solver=exact",
-    "spectral:novelty_width=1,solver=exact",
+    "spectral:novelty_width=1,populations=recent:edges:0.6+novelty:all:0.4,solver=exact",
 ]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
@@ -140,12 +149,9 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         Job(
             "tuning-needle", [*needles, "--seed", "1", *many("--policy", [*CANDIDATES, "keydiff"])]
         ),
-        Job(
-            "tuning-needle-half-exact",
-            [*needles, "--seed", "1", *many("--policy", HALF_EXACT)],
-        ),
+        Job("tuning-needle-contenders", [*needles, "--seed", "1", *many("--policy", CONTENDERS)]),
         perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
-        perplexity("tuning-perplexity-half-exact", HALF_EXACT, "--budget", "0.2", *tune),
+        perplexity("tuning-perplexity-contenders", CONTENDERS, "--budget", "0.2", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
@@ -158,7 +164,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
                 [
                     *needles,
                     *many("--length", ["900", "3600"]),
-                    *many("--policy", [*OURS, "keydiff", "h2o"]),
+                    *many("--policy", [*OURS, WALKS, "keydiff", *ATTENTION[:4]]),
                 ],
             ),
         ]

@@ -110,7 +110,7 @@ struct SPECTRALKV_API WalkConfig {
   /// around it, an odd number. What nobody asked for yet is worth keeping as a whole phrase only.
   std::int64_t novelty_width = 5;
   std::vector<Population> populations{
-      {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.6},
+      {.restart = Restart::recent, .count = VisitCount::edges, .share = 0.6, .decay = 0.5},
       {.restart = Restart::novelty,
        .count = VisitCount::all,
        .share = 0.4,
@@ -131,7 +131,8 @@ struct SPECTRALKV_API EvictionConfig {
   void validate() const;
 };
 
-/// Sets edge law, top_k and the walk to a named choice: "default", "uniform32" or "weighted4".
+/// Sets edge law, top_k and the walk to a named choice: "default", "walks" (the default with nothing
+/// solved exactly), "uniform32" or "weighted4".
 SPECTRALKV_API void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk);
 
 }  // namespace spectralkv

@@ -24,7 +24,7 @@ struct RowOptions {
   /// u8 (B, Q): 0 marks padding, which takes a slot but no position. Empty view: all are tokens.
   ConstTensorView valid{};
   /// Rows are drawn for every row_stride-th token of a block, counted from its newest backwards;
-  /// the others have no edges.
+  /// the others have no edges. 0: no token gets one, and neither queries nor keys are read.
   std::int64_t row_stride = 1;
 };
 

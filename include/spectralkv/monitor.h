@@ -23,6 +23,9 @@ struct SPECTRALKV_API MonitorConfig {
   std::int64_t walk_interval = 0;
   double top_fraction = 0.2;    ///< the part of a head's tokens that safety_mask protects
   std::int64_t row_stride = 1;  ///< of prompt rows, see RowOptions
+  /// Most rows of a chunk of prompt: of its newest columns, every row_stride-th. The tokens before
+  /// them have no edges: nearly all walks begin among the newest tokens and restart soon.
+  std::int64_t prompt_rows = 1024;
 
   void validate() const;
 };
@@ -30,7 +33,8 @@ struct SPECTRALKV_API MonitorConfig {
 /// Decides when the graphs are walked and when the cache is cut. One Monitor serves one batch:
 ///
 ///     on_prefill (per layer and chunk) ... on_prefill_end
-///     every step: on_step, or graph().attend and renew_due (per layer);
+///     every step: on_step, or graph().attend and renew_due (per layer), or, without a row,
+///         graph().update_rows with row_stride 0 and renew_due;
 ///         if is_full(layer): keep(layer), then compact or release
 ///     on_finish
 ///
@@ -55,7 +59,7 @@ class SPECTRALKV_API Monitor {
   void on_step(std::int64_t layer, const ConstTensorView& query, const ConstTensorView& keys,
                const ConstTensorView& slots, const ScoreOptions& options, Stream stream);
 
-  /// What on_step does after GraphManager::update, for tokens that came by GraphManager::attend:
+  /// What on_step does after GraphManager::update, for tokens that came by another method of it:
   /// renews the importance of the sequences whose walk_interval is over.
   void renew_due(std::int64_t layer, const ConstTensorView& keys, Stream stream);
 

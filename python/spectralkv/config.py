@@ -26,7 +26,7 @@ GraphScope = Literal["head", "layer"]
 Restart = Literal["current", "recent", "novelty"]
 VisitCount = Literal["edges", "all"]
 Solver = Literal["walk", "exact"]
-Preset = Literal["default", "uniform32", "weighted4"]
+Preset = Literal["default", "walks", "uniform32", "weighted4"]
 
 
 def _member(enum: Any, name: str, what: str) -> Any:
@@ -320,6 +320,8 @@ class MonitorConfig:
         The part of a head's tokens that the safety mask protects, in [0, 1].
     row_stride
         Every how many prompt tokens a row of the graph is drawn.
+    prompt_rows
+        Most rows of a chunk of prompt: of its newest columns. The tokens before them have no edges.
 
     Raises
     ------
@@ -332,6 +334,7 @@ class MonitorConfig:
     walk_interval: int = 0
     top_fraction: float = 0.2
     row_stride: int = 1
+    prompt_rows: int = 1024
 
     def __post_init__(self) -> None:
         self._to_core().validate()
@@ -343,6 +346,7 @@ class MonitorConfig:
         core.walk_interval = self.walk_interval
         core.top_fraction = self.top_fraction
         core.row_stride = self.row_stride
+        core.prompt_rows = self.prompt_rows
         return core
 
 
@@ -354,7 +358,8 @@ def apply_preset(
     Parameters
     ----------
     name
-        ``"default"``, ``"uniform32"`` or ``"weighted4"``.
+        ``"default"``; ``"walks"``: the default with nothing solved exactly; ``"uniform32"`` or
+        ``"weighted4"``.
     graph, walk
         Configurations to start from; what the preset does not name stays.
 

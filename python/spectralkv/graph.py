@@ -45,7 +45,7 @@ class SpectralGraph:
     num_kv_heads, num_query_heads, batch_size
         Hkv, Hq (None: as many as Hkv) and B.
     preset
-        Edge law, top_k and walk: ``"default"``, ``"uniform32"`` or ``"weighted4"``.
+        Edge law, top_k and walk: ``"default"``, ``"walks"``, ``"uniform32"`` or ``"weighted4"``.
     walk
         Used instead of the preset's walk.
     top_k, edge_law

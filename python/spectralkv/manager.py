@@ -205,7 +205,8 @@ class GraphManager:
         scale, softcap
             As in `update`.
         row_stride
-            Only every so many tokens, counted from the newest, get a row.
+            Only every so many tokens, counted from the newest, get a row. 0: none does; they take
+            their slots, and neither queries nor keys are read.
         stream
             See the class. With ``valid`` the call waits for the device, to count the tokens.
         """

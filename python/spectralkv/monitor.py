@@ -34,7 +34,7 @@ class Monitor:
     ----------
     graph, walk, eviction
         Configurations.
-    solver, walk_interval, top_fraction, row_stride
+    solver, walk_interval, top_fraction, row_stride, prompt_rows
         See :class:`spectralkv.MonitorConfig`.
 
     Raises
@@ -55,6 +55,7 @@ class Monitor:
         walk_interval: int = 0,
         top_fraction: float = 0.2,
         row_stride: int = 1,
+        prompt_rows: int = 1024,
     ) -> None:
         self._config = MonitorConfig(
             eviction=eviction,
@@ -62,6 +63,7 @@ class Monitor:
             walk_interval=walk_interval,
             top_fraction=top_fraction,
             row_stride=row_stride,
+            prompt_rows=prompt_rows,
         )
         self._core = _core.Monitor(graph._to_core(), walk._to_core(), self._config._to_core())
         self._graph = GraphManager._wrap(self._core.graph, graph, walk)
@@ -77,6 +79,7 @@ class Monitor:
             walk_interval=config.walk_interval,
             top_fraction=config.top_fraction,
             row_stride=config.row_stride,
+            prompt_rows=config.prompt_rows,
         )
         for layer in range(graph.graph_config.num_layers):
             copied.graph.reserve(layer, graph.capacity(layer))
@@ -167,9 +170,29 @@ class Monitor:
             out=out,
             stream=stream,
         )
+        self._renew_due(layer, keys, stream)
+        return attended
+
+    def admit(
+        self,
+        layer: int,
+        queries: Array,
+        keys: Array,
+        *,
+        valid: Array | None = None,
+        stream: StreamLike = None,
+    ) -> None:
+        """Take in new tokens at a step, or at several, without rows, so that no key is scanned.
+
+        Such tokens have no edges of their own; edges of later tokens lead to them. Arguments are as
+        in `on_prefill`. Renews importance as `on_step` does.
+        """
+        self._graph.update_rows(layer, queries, keys, valid=valid, row_stride=0, stream=stream)
+        self._renew_due(layer, keys, stream)
+
+    def _renew_due(self, layer: int, keys: Array, stream: StreamLike) -> None:
         if self._config.walk_interval > 0:
             self._queue.submit(self._core.renew_due, layer, (keys,), (), stream, keys)
-        return attended
 
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""

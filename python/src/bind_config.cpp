@@ -105,6 +105,7 @@ void init_config(nb::module_& m) {
       .def_rw("walk_interval", &skv::MonitorConfig::walk_interval)
       .def_rw("top_fraction", &skv::MonitorConfig::top_fraction)
       .def_rw("row_stride", &skv::MonitorConfig::row_stride)
+      .def_rw("prompt_rows", &skv::MonitorConfig::prompt_rows)
       .def("validate", &skv::MonitorConfig::validate);
 
   m.def("apply_preset", &skv::apply_preset, "name"_a, "graph"_a, "walk"_a,

@@ -103,6 +103,7 @@ class CpuBackend final : public Backend {
         tokens += valid ? 1 : 0;
       }
     }
+    if (args.row_stride == 0) return added;
     const UpdateCounts counts = count == 1 ? update_single(context(), memory, args, scratch_)
                                            : update_block(context(), memory, args, scratch_);
     statistics_.rows_written += counts.rows;

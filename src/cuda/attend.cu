@@ -334,26 +334,25 @@ cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster,
   return config;
 }
 
-/// The cluster whose launch should end first; of none that has room the `cluster` is 0.
+/// How a launch is spread; where nothing has room the `cluster` is 0.
 template <class Dots>
 AttendPlan plan_of(const LayerView& layer, std::int64_t extent, bool draws_row) {
-  const std::int64_t heads = std::int64_t{layer.batch} * layer.heads;
-  const int most_bytes = most_shared_bytes();
-  AttendPlan best{.cluster = 0, .slots = 0, .draws_row = draws_row, .positions = {}};
-  std::int64_t least = 0;
-  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
-    if (!cluster_is_apt(heads, cluster)) continue;
-    AttendPlan plan = best;
-    plan.cluster = cluster;
-    plan.slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
-    if (draws_row && std::int64_t{4} * layer.group * plan.slots > most_bytes) continue;
-    if (shared_bytes<Dots>(layer, plan) > most_bytes) continue;
-    const std::int64_t cost = cluster_cost(heads, cluster, plan.slots);
-    if (best.cluster != 0 && cost >= least) continue;
-    best = plan;
-    least = cost;
-  }
-  return best;
+  const std::int64_t most_bytes = most_shared_bytes();
+  const auto plan_with = [&](int cluster) {
+    const int slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
+    return AttendPlan{.cluster = cluster, .slots = slots, .draws_row = draws_row, .positions = {}};
+  };
+  const int cluster = best_cluster(
+      std::int64_t{layer.batch} * layer.heads, [&](int size) { return plan_with(size).slots; },
+      [&](int size) {
+        const AttendPlan plan = plan_with(size);
+        const std::int64_t scores = draws_row ? std::int64_t{4} * layer.group * plan.slots : 0;
+        // The scores alone may be more than an int can count.
+        return scores <= most_bytes && shared_bytes<Dots>(layer, plan) <= most_bytes;
+      });
+  AttendPlan plan = plan_with(std::max(cluster, 1));
+  plan.cluster = cluster;
+  return plan;
 }
 
 /// Returns whether the row was drawn, too.

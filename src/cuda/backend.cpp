@@ -233,7 +233,7 @@ class CudaBackend final : public Backend {
     const std::int64_t count = args.queries.size(2);
     std::vector<std::int64_t> added(static_cast<std::size_t>(view(layer).batch), count);
     if (view(layer).batch == 0) return added;
-    if (count == 1 && args.valid.empty()) {
+    if (count == 1 && args.valid.empty() && args.row_stride > 0) {
       change(queue, [&] {
         if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
         const cuda::UpdateArgs update{.queries = tokens_of(args.queries),
@@ -952,15 +952,16 @@ class CudaBackend final : public Backend {
     constexpr std::int64_t kWord = 4;
     constexpr std::int64_t kAlignment = 64;
     const std::int64_t drawn = (memory.batch * count + kAlignment - 1) / kAlignment * kAlignment;
-    grow(rows_scratch_,
-         (drawn + cuda::update_rows_scratch(memory, slots, count, args.row_stride)) * kWord, false,
-         "update_rows");
+    const std::int64_t tiles =
+        args.row_stride > 0 ? cuda::update_rows_scratch(memory, slots, count, args.row_stride) : 0;
+    grow(rows_scratch_, (drawn + tiles) * kWord, false, "update_rows");
     const bool marked = !args.valid.empty();
     auto* draws = rows_scratch_.as<std::int32_t>();
     cuda::launch_admit(memory, args.first_slot, count,
                        marked ? static_cast<const std::uint8_t*>(args.valid.data) : nullptr,
                        marked ? args.valid.stride(0) : 0, marked ? args.valid.stride(1) : 0,
                        args.row_stride, draws, queue);
+    if (args.row_stride == 0) return;
     const cuda::UpdateRowsArgs rows{.queries = tokens_of(args.queries),
                                     .keys = tokens_of(args.keys),
                                     .first_slot = args.first_slot,

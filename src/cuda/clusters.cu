@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
@@ -53,17 +54,13 @@ int clusters_at_once(int cluster) {
   return answer - kKnown;
 }
 
-std::int64_t cluster_cost(std::int64_t count, int cluster, std::int64_t slots) {
+std::optional<std::int64_t> cluster_cost(std::int64_t count, int cluster, std::int64_t slots) {
   // About what a block spends on beginning and merging.
   constexpr std::int64_t kOverhead = 512;
   const std::int64_t at_once = clusters_at_once(cluster);
-  return (count + at_once - 1) / at_once * (slots + kOverhead);
-}
-
-bool cluster_is_apt(std::int64_t count, int cluster) {
-  const int at_once = clusters_at_once(cluster);
   const bool is_power_of_two = (cluster & (cluster - 1)) == 0;
-  return at_once > 0 && (is_power_of_two || count <= at_once);
+  if (at_once == 0 || (!is_power_of_two && count > at_once)) return std::nullopt;
+  return (count + at_once - 1) / at_once * (slots + kOverhead);
 }
 
 }  // namespace spectralkv::cuda

@@ -98,7 +98,7 @@ void launch_update_rows(const LayerView& layer, const UpdateRowsArgs& args, cuda
 /// Gives a block of `count` tokens the slots [first_slot, first_slot + count): clears these, writes
 /// positions (-1 where `valid` u8 (B, count) is 0; data null: all are tokens), advances the
 /// counters, and writes to drawn (B, count) 1 where a token gets a row: every row_stride-th of a
-/// sequence's tokens, counted from the newest backwards, the newest among them.
+/// sequence's tokens, counted from the newest backwards, the newest among them; 0: none.
 void launch_admit(const LayerView& layer, std::int64_t first_slot, std::int64_t count,
                   const std::uint8_t* valid, std::int64_t valid_sequence_stride,
                   std::int64_t valid_token_stride, std::int64_t row_stride, std::int32_t* drawn,

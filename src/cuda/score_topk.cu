@@ -523,23 +523,16 @@ UpdatePlan plan_update(const LayerView& layer, std::int64_t extent) {
   const int most_bytes = most_shared_bytes();
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
-  const auto fits = [&](const UpdatePlan& plan, int bytes) {
-    return shared_bytes(layer, extent, plan.cluster, plan.threads) <= bytes;
-  };
-  UpdatePlan plan = split;
-  std::int64_t least = 0;
-  for (int cluster = 1; cluster <= kMostCluster; ++cluster) {
-    const UpdatePlan one{.cluster = cluster, .threads = 512};
-    if (!cluster_is_apt(graphs, cluster) || !fits(one, most_bytes)) continue;
-    const std::int64_t cost = cluster_cost(graphs, cluster, slots_a_block(extent, cluster));
-    if (plan.cluster != 0 && cost >= least) continue;
-    plan = one;
-    least = cost;
-  }
-  if (plan.cluster == 0) return split;
+  constexpr int kLarge = 512;
+  constexpr int kSmall = 256;
+  const int cluster = best_cluster(
+      graphs, [&](int size) { return slots_a_block(extent, size); },
+      [&](int size) { return shared_bytes(layer, extent, size, kLarge) <= most_bytes; });
+  if (cluster == 0) return split;
   // Where a processor has but one block at a time, that one is large.
-  if (graphs * plan.cluster > processors && fits(plan, most_bytes / 2)) plan.threads = 256;
-  return plan;
+  const bool shares_processors = graphs * cluster > processors &&
+                                 shared_bytes(layer, extent, cluster, kLarge) <= most_bytes / 2;
+  return {.cluster = cluster, .threads = shares_processors ? kSmall : kLarge};
 }
 
 void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,

@@ -68,6 +68,11 @@ struct Valid {
   std::int64_t token_stride;
 };
 
+/// Whether a token with so many newer ones of its block gets a row.
+__device__ bool gets_row(std::int64_t newer, std::int64_t row_stride) {
+  return row_stride > 0 && newer % row_stride == 0;
+}
+
 /// One block a sequence: positions of graph 0, rows to draw, and what the sequence gained.
 __global__ void __launch_bounds__(kWideThreads)
     rank_tokens_kernel(LayerView layer, std::int64_t first_slot, std::int64_t count, Valid valid,
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(kWideThreads)
     const std::int64_t rank = before + in_front + __popc(tokens & ((1U << lane) - 1U));
     if (i < count) {
       positions[i] = token ? static_cast<std::int32_t>(seen + rank) : -1;
-      drawn[b * count + i] = token && (total - 1 - rank) % row_stride == 0 ? 1 : 0;
+      drawn[b * count + i] = token && gets_row(total - 1 - rank, row_stride) ? 1 : 0;
     }
     before += all;
   }
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   positions[i] = static_cast<std::int32_t>(layer.sequences[run.b].seen + i);
-  if (run.g == 0) drawn[run.b * count + i] = (count - 1 - i) % row_stride == 0 ? 1 : 0;
+  if (run.g == 0) drawn[run.b * count + i] = gets_row(count - 1 - i, row_stride) ? 1 : 0;
 }
 
 /// Its own launch: blocks of the one before read the counters as they were.

@@ -44,6 +44,27 @@ def test_bench_writes_numbers_a_table_and_a_picture(
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_bench_times_prompts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.md"
+    command = ["bench", "--shape", "tiny", *SMALL, "--caches", "none", "--prefill"]
+    wanted = ["--prompt-rows", "8", "--markdown", str(table), "--output", str(tmp_path)]
+    assert main([*command, *wanted]) == 0
+    assert "100 (default)" in capsys.readouterr().out
+    content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert content["rows"] == []
+    assert [(row["context"], row["prompt_rows"], row["budget"]) for row in content["prompts"]] == [
+        (context, rows, budget)
+        for context, kept in ((100, 20), (130, 26))
+        for rows, budget in (
+            *((None, None), (8, None), (8, kept)),
+            *((context, None), (context, kept)),
+        )
+    ]
+    assert all(row["seconds"] > 0.0 for row in content["prompts"])
+    assert "| 130 | Spectral | 8 | 26 |" in table.read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "t.md"}
+
+
 def test_a_run_that_is_cut_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +94,7 @@ def test_a_run_that_is_cut_keeps_what_it_has(
         ("--contexts", "1e3", "--contexts must be numbers with commas, got '1e3'"),
         ("--budgets", "half", "--budgets must be numbers with commas, got 'half'"),
         ("--eager-budgets", "0.2;0.3", "--eager-budgets must be numbers with commas, got"),
+        ("--prompt-rows", "all", "--prompt-rows must be numbers with commas, got 'all'"),
         ("--caches", "dynamic,paged", "caches must be of dynamic, static, fused, loop, policy,"),
         ("--flat", "1", "flat must be 0 or at least 2 tokens, got 1"),
         ("--shape", "9b", "shape must be one of 8b, 135m, tiny, got '9b'"),

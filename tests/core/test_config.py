@@ -75,7 +75,7 @@ import spectralkv
         ),
         (
             lambda: spectralkv.apply_preset("best", spectralkv.GraphConfig()),
-            r'name must be "default", "uniform32" or "weighted4", got "best"',
+            r'name must be "default", "walks", "uniform32" or "weighted4", got "best"',
         ),
     ],
 )

@@ -107,6 +107,33 @@ def test_the_budget_is_kept_and_sinks_and_window_stay(arrays: Arrays) -> None:
     assert monitor.graph.tokens_seen(0) == 200
 
 
+def test_admitted_tokens_have_no_rows_and_renew_as_steps_do(arrays: Arrays) -> None:
+    rng = np.random.default_rng(5)
+    keys = arrays(rng.standard_normal((2, HEADS, 30, DIM), dtype=np.float32))
+    queries = arrays(rng.standard_normal((2, 2 * HEADS, 30, DIM), dtype=np.float32))
+    valid = np.ones((2, 3), dtype=bool)
+    valid[1, 1] = False
+    monitor = _monitor(2, 30, arrays.device, walk_interval=4)
+    monitor.on_prefill(0, queries[:, :, :20], keys)
+    monitor.on_prefill_end(0, keys)
+    walked = []
+    for t in range(20, 27):
+        if t == 22:
+            monitor.on_step(0, queries[:, :, t], keys)
+        else:
+            monitor.admit(0, queries[:, :, t : t + 1], keys)
+        walked.append(monitor.graph.tokens_walked(0))
+    assert walked == [20, 20, 20, 24, 24, 24, 24]
+    monitor.admit(0, queries[:, :, 27:], keys, valid=arrays(valid))
+    assert [monitor.graph.tokens_seen(0, row) for row in range(2)] == [30, 29]
+    assert [monitor.graph.tokens_walked(0, row) for row in range(2)] == [30, 29]
+    neighbors = arrays.host(monitor.graph.rows(0, like=keys)[0])
+    has_row = (neighbors >= 0).any(-1)
+    assert not has_row[:, :, [20, 21, *range(23, 30)]].any()
+    assert has_row[:, :, 22].all()
+    assert monitor.graph.statistics().rows_written == 21 * 2 * HEADS
+
+
 def test_the_safety_mask_protects_the_best_the_sinks_and_the_window(arrays: Arrays) -> None:
     rng = np.random.default_rng(2)
     monitor = _monitor(1, 47, arrays.device, top_fraction=0.25)

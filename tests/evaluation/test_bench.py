@@ -1,7 +1,8 @@
-"""The measurements of decoding: every kind of cache takes the steps that are timed."""
+"""The measurements of `spectralkv bench`: steps of every kind of cache, and prompts."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import Cache, StaticCache
 
 import spectralkv
-from spectralkv.evaluation import EvaluationError, bench, bench_caches, bench_clock, bench_report
+from spectralkv.evaluation import (
+    EvaluationError,
+    bench,
+    bench_caches,
+    bench_clock,
+    bench_prompt,
+    bench_report,
+)
 from spectralkv.evaluation.bench import (
     BenchConfig,
     BenchResult,
@@ -23,7 +31,10 @@ from spectralkv.evaluation.bench import (
     run_bench,
 )
 from spectralkv.evaluation.bench_caches import GROUPS, CacheKind, Setting, Subject
+from spectralkv.evaluation.bench_prompt import PromptCost, PromptRow, prompt_cost
+from spectralkv.hf import EvictingCache
 from spectralkv.hf.layer import EvictingLayer
+from spectralkv.policies import Spectral
 
 OURS = ("dynamic", "static", "fused", "loop", "policy", "model")
 SMALL = BenchConfig(
@@ -36,6 +47,7 @@ SMALL = BenchConfig(
     chunk=30,
     caches=OURS,
 )
+PROMPTS = replace(SMALL, contexts=(100,), caches=(), prefill=True, prompt_rows=(7,))
 SLOT = 2 * 2 * 2 * 64 * 4  # layers, keys and values, heads, dimensions, bytes
 ROW = BenchRow(kind="a", group="static", context=100, step_seconds=(2.0, 1.0, 3.0), batch=4)
 
@@ -284,6 +296,107 @@ def test_a_long_generation_is_measured_in_windows() -> None:
     assert result.to_dict()["flat"]["growth"] == flat.growth
 
 
+def test_prompts_are_read_whole_with_each_sampling_uncut_and_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded, read = random_model("tiny"), []
+    forward = loaded.model.forward
+
+    def spy(*, input_ids: torch.Tensor, **options: Any) -> Any:
+        cache = next(one for one in options.values() if isinstance(one, Cache))
+        held = cache.get_seq_length()
+        output = forward(input_ids=input_ids, **options)
+        read.append((input_ids.clone(), held, cache))
+        return output
+
+    spy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    config = replace(PROMPTS, contexts=(100, 130), batch=2, row_seconds=60.0)
+    told: list[tuple[str, int, int]] = []
+    seen: list[BenchResult] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "_wake", lambda *_: None)
+        patch.setattr(loaded.model, "forward", spy)
+        result = run_bench(
+            loaded, config, on_progress=lambda *step: told.append(step), on_result=seen.append
+        )
+    assert told == [("measuring", done, 2) for done in range(3)]
+    assert [len(one.prompts) for one in seen] == [5, 10]
+    assert result.rows == ()
+    wanted = [(None, None), (7, None), (7, 50), (100, None), (100, 50)]
+    short = result.prompts[:5]
+    assert [(row.prompt_rows, row.budget) for row in short] == wanted
+    assert [row.is_default for row in short] == [False, False, False, True, True]
+    assert [row.budget for row in result.prompts[5:]] == [None, None, 65, None, 65]
+    for row in result.prompts:
+        assert (row.failure, row.batch, row.split) == ("", 2, {})
+        assert len(row.prompt_seconds) == 2
+        assert min(row.prompt_seconds) > 0.0
+    # Two measurements behind a warm-up, in turns, each into an empty cache of its own.
+    assert len(read) == 2 * 3 * 5
+    assert len({id(cache) for _, _, cache in read}) == len(read)
+    for i, (ids, held, cache) in enumerate(read[:15]):
+        assert (ids.shape, held) == ((2, 100), 0)
+        assert torch.equal(ids, read[0][0])
+        rows, budget = wanted[i % 5]
+        if rows is None:
+            assert not isinstance(cache, EvictingCache)
+            continue
+        assert isinstance(cache.policy, Spectral)
+        assert (cache.policy.prompt_rows, cache.policy.budget) == (rows, budget)
+        assert cache.stats().evictions == (0 if budget is None else 2)
+        assert {layer.lengths for layer in cache.evicting_layers} == {(budget or 100,) * 2}
+    assert read[0][0].unique().numel() > 50
+
+
+def test_prompts_stop_when_their_time_is_over() -> None:
+    result = run_bench(random_model("tiny"), replace(PROMPTS, repeats=50, row_seconds=0.0))
+    assert [len(row.prompt_seconds) for row in result.prompts] == [1] * 5
+
+
+def test_a_prompt_that_does_not_fit_has_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = bench_prompt._reader
+    refused: list[Any] = []
+
+    def make(model: Any, ids: torch.Tensor, policy: Any) -> Any:
+        if policy is not None and policy.budget is None and policy.prompt_rows == 100:
+            refused.append(policy)
+            raise spectralkv.CudaError("cudaMalloc: out of memory: asked for 1")
+        return reader(model, ids, policy)
+
+    monkeypatch.setattr(bench_prompt, "_reader", make)
+    result = run_bench(random_model("tiny"), PROMPTS)
+    assert [row.failure for row in result.prompts] == ["", "", "", "does not fit", ""]
+    assert len(refused) == 1
+    assert [len(row.prompt_seconds) for row in result.prompts] == [2, 2, 2, 0, 2]
+    costs = [prompt_cost(row, result.prompts) for row in result.prompts]
+    assert costs[3] == PromptCost(over_full=None, rows_seconds=None, cut_seconds=None)
+    assert costs[4].over_full is not None
+    assert costs[4].cut_seconds is None
+    assert costs[2].cut_seconds is not None
+    monkeypatch.setattr(bench_prompt, "_reader", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run_bench(random_model("tiny"), PROMPTS)
+
+
+def test_what_a_prompt_costs_is_a_difference_of_medians() -> None:
+    full = PromptRow(context=100, prompt_seconds=(2.0, 1.0, 9.0))
+    uncut = replace(full, prompt_rows=4, prompt_seconds=(3.0,))
+    cut = replace(uncut, budget=50, prompt_seconds=(3.5, 3.25))
+    other = replace(full, context=200, prompt_seconds=(7.0,))
+    rows = (other, full, uncut, cut)
+    assert prompt_cost(full, rows) == PromptCost(over_full=1.0, rows_seconds=None, cut_seconds=None)
+    assert prompt_cost(uncut, rows) == PromptCost(over_full=1.5, rows_seconds=1.0, cut_seconds=None)
+    assert prompt_cost(cut, rows) == PromptCost(
+        over_full=1.6875, rows_seconds=1.0, cut_seconds=0.375
+    )
+    result = BenchResult(model="m", config=SMALL, prompts=rows).to_dict()
+    assert result["prompts"][3]["seconds"] == 3.375
+    assert result["prompts"][3]["cut_seconds"] == 0.375
+    assert [row["kind"] for row in result["prompts"]] == ["DynamicCache"] * 2 + ["Spectral"] * 2
+
+
 def test_growth_is_that_of_the_fitted_line() -> None:
     flat = FlatRun(
         context=100,
@@ -353,10 +466,14 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         begin_bytes=2**20,
         end_bytes=2**20,
     )
+    full = PromptRow(context=100, batch=4, prompt_seconds=(0.5, 0.25, 0.75))
+    uncut = replace(full, prompt_rows=1, is_default=True, prompt_seconds=(1.0,), split=split)
+    prompts = (full, uncut, replace(uncut, budget=2000, prompt_seconds=(), failure="does not fit"))
     result = BenchResult(
         model="m",
         config=SMALL,
         rows=rows,
+        prompts=prompts,
         largest=(replace(loop, batch=77), rows[2]),
         flat=flat,
         notes=("left out: x",),
@@ -373,6 +490,16 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         "| 100 | a | plain | 2000.00 [1500.00, 2500.00] | 2.0 | 1.00 | 0 B | - | - | - | - | - |"
         in lines
     )
+    assert "Prompts, batch 1:" in lines
+    assert (
+        "| 100 | DynamicCache | - | all | 500.0 [250.0, 750.0] | 1.000 | - | - | - | - | - | - |"
+        in lines
+    )
+    assert (
+        "| 100 | Spectral | 1 (default) | all | 1000.0 [1000.0, 1000.0] | 2.000 | 500.0 | - | 1.00"
+        " | 1.00 | 1.00 | 1.00 |"
+    ) in lines
+    assert "| 100 | Spectral | 1 (default) | 2,000 | does not fit |  |  |  |  |  |  |  |" in lines
     assert "| 100 | Spectral loop 20% | 77 | 77.0 | 1.0 MiB |" in lines
     assert "| 1000.00 | 1000.00 | +0.00% | 1.0 MiB | 1.0 MiB |" in lines
     assert "- left out: x" in lines
@@ -392,6 +519,11 @@ def test_tables_and_pictures_show_rows_with_and_without_figures(tmp_path: Path) 
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"row_seconds": -1.0}, "row_seconds must be 0 or more, got -1.0"),
         ({"flat": 1}, "flat must be 0 or at least 2 tokens, got 1"),
+        ({"prompt_rows": (4, 0)}, "prompt_rows must be 1 or more, got (4, 0)"),
+        (
+            {"prefill": True, "interval": 60},
+            "must have at least budget + interval = 110 tokens, got a context of 100",
+        ),
         ({"caches": ("paged",)}, "caches must be of dynamic, static, fused, loop, policy,"),
         ({"budgets": (0.05,)}, "5% of a context of 100: [spectral] budget must be at least"),
     ],
@@ -443,6 +575,17 @@ def test_rows_on_cuda_are_captured_and_split(monkeypatch: pytest.MonkeyPatch) ->
     bench_clock.free_memory(loaded.model.device)
     # A workspace of cuBLAS stays for each stream, captures' included.
     assert bench_clock.DeviceMemory.now(loaded.model.device).allocated - before.allocated < 1 << 27
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_prompts_on_cuda_are_split() -> None:
+    config = replace(PROMPTS, contexts=(400,), split=True)
+    full, *ours = run_bench(random_model("tiny", device="cuda"), config).prompts
+    assert [row.failure for row in (full, *ours)] == [""] * 5
+    assert full.split["side work"] == 0.0
+    assert all(row.split["attention"] > 0.0 for row in (full, *ours))
+    assert all(row.split["side work"] > 0.0 for row in ours)
 
 
 @pytest.mark.gpu

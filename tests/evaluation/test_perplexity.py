@@ -195,7 +195,7 @@ def test_too_short_a_text_is_refused() -> None:
 def test_runs_at_other_budgets_score_the_same_tokens_if_told_where_to_begin() -> None:
     assert scored_range([200], [20, 40], wanted=90) == 90
     assert scored_range([200], [20, 40], wanted=40) == 40
-    with pytest.raises(EvaluationError, match="must be 40 or later, .* got 39"):
+    with pytest.raises(EvaluationError, match=r"must be 40 or later, .* got 39"):
         scored_range([200], [20, 40], wanted=39)
     with pytest.raises(EvaluationError, match="leave 10 to score from token 190 on"):
         scored_range([200], [20, 40], wanted=190)
@@ -218,6 +218,13 @@ def test_stream_refuses(
     cache = create_cache(tiny.model, create_policy(PolicySpec(name="full"), None, SETTINGS))
     with pytest.raises(EvaluationError, match=message):
         stream(tiny.model, tokens, cache, chunk=chunk)
+
+
+def test_what_steps_alone_show_is_refused_in_chunks(tiny: LoadedModel) -> None:
+    spec = PolicySpec.parse("spectral:scan_interval=2")
+    message = r"^spectral:scan_interval=2: scan_interval is .* chunk must be 1, got 32$"
+    with pytest.raises(EvaluationError, match=message):
+        evaluate_perplexity(tiny.model, [range(2, 90)], [spec], [60], name="tiny")
 
 
 def test_order_is_looked_at_later_where_the_device_is_not_waited_for() -> None:

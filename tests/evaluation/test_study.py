@@ -170,6 +170,24 @@ def test_limits_that_cannot_be_are_refused(horizon: int | None, budget: int, mes
         study.limit_jobs([horizon], [Budget(tokens=budget)], SETTINGS, length=200, chunk=16)
 
 
+@pytest.mark.parametrize(
+    "text", ["spectral:scan_interval=4", "mix:of=spectral+h2o,spectral__scan_interval=4"]
+)
+def test_what_steps_alone_show_is_fed_token_by_token(
+    text: str, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    spec = PolicySpec.parse(text)
+    settings = CacheSettings(interval=8, window=10, sinks=2)
+    sequences = {"text": {0: tuple(range(2, 60))}}
+    jobs = study.policy_jobs([spec], [Budget(tokens=24)], settings, length=58)
+    message = "scan_interval is about decode steps, for which chunk must be 1, got 16"
+    with pytest.raises(EvaluationError, match=message):
+        study.run_study(tiny.model, sequences, jobs, begin(tmp_path / "a.json"), first=24, chunk=16)
+    run = begin(tmp_path / "b.json")
+    study.run_study(tiny.model, sequences, jobs, run, first=24, chunk=1)
+    assert [case["policy"] for case in run.cases] == ["full", spec.label]
+
+
 def test_sequences_can_be_skipped_and_spread() -> None:
     tokenizer, text = make_tokenizer(), make_text(100)
     ids = tuple(tokenizer.encode(text))

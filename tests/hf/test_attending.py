@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from spectralkv import policies
 from spectralkv.hf import EvictingCache, EvictionEvent, SpectralCache, cache_argument
+from spectralkv.hf import generate as generate_lean
 from tiny_models import implementations, make_model, random_ids
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
@@ -239,6 +241,32 @@ def test_tensors_that_the_core_does_not_know(device: str) -> None:
         EvictingCache(model.config, policies.H2O(budget=64), attention="policy")
     with pytest.raises(ValueError, match="attention must be 'auto', 'policy' or 'model', got 'me'"):
         EvictingCache(model.config, SPECTRAL, attention="me")  # type: ignore[arg-type]
+
+
+def test_who_scans_now_and_then_leaves_attention_to_the_model(device: str) -> None:
+    model = model_of(device=device)
+    policy = dataclasses.replace(SPECTRAL, scan_interval=3)
+    ids = random_ids(2, 70, device=device)
+    caches = [make_cache(model.config, policy, attention=by) for by in ("model", "auto")]
+    _attend_everywhere(caches[1])
+    logits = [feed(model, cache, ids, [20] + [1] * 50) for cache in caches]
+    assert torch.equal(*logits)
+    assert [cache.stats().attention for cache in caches] == [
+        "model",
+        "model (the policy expected scan_interval=1, got 3)",
+    ]
+    assert caches[0].stats().evictions > 0
+    # Of 50 steps, layer 0 scans at 0, 3 ... 48 and layer 1 at 2, 5 ... 47.
+    graph = caches[0].evicting_layers[0].tracker._active().graph  # type: ignore[union-attr]
+    assert graph.statistics().rows_written == 2 * 2 * (2 * 20 + 17 + 16)
+    refused = r"\[EvictingCache\] attention='policy' expected scan_interval=1, got 3"
+    with pytest.raises(ValueError, match=refused):
+        EvictingCache(model.config, policy, attention="policy")
+    with pytest.raises(ValueError, match=refused):
+        SpectralCache(model.config, budget=64, attention="policy", scan_interval=3)
+    cache = make_cache(model.config, policy, attention="auto")
+    with pytest.raises(ValueError, match=r"\[decode\] layer 0: expected scan_interval=1, got 3"):
+        generate_lean(model, ids, cache, max_new_tokens=4)
 
 
 def test_auto_is_the_models_on_the_cpu() -> None:

@@ -37,6 +37,9 @@ POLICIES = {
         window=6,
         populations=(Population(share=0.6), replace(FORGETFUL[1], share=0.4, solver="exact")),
     ),
+    "spectral that scans now and then": policies.Spectral(
+        **SHARED, window=6, walk_interval=3, scan_interval=3
+    ),
     "h2o": policies.H2O(**SHARED),
     "h2o that forgets": policies.H2O(**SHARED, decay=0.9),
     "snapkv": policies.SnapKV(**SHARED, window=10),
@@ -135,7 +138,10 @@ def test_a_copy_with_gaps_between_slots_goes_on(device: str) -> None:
     assert copied.stats() == cache.stats()
 
 
-@pytest.mark.parametrize("name", ["spectral", "h2o", "snapkv", "lazy_eviction", "mix"])
+@pytest.mark.parametrize(
+    "name",
+    ["spectral", "spectral that scans now and then", "h2o", "snapkv", "lazy_eviction", "mix"],
+)
 def test_padded_sequences_go_on(name: str, tmp_path: Path, device: str) -> None:
     model = model_for(POLICIES[name], device)
     ids, mask = random_ids(3, 40, device=device), torch.ones(3, 40, dtype=torch.long, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_it_keeps_what_the_monitor_keeps(device: str) -> None:
     assert keep.device.type == device
 
 
-@pytest.mark.parametrize("preset", ["default", "uniform32", "weighted4"])
+@pytest.mark.parametrize("preset", ["default", "walks", "uniform32", "weighted4"])
 @pytest.mark.parametrize("scope", ["head", "layer"])
 @pytest.mark.parametrize("edge_law", [None, "attention"])
 def test_presets_scopes_and_laws(
@@ -209,6 +210,121 @@ def test_what_it_cannot_attend_with() -> None:
     assert renewing.capture_obstacle() == "walk_interval=0, got 4"
 
 
+def rows_of(trackers: Sequence[policies.Tracker], like: torch.Tensor) -> list[list[bool]]:
+    """Which tokens have a row, by layer."""
+    found = []
+    for layer, tracker in enumerate(trackers):
+        neighbors, _ = tracker._active().graph.rows(layer, like=like)
+        found.append((neighbors[0, 0] >= 0).any(-1).tolist())
+    return found
+
+
+@pytest.mark.parametrize("interval", [1, 3, 5])
+def test_layers_take_turns_to_draw_rows(interval: int, device: str) -> None:
+    layers, prompt, steps = 4, 12, 17
+    query, keys = tokens(2, prompt + steps, device=device)
+    policy = policies.Spectral(budget=None, sinks=2, row_stride=2, scan_interval=interval)
+    trackers = policy.trackers(layers)
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, prompt)
+    graph = trackers[0]._active().graph
+    written = []
+    for t in range(prompt, prompt + steps):
+        before = graph.statistics().rows_written
+        for tracker in trackers:
+            observe(tracker, query, keys, t, t + 1)
+        written.append((graph.statistics().rows_written - before) // (2 * HEADS))
+        assert [graph.length(layer) for layer in range(layers)] == [t + 1] * layers
+    # The prompt's tokens have every second row from its newest on, of which those of the first
+    # three tokens are empty: these see sinks and themselves alone.
+    in_prompt = [t % 2 == 1 and t > 2 for t in range(prompt)]
+    assert rows_of(trackers, keys) == [
+        in_prompt + [(step + layer) % interval == 0 for step in range(steps)]
+        for layer in range(layers)
+    ]
+    # As even as whole rows can be.
+    assert max(written) - min(written) <= 1
+    assert sum(written) == sum(
+        (step + layer) % interval == 0 for step in range(steps) for layer in range(layers)
+    )
+
+
+def test_only_the_newest_of_a_long_chunk_get_rows(device: str) -> None:
+    query, keys = tokens(2, 70, device=device)
+    (tracker,) = policies.Spectral(budget=None, sinks=2, prompt_rows=8, row_stride=2).trackers(1)
+    observe(tracker, query, keys, 0, 50)
+    observe(tracker, query, keys, 50, 60)
+    for t in range(60, 70):
+        observe(tracker, query, keys, t, t + 1)
+    in_prompt = [t >= 34 and t % 2 == 1 for t in range(50)]
+    in_chunk = [t % 2 == 1 for t in range(50, 60)]
+    assert rows_of([tracker], keys) == [in_prompt + in_chunk + [True] * 10]
+    with pytest.raises(ValueError, match=r"prompt_rows must be .*1.*, got 0"):
+        policies.Spectral(budget=None, prompt_rows=0)
+
+
+def test_rows_between_scans_are_those_of_all_rows(device: str) -> None:
+    query, keys = tokens(1, 40, device=device)
+    drawn = []
+    for interval in (1, 4):
+        (tracker,) = policies.Spectral(budget=None, sinks=2, scan_interval=interval).trackers(1)
+        observe(tracker, query, keys, 0, 20)
+        for t in range(20, 40):
+            observe(tracker, query, keys, t, t + 1)
+        drawn.append(tracker._active().graph.rows(0, like=keys))
+    for every, some in zip(*drawn, strict=True):
+        expected = every.clone()
+        between = torch.tensor([t >= 20 and (t - 20) % 4 != 0 for t in range(40)], device=device)
+        expected[:, :, between] = -1 if every.dtype == torch.int32 else 0.0
+        assert torch.equal(some, expected)
+
+
+def test_padding_and_tokens_taken_back_are_steps(device: str) -> None:
+    query, keys = tokens(2, 31, device=device)
+    mask = torch.ones(2, 31, dtype=torch.bool, device=device)
+    mask[0, [21, 24, 25]] = False
+    policy = policies.Spectral(budget=None, sinks=2, scan_interval=3)
+    trackers = [policy.trackers(1)[0] for _ in range(2)]
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 20, mask)
+        for t in range(20, 31):
+            observe(tracker, query, keys, t, t + 1, mask)
+    trackers[1].truncate(4)
+    for t in range(27, 31):
+        observe(trackers[1], query, keys, t, t + 1, mask)
+    for tracker in trackers:
+        graph = tracker._active().graph
+        assert graph.tokens_seen(0, 0) == graph.tokens_seen(0, 1) - 3 == 28
+        rows = (graph.rows(0, like=keys)[0] >= 0).any(-1)[:, :, 20:]
+        turns = torch.tensor([step % 3 == 0 for step in range(11)], device=device)
+        assert torch.equal(rows, (turns & mask[:, 20:])[:, None].expand_as(rows))
+
+
+def test_steps_without_rows_renew_scores_as_others_do(device: str) -> None:
+    query, keys = tokens(1, 40, device=device)
+    policy = policies.Spectral(budget=None, sinks=2, scan_interval=4, walk_interval=2)
+    (tracker,) = policy.trackers(1)
+    observe(tracker, query, keys, 0, 20)
+    walked = []
+    for t in range(20, 28):
+        observe(tracker, query, keys, t, t + 1)
+        walked.append(tracker._active().graph.tokens_walked(0))
+    assert walked == [21, 21, 23, 23, 25, 25, 27, 27]
+
+
+def test_what_scans_are_refused() -> None:
+    for interval in (0, 2.5, True, "4"):
+        message = rf"\[spectral\] scan_interval must be an integer of at least 1, got {interval!r}"
+        with pytest.raises(ValueError, match=message):
+            policies.Spectral(**OPTIONS, scan_interval=interval)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"scan_interval must be 1 with a population .*, got 4"):
+        policies.Spectral(**OPTIONS, preset="uniform32", scan_interval=4)
+    tracker = policies.Spectral(**OPTIONS, scan_interval=4).trackers(1)[0]
+    assert isinstance(tracker, policies.AttendingTracker)
+    query, keys = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 9, 16)
+    assert tracker.obstacle(query, keys, keys) == "scan_interval=1, got 4"
+
+
 def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -235,3 +351,52 @@ def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
     tracker.reserve(132)
     assert asked == [(0, 132)] * 2
     assert events == ["given back"]
+
+
+def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capacities = [0, 0]
+    events: list[str] = []
+
+    class Graph:
+        graph_config = spectralkv.GraphConfig(device="cuda:0")
+
+        def capacity(self, layer: int) -> int:
+            return capacities[layer]
+
+        def reserve(self, layer: int, capacity: int) -> None:
+            capacities[layer] = capacity
+            events.append(f"{layer}: {capacity}")
+
+    class Monitor:
+        graph = Graph()
+
+        def on_prefill(self, layer: int, *_: object, **__: object) -> None:
+            events.append(f"{layer}: prompt")
+
+        def on_step(self, layer: int, *_: object, **__: object) -> None:
+            events.append(f"{layer}: step")
+
+    monitor = Monitor()
+
+    def make(*arguments: object) -> Monitor:
+        capacities[:] = [arguments[-1]] * 2  # type: ignore[list-item]
+        return monitor
+
+    trackers = policies.Spectral(budget=100).trackers(2)
+    monkeypatch.setattr(trackers[0]._monitors, "_make", make)
+    query, keys = tokens(1, 1000)
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 900)
+        tracker.reserve(132)  # as a cut does
+    assert capacities == [900, 900]
+    for tracker in trackers:
+        observe(tracker, query, keys, 0, 120)
+        observe(tracker, query, keys, 120, 121)
+    assert events == [
+        *("0: prompt", "1: prompt"),
+        *("0: 132", "1: 132", "0: prompt", "0: step", "1: prompt", "1: step"),
+    ]
+    trackers[1].reserve(133)
+    assert capacities == [132, 133]

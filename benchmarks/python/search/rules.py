@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 from search.attention import (
     RKV,
@@ -61,7 +61,7 @@ LEAKY_16 = Graph(law="absolute", top_k=16)
 RECENT = PageRank(Recent())
 NOVEL = PageRank(novelty(), counts="all")
 # What Spectral's default gives six and four tenths.
-NEWEST = PageRank(Recent(), restart_prob=0.7)
+LASTING = Remembered(PageRank(Recent(), restart_prob=0.7), 0.5)
 PHRASES = PageRank(Nearby(novelty(), 5), counts="all", restart_prob=0.7)
 EXPECTED = Expected(ahead=64)
 HEAVY = Received(decay=SLOW)
@@ -158,7 +158,7 @@ def limits() -> list[Rule]:
 def defaults() -> list[Rule]:
     """Return Spectral's default, what its parts do alone, and single tokens for its phrases."""
     return [
-        Rule("default", "recent tokens and novel phrases", two(NEWEST, PHRASES, 0.6)),
+        Rule("default", "recent tokens and novel phrases", two(LASTING, PHRASES, 0.6)),
         Rule("halves", "half recent, half novel tokens", two(RECENT, NOVEL)),
         Rule("novel phrases", "novel phrases alone", whole(PHRASES)),
         Rule("recent", "recent restart alone", whole(RECENT)),
@@ -614,6 +614,111 @@ def widths() -> list[Rule]:
     ]
 
 
+def around() -> list[Rule]:
+    """Return the default with one thing changed, or added."""
+
+    def lasting(graph: Graph) -> Remembered:
+        return Remembered(PageRank(Recent(), restart_prob=0.7, graph=graph), 0.5)
+
+    def phrases_of(of: Score, **options: Any) -> PageRank:
+        return distinctive(Nearby(of, 5), restart_prob=0.7, **options)
+
+    found: list[tuple[str, str, tuple[Quota, ...]]] = []
+    pools: tuple[Literal["layer", "model"], ...] = ("layer", "model")
+    for pool, floor in itertools.product(pools, (0.2, 0.5, 0.8)):
+        where = f"over the {pool}, floor {floor:g}"
+        mine, theirs = Quota(LASTING, 0.6), Quota(PHRASES, 0.4)
+        open_mine = Quota(LASTING, 0.6, pool, floor)
+        open_theirs = Quota(PHRASES, 0.4, pool, floor)
+        found += [
+            (f"both {where}", "budgets go where scores say", (open_mine, open_theirs)),
+            (f"recent {where}", "heads that attend widely need more", (open_mine, theirs)),
+            (f"novelty {where}", "retrieval heads are few", (mine, open_theirs)),
+        ]
+    graphs: list[tuple[str, Graph]] = [
+        ("K 16", Graph(top_k=16)),
+        ("K 16 leaky", LEAKY_16),
+        ("edges by value norm", Graph(values=True)),
+        ("maximum of the group", Graph(group="max")),
+        ("sinks in the graph", Graph(sinks=0)),
+    ]
+    found += [
+        (
+            name,
+            "another graph under both",
+            two(lasting(graph), phrases_of(novelty(), graph=graph), 0.6),
+        )
+        for name, graph in graphs
+    ]
+    apart = Product(((0.5, Softmax(Unrepeated("plain"))), (0.5, novelty())))
+    found += [
+        ("recent x value norm", "long values change more", two(Times(LASTING), PHRASES, 0.6)),
+        ("both x value norm", "the same", two(Times(LASTING), Times(PHRASES), 0.6)),
+        (
+            "phrases of novel values",
+            "what is said",
+            two(LASTING, phrases_of(novelty("value")), 0.6),
+        ),
+        ("phrases of unrepeated", "R-KV's likeness", two(LASTING, phrases_of(apart), 0.6)),
+        (
+            "a tenth unrepeated",
+            "R-KV's redundancy in a quota of its own",
+            three(LASTING, PHRASES, Unrepeated("plain"), 0.55, 0.35),
+        ),
+        (
+            "recent covers .9",
+            "parts adapt to the text",
+            (Quota(LASTING, 0.6, cover=0.9), Quota(PHRASES, 0.4)),
+        ),
+        (
+            "novelty covers .9",
+            "the other way",
+            (Quota(PHRASES, 0.4, cover=0.9), Quota(LASTING, 0.6)),
+        ),
+        (
+            "heads agree on novelty",
+            "a phrase stays in a whole layer",
+            two(LASTING, phrases_of(Across(novelty())), 0.6),
+        ),
+        ("a fifth heavy", "H2O's sums that forget", three(LASTING, PHRASES, HEAVY, 0.4, 0.4)),
+        ("heavy for recent", "no walk for text", two(HEAVY, PHRASES, 0.6)),
+        (
+            "heavy, with the group's maximum",
+            "no walk",
+            two(Received(SLOW, group="max"), PHRASES, 0.6),
+        ),
+        ("expected for recent", "habit in place of presence", two(EXPECTED, PHRASES, 0.6)),
+        ("a third expected", "both", three(LASTING, PHRASES, EXPECTED, 0.35, 0.4)),
+    ]
+    rules = [Rule(f"around: {name}", why, quotas) for name, why, quotas in found]
+    rules += [
+        Rule(
+            f"around: recent {share:g}, window {window:g}",
+            "how much is nearness worth",
+            two(LASTING, PHRASES, share),
+            window,
+        )
+        for share, window in ((0.6, 32), (0.6, 75), (0.6, 100), (0.6, 0.25), (0.5, 50), (0.5, 100))
+    ]
+    ways: list[tuple[str, Merge]] = [
+        ("along edges", Merge("edges")),
+        ("along edges, counted", Merge("edges", count=1.0)),
+        ("into like keys", Merge("keys", threshold=0.8)),
+        ("into near-copies", Merge("keys", threshold=0.9)),
+        ("into near-copies, counted", Merge("keys", threshold=0.9, keys=True, count=1.0)),
+    ]
+    rules += [
+        Rule(
+            f"around: merged {name}",
+            "nothing is lost whole",
+            two(LASTING, PHRASES, 0.6),
+            merge=merge,
+        )
+        for name, merge in ways
+    ]
+    return rules
+
+
 def both() -> list[Rule]:
     """Return combinations for perplexity and needles at once."""
     habits: list[tuple[str, Score]] = [
@@ -710,6 +815,7 @@ def make_rules(tokenizer: Any) -> dict[str, list[Rule]]:
         "limits": limits(),
         "phrases": phrases(),
         "widths": widths(),
+        "around": around(),
         "both": both(),
         "needle": needle(marks_of(tokenizer)),
         "expected": expected(),

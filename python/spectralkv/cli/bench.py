@@ -1,4 +1,4 @@
-"""``spectralkv bench``: how fast a model decodes with each kind of cache."""
+"""``spectralkv bench``: how fast a model decodes, and reads a prompt, with each kind of cache."""
 
 from __future__ import annotations
 
@@ -56,9 +56,24 @@ def bench(
         float,
         typer.Option(help="After so many seconds no further measurement of a cache begins."),
     ] = 1.5,
+    prefill: Annotated[
+        bool,
+        typer.Option(
+            "--prefill", help="Time prompts, too: a full cache, then Spectral's graph and its cut."
+        ),
+    ] = False,
+    prompt_rows: Annotated[
+        str,
+        typer.Option(
+            help="With --prefill: how many of the newest tokens get a row of the graph, with "
+            "commas. Spectral's default is timed in any case."
+        ),
+    ] = "256,4096,1048576",
     split: Annotated[
         bool,
-        typer.Option("--split", help="Profile some steps: attention, side work, other, idle."),
+        typer.Option(
+            "--split", help="Profile some steps, and a prompt: attention, side work, other, idle."
+        ),
     ] = False,
     largest_batch: Annotated[
         bool,
@@ -82,7 +97,9 @@ def bench(
     """Time decode steps: transformers' caches, Spectral's, its captured loop, and rivals.
 
     Caches are filled with random keys and values. bench.json is written after each of them. A
-    measurement is the mean of its steps, one cut in every --interval of them included.
+    measurement is the mean of its steps, one cut in every --interval of them included. Prompts are
+    read from random tokens, all of one in a forward pass; the cut is to the middle one of
+    --budgets.
     """
     from spectralkv.evaluation.bench import BenchConfig, random_model, run_bench
     from spectralkv.evaluation.bench_caches import GROUPS
@@ -101,6 +118,8 @@ def bench(
         steps=steps,
         repeats=repeats,
         row_seconds=row_seconds,
+        prefill=prefill,
+        prompt_rows=_numbers("prompt-rows", prompt_rows, int),
         split=split,
         largest_batch=largest_batch,
         flat=flat,

@@ -11,7 +11,7 @@ lets the cache hold more between two cuts, which is an advantage and not a bette
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation.caches import CacheSettings, create_policy
@@ -178,7 +178,7 @@ def _hops() -> Axis:
 
 
 def _presets() -> Axis:
-    names = ("default", "uniform32", "weighted4")
+    names = ("default", "walks", "uniform32", "weighted4")
     return Axis(name="presets", title="preset", values=tuple((n, {"preset": n}) for n in names))
 
 
@@ -271,17 +271,17 @@ def _population_axis(name: str, title: str, values: Mapping[Any, tuple[Populatio
 def _populations(*parts: tuple[Any, ...]) -> tuple[Population, ...]:
     """Return populations from (restart, count, share[, recent_fraction]); none of share 0.
 
-    Each is solved as the default solves it, so that an axis varies what it names and nothing else.
+    Each is solved, and remembers, as that of the default does, so that an axis varies what it names
+    and nothing else.
     """
     from spectralkv.config import Population, WalkConfig
 
-    solvers = {one.restart: one.solver for one in WalkConfig().populations}
+    defaults = {one.restart: one for one in WalkConfig().populations}
     return tuple(
-        Population(
-            restart=restart,
+        replace(
+            defaults.get(restart, Population(restart=restart)),
             count=count,
             share=share,
-            solver=solvers.get(restart, "walk"),
             **({"recent_fraction": recent[0]} if recent else {}),
         )
         for restart, count, share, *recent in parts

@@ -1,7 +1,7 @@
 """How fast a model decodes with each kind of cache, and what memory that takes.
 
 Tokens, keys and values are random, and so are the weights where only a shape is given: none of them
-changes how long a step takes. What is timed is decoding alone.
+changes how long a step takes. What is timed is decoding, and apart from it the prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from spectralkv.evaluation.bench_caches import (
     cache_bytes,
     cache_kinds,
 )
+from spectralkv.evaluation.bench_prompt import PromptRow, measure_prompts, prompt_cost
 from spectralkv.evaluation.errors import EvaluationError
 from spectralkv.evaluation.models import LoadedModel, resolve_device
-from spectralkv.policies.base import Policy
 
 if TYPE_CHECKING:
     from spectralkv.evaluation.progress import Progress
+    from spectralkv.policies import Spectral
 
 #: Models by shape, for random weights: Llama 3.1 8B, SmolLM2 135M, and one for tests.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,9 +57,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-# Rows of the graph that a cache gets while it is filled: all of a long prompt's would take longer
-# than what is measured, and a walk is a small part of a step.
-_MOST_ROWS = 2048
 # Steps that are profiled, and timed at least, where each does the same.
 _PROFILED = 4
 #: Steps of one measurement of a long generation.
@@ -100,8 +98,13 @@ class BenchConfig:
         Tokens, of all sequences together, that an evicting cache is filled with at a time.
     caches : tuple of str
         Groups of caches, see :data:`spectralkv.evaluation.bench_caches.GROUPS`.
+    prefill : bool
+        Time prompts, too, see :func:`spectralkv.evaluation.bench_prompt.measure_prompts`.
+    prompt_rows : tuple of int
+        How many of the newest tokens of a prompt get a row of the graph; the policy's default is
+        timed in any case.
     split : bool
-        Profile some steps of each cache; on CUDA.
+        Profile some steps of each cache, and a prompt; on CUDA.
     largest_batch : bool
         Find the largest batch that fits, of captured caches; on CUDA.
     flat : int
@@ -124,6 +127,8 @@ class BenchConfig:
     window: int = 50
     chunk: int = 16384
     caches: tuple[str, ...] = GROUPS
+    prefill: bool = False
+    prompt_rows: tuple[int, ...] = (256, 4096, 1 << 20)
     split: bool = False
     largest_batch: bool = False
     flat: int = 0
@@ -141,6 +146,8 @@ class BenchConfig:
                 raise EvaluationError(f"caches must be of {', '.join(GROUPS)}, got {group!r}")
         if not (self.flat == 0 or self.flat >= 2):
             raise EvaluationError(f"flat must be 0 or at least 2 tokens, got {self.flat}")
+        if min(self.prompt_rows, default=1) < 1:
+            raise EvaluationError(f"prompt_rows must be 1 or more, got {self.prompt_rows}")
         if not self.budgets:
             raise EvaluationError("budgets must be at least one share, got none")
         for share in (*self.budgets, *self.shares_of_plain_loops):
@@ -148,6 +155,13 @@ class BenchConfig:
                 raise EvaluationError(f"budgets must be shares between 0 and 1, got {share}")
             for context in self.contexts:
                 self.policy(context, share)
+        for context in self.contexts if self.prefill else ():
+            least = round(context * self.middle_budget) + self.interval
+            if context < least:
+                raise EvaluationError(
+                    f"a prompt that is cut must have at least budget + interval = {least} tokens, "
+                    f"got a context of {context}"
+                )
 
     @property
     def middle_budget(self) -> float:
@@ -159,7 +173,7 @@ class BenchConfig:
         """What `eager_budgets` says, or stands for."""
         return (self.middle_budget,) if self.eager_budgets is None else self.eager_budgets
 
-    def policy(self, context: int, share: float) -> Policy:
+    def policy(self, context: int, share: float) -> Spectral:
         """Return the policy that keeps a share of a context.
 
         Raises
@@ -175,7 +189,6 @@ class BenchConfig:
                 budget=budget,
                 interval=self.interval,
                 window=self.window,
-                row_stride=max(1, budget // _MOST_ROWS),
             )
         except ValueError as error:
             raise EvaluationError(f"{share:.0%} of a context of {context}: {error}") from None
@@ -305,6 +318,8 @@ class BenchResult:
         What was measured.
     rows : tuple of BenchRow
         By context, then as :data:`spectralkv.evaluation.bench_caches.GROUPS` has them.
+    prompts : tuple of PromptRow
+        By context.
     largest : tuple of BenchRow
         With the largest batch that fits, one measurement each.
     flat : FlatRun or None
@@ -316,6 +331,7 @@ class BenchResult:
     model: str
     config: BenchConfig
     rows: tuple[BenchRow, ...] = ()
+    prompts: tuple[PromptRow, ...] = ()
     largest: tuple[BenchRow, ...] = ()
     flat: FlatRun | None = None
     notes: tuple[str, ...] = ()
@@ -338,6 +354,9 @@ class BenchResult:
             "model": self.model,
             "config": asdict(self.config),
             "rows": [row.to_dict() | {"over_full": self.over_full(row)} for row in self.rows],
+            "prompts": [
+                row.to_dict() | asdict(prompt_cost(row, self.prompts)) for row in self.prompts
+            ],
             "largest": [row.to_dict() for row in self.largest],
             "flat": flat,
             "notes": list(self.notes),
@@ -429,7 +448,8 @@ def _run(
     jobs.sort(key=lambda job: job[1][1].group == "kvpress")
     rows: dict[int, BenchRow] = {}
     result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
-    total = len(jobs) + (config.flat > 0)
+    prompts = config.contexts if config.prefill else ()
+    total = len(prompts) + len(jobs) + (config.flat > 0)
 
     _wake(loaded.model, config.batch)
 
@@ -442,7 +462,11 @@ def _run(
             on_result(changed)
         return changed
 
-    for done, (place, (context, kind)) in enumerate(jobs):
+    for done, context in enumerate(prompts):
+        tell(done)
+        measured = measure_prompts(loaded.model, config, context)
+        result = keep(replace(result, prompts=(*result.prompts, *measured)))
+    for done, (place, (context, kind)) in enumerate(jobs, len(prompts)):
         tell(done)
         row = rows[place] = _row(loaded.model, config, context, kind)
         result = keep(replace(result, rows=tuple(rows[i] for i in sorted(rows))))
@@ -450,7 +474,7 @@ def _run(
             largest = _largest(loaded.model, config, context, kind, row)
             result = keep(replace(result, largest=(*result.largest, largest)))
     if config.flat > 0:
-        tell(len(jobs))
+        tell(total - 1)
         try:
             result = keep(replace(result, flat=_flat(loaded.model, config)))
         except Exception as error:
@@ -469,7 +493,7 @@ def _check_device(loaded: LoadedModel, config: BenchConfig) -> None:
     for name in ("split", "largest_batch"):
         if getattr(config, name) and device.type != "cuda":
             raise EvaluationError(f"{name} must have a model on CUDA, got one on {device}")
-    is_ours = config.flat > 0 or {"loop", "policy", "model"} & set(config.caches)
+    is_ours = config.prefill or config.flat > 0 or {"loop", "policy", "model"} & set(config.caches)
     if device.type == "cuda" and is_ours and spectralkv.cuda_device_count() == 0:
         raise EvaluationError(
             f"the model is on CUDA, where Spectral cannot follow: {spectralkv.cuda_status()}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectralkv.evaluation import plots
 from spectralkv.evaluation.bench_clock import PARTS
+from spectralkv.evaluation.bench_prompt import PromptRow, prompt_cost
 from spectralkv.evaluation.report import size
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _OURS = ("#7FC4EE", "#2E8FCB", "#0B4F80")
 _RIVALS = ("#D55E00", "#E69F00", "#CC79A7", "#009E73", "#8C6D31", "#7F7F7F")
 _FULL_LINES = {"fused": "-", "static": "--", "dynamic": ":"}
 _PLAIN_LINES = {"policy": "--", "model": ":"}
+_SPLIT_COLUMNS = [f"{part}, ms" for part in PARTS]
 
 
 def tables(result: BenchResult) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -30,7 +32,7 @@ def tables(result: BenchResult) -> list[tuple[str, list[str], list[list[str]]]]:
     has_split = any(row.split for row in result.rows)
     columns = ["context", "cache", "loop", "ms a step [quartiles]", "tokens/s", "over full"]
     columns += ["cache memory"] + ["peak"] * has_peaks
-    columns += [f"{part}, ms" for part in PARTS] * has_split
+    columns += _SPLIT_COLUMNS * has_split
 
     def cells(row: BenchRow) -> list[str]:
         line = [f"{row.context:,}", row.label]
@@ -48,11 +50,12 @@ def tables(result: BenchResult) -> list[tuple[str, list[str], list[list[str]]]]:
         if has_peaks:
             line.append("-" if row.peak_bytes is None else size(row.peak_bytes))
         if has_split:
-            parts = [f"{1e3 * row.split[part]:.2f}" if row.split else "-" for part in PARTS]
-            line += parts
+            line += _split_cells(row.split)
         return line
 
     shown = [(f"batch {result.config.batch}", columns, [cells(row) for row in result.rows])]
+    if result.prompts:
+        shown.append(_prompt_table(result))
     if result.largest:
         lines = [
             [f"{row.context:,}", row.label]
@@ -72,6 +75,33 @@ def tables(result: BenchResult) -> list[tuple[str, list[str], list[list[str]]]]:
     if result.flat is not None:
         shown.append(_flat_table(result.flat))
     return [table for table in shown if table[2]]
+
+
+def _split_cells(split: dict[str, float]) -> list[str]:
+    return [f"{1e3 * split[part]:.2f}" if split else "-" for part in PARTS]
+
+
+def _prompt_table(result: BenchResult) -> tuple[str, list[str], list[list[str]]]:
+    has_split = any(row.split for row in result.prompts)
+    columns = ["context", "cache", "rows", "kept", "ms a prompt [range]", "over full"]
+    columns += ["for rows, ms", "for the cut, ms", *_SPLIT_COLUMNS * has_split]
+
+    def cells(row: PromptRow) -> list[str]:
+        rows = "-" if row.prompt_rows is None else f"{row.prompt_rows:,}"
+        line = [f"{row.context:,}", row.kind, rows + " (default)" * row.is_default]
+        line.append("all" if row.budget is None else f"{row.budget:,}")
+        if row.failure:
+            return [*line, row.failure]
+        cost = prompt_cost(row, result.prompts)
+        low, high = min(row.prompt_seconds), max(row.prompt_seconds)
+        line.append(f"{1e3 * row.seconds:.1f} [{1e3 * low:.1f}, {1e3 * high:.1f}]")
+        line.append("-" if cost.over_full is None else f"{cost.over_full:.3f}")
+        more = (cost.rows_seconds, cost.cut_seconds)
+        line += ["-" if seconds is None else f"{1e3 * seconds:.1f}" for seconds in more]
+        return line + _split_cells(row.split) * has_split
+
+    title = f"prompts, batch {result.config.batch}"
+    return title, columns, [cells(row) for row in result.prompts]
 
 
 def _flat_table(flat: FlatRun) -> tuple[str, list[str], list[list[str]]]:

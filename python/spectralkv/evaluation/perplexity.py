@@ -527,7 +527,7 @@ def evaluate_perplexity(
     Raises
     ------
     EvaluationError
-        The texts are too short, or a policy refuses its arguments.
+        The texts are too short, or a policy refuses its arguments or the chunk.
     """
     settings = settings if settings is not None else CacheSettings()
     evicting = [spec for spec in policies if spec.name != FULL]
@@ -537,6 +537,8 @@ def evaluate_perplexity(
     first = scored_range(lengths, budgets if evicting else ())
     # All policies first: a bad argument is refused before the first minute is spent.
     plan = [(spec.label, create_policy(spec, budget, settings)) for spec, budget in specs]
+    for label, policy in plan:
+        check_chunk(label, policy, chunk)
     runs = tuple(
         _run(model, sequences, label, policy, chunk, batch, first, on_progress)
         for label, policy in plan
@@ -551,6 +553,25 @@ def evaluate_perplexity(
         runs=runs,
         comparisons=compare(runs, first),
     )
+
+
+def check_chunk(label: str, policy: Policy, chunk: int) -> None:
+    """Check that texts which are fed `chunk` tokens at a time show what a policy does.
+
+    Raises
+    ------
+    EvaluationError
+        It has an option that is about decode steps, forward passes of one token, and there would
+        be none.
+    """
+    from spectralkv.policies import Mix, Spectral
+
+    parts = policy.parts() if isinstance(policy, Mix) else [policy]
+    scans = [part.scan_interval for part in parts if isinstance(part, Spectral)]
+    if chunk > 1 and max(scans, default=1) > 1:
+        raise EvaluationError(
+            f"{label}: scan_interval is about decode steps, for which chunk must be 1, got {chunk}"
+        )
 
 
 def collect(stream_result: Stream, cache: EvictingCache, *, batch: int = 1) -> SequenceRun:

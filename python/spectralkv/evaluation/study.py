@@ -35,6 +35,7 @@ from spectralkv.evaluation.perplexity import (
     PolicyRun,
     SequenceRun,
     batches_of,
+    check_chunk,
     compare,
     run_batch,
     scored_range,
@@ -206,8 +207,11 @@ def run_study(
     Raises
     ------
     EvaluationError
-        A batch does not fit into memory, or the run file cannot be written.
+        A policy refuses the chunk, a batch does not fit into memory, or the run file cannot be
+        written.
     """
+    for job in jobs:
+        check_chunk(job.label, job.policy, chunk)
     if known is not None:
         for job in jobs:
             for name, numbers in corpora.items():

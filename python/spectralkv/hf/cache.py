@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from spectralkv.hf import masks, saving, tap
 from spectralkv.hf.layer import Attention, EvictingLayer, EvictionEvent
 from spectralkv.hf.rotary import rotary_of
-from spectralkv.policies.base import AttendingTracker, Policy
+from spectralkv.policies.base import AttendingTracker, Policy, Tracker
 from spectralkv.policies.spectral import Spectral
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ class EvictingCache(Cache):
         attention and for its graph, and tokens stay in their slots. "auto": the policy on CUDA,
         and in a :class:`spectralkv.hf.DecodeLoop`, which needs it; the model on a CPU and where
         the policy cannot. "policy": the policy, or an error that says what is in its way.
-        "model": the model, always. Random walks draw where they restart in the order of slots:
-        what they keep is another sample of the same distribution than with "model", and, since
-        tokens take the slots of padding, than without padding.
+        "model": the model, always. A policy with `scan_interval` above 1 leaves attention to the
+        model: "auto" is then "model", and "policy" an error. Random walks draw where they restart
+        in the order of slots: what they keep is another sample of the same distribution than with
+        "model", and, since tokens take the slots of padding, than without padding.
 
     Raises
     ------
@@ -146,11 +147,8 @@ class EvictingCache(Cache):
         if policy.budget is not None and ours:
             self._check_masks(layers)
         trackers = policy.trackers(len(ours))
-        if attention == "policy" and not any(isinstance(one, AttendingTracker) for one in trackers):
-            raise ValueError(
-                "[EvictingCache] attention='policy' expected a policy that attends (spectral) and "
-                f"layers that evict, got {policy.name} for {len(ours)} layers"
-            )
+        if attention == "policy":
+            _check_attends(policy, trackers, len(ours))
         reader = masks.MaskReader()
         for order, index in enumerate(ours):
             tracker = trackers[order] if trackers else None
@@ -403,6 +401,18 @@ class SpectralCache(EvictingCache):
     ) -> None:
         policy = Spectral(budget=budget, **options)
         super().__init__(config, policy, on_evict=on_evict, attention=attention)
+
+
+def _check_attends(policy: Policy, trackers: Sequence[Tracker], layers: int) -> None:
+    attending = [one for one in trackers if isinstance(one, AttendingTracker)]
+    if not attending:
+        raise ValueError(
+            "[EvictingCache] attention='policy' expected a policy that attends (spectral) and "
+            f"layers that evict, got {policy.name} for {layers} layers"
+        )
+    obstacle = attending[0].standing_obstacle()
+    if obstacle is not None:
+        raise ValueError(f"[EvictingCache] attention='policy' expected {obstacle}")
 
 
 def _tokens_seen(layer: Any) -> int:

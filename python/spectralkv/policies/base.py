@@ -238,6 +238,10 @@ class AttendingTracker(Tracker):
     """
 
     @abstractmethod
+    def standing_obstacle(self) -> str | None:
+        """Return what of its policy keeps it from attending, whatever the tensors, or None."""
+
+    @abstractmethod
     def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
         """Return what keeps it from attending with tensors like these, or None.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
@@ -22,12 +22,14 @@ from spectralkv.config import (
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
 
+_T = TypeVar("_T")
+
 # Of the core's attention, whose sums lie in shared memory.
 _MOST_CUDA_DIM = 256
 _MOST_CUDA_SUMS = 16 * 256
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
-# Times the slots a layer needs that its graph may hold on CUDA before it gives memory back.
+# Times the slots a layer needs that its graph may hold on CUDA before memory is given back.
 _SPARE = 4
 
 
@@ -48,7 +50,7 @@ class Spectral(Policy):
 
     Parameters
     ----------
-    preset : {"default", "uniform32", "weighted4"}
+    preset : {"default", "walks", "uniform32", "weighted4"}
         Edge law, `top_k` and walks by name; the options below override it where they are not None.
     edge_law : {"uniform", "weighted", "attention"} or None
         How neighbours are followed: alike, by their part of the attention to all neighbours, or by
@@ -74,11 +76,20 @@ class Spectral(Policy):
         Random walks, but for populations that say otherwise, as novelty does by default; or for
         all populations one deterministic sweep: what infinitely many walks would find. On a CPU it
         is faster while a head holds some thousand tokens. Text alone is kept better where novelty
-        walks, too (`populations=` without an exact one): noise lets heads keep different tokens.
+        walks, too (preset "walks"): noise lets heads keep different tokens.
     walk_interval : int
         Scores are renewed every `walk_interval` decoded tokens; 0: only at a cut.
     row_stride : int
         Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
+    prompt_rows : int
+        Most rows of a chunk, those of its newest tokens: a long prompt in one chunk costs about as
+        much more as so many tokens' scores over all keys.
+    scan_interval : int
+        Every how many decode steps, forward passes of one new token, a layer gives its token a row,
+        for which all its keys are read; tokens between have no edges. Layers take turns, so that
+        each step reads about as many. For caches whose attention is the model's, to which it leaves
+        the attention everywhere: where Spectral attends itself, each row comes with the attention,
+        and above 1 saves nothing.
     unrotate : bool
         Whether novelty compares keys as they were before the model turned them by their positions:
         distinctive for what they say, not for where. Without effect where the model does not turn
@@ -101,7 +112,7 @@ class Spectral(Policy):
 
     name: ClassVar[str] = "spectral"
 
-    preset: Literal["default", "uniform32", "weighted4"] = "default"
+    preset: Literal["default", "walks", "uniform32", "weighted4"] = "default"
     edge_law: Literal["uniform", "weighted", "attention"] | None = None
     top_k: int | None = None
     restart_prob: float | None = None
@@ -114,6 +125,8 @@ class Spectral(Policy):
     solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
     row_stride: int = 1
+    prompt_rows: int = 1024
+    scan_interval: int = 1
     unrotate: bool = True
     seed: int = 0
 
@@ -121,12 +134,20 @@ class Spectral(Policy):
         super().__post_init__()
         self._require_int("walk_interval", minimum=0)
         self._require_int("row_stride", minimum=1)
+        self._require_int("prompt_rows", minimum=1)
+        self._require_int("scan_interval", minimum=1)
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
         # The core checks what it is given; a policy with a bad option must not come to be.
-        self._graph_and_walk(GraphConfig())
+        _, walk = self._graph_and_walk(GraphConfig())
         self._eviction()
+        self._require(
+            self.scan_interval == 1
+            or all(population.restart != "current" for population in walk.populations),
+            "scan_interval",
+            "1 with a population that restarts at the current token, whose row it needs",
+        )
 
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; they share one monitor."""
@@ -168,10 +189,14 @@ class _Monitors:
         self._policy = policy
         self._num_layers = num_layers
         self._by_shape: dict[tuple[object, ...], Monitor] = {}
+        self._capacities: dict[tuple[Monitor, int], int] = {}  # what each layer asked for last
         self._lock = threading.Lock()
 
-    def get(self, seen: Observation) -> tuple[Monitor, bool]:
-        """Return the monitor for a layer that shows `seen`, and whether it is new."""
+    def get(self, seen: Observation, capacity: int) -> tuple[Monitor, bool]:
+        """Return the monitor for a layer that shows `seen`, and whether it is new.
+
+        A new one has `capacity` slots in each layer, if it is the first.
+        """
         batch, query_heads, _, head_dim = seen.query.shape
         heads, device = seen.keys.shape[1], seen.keys.device
         rotary = seen.rotary if self._policy.unrotate else None
@@ -182,7 +207,11 @@ class _Monitors:
             monitor = self._by_shape.get(shape)
             if monitor is not None:
                 return monitor, False
-            monitor = self._make(batch, query_heads, heads, head_dim, device, rotary)
+            # Where layers differ, another monitor's share of them is not known.
+            capacity = 0 if self._by_shape else capacity
+            monitor = _taken(
+                lambda: self._make(batch, query_heads, heads, head_dim, device, rotary, capacity)
+            )
             self._by_shape[shape] = monitor
             return monitor, True
 
@@ -190,12 +219,31 @@ class _Monitors:
         copied = _Monitors(self._policy, self._num_layers)
         with self._lock:
             copied._by_shape = copy.deepcopy(self._by_shape, memo)
+            copied._capacities = copy.deepcopy(self._capacities, memo)
         return copied
 
     def clear(self) -> None:
         """Forget all monitors."""
         with self._lock:
             self._by_shape.clear()
+            self._capacities.clear()
+
+    def ask(self, monitor: Monitor, layer: int, capacity: int) -> None:
+        """Note how many slots a layer needs."""
+        with self._lock:
+            self._capacities[monitor, layer] = capacity
+
+    def fit(self, monitor: Monitor) -> None:
+        """Give each layer the slots that it asked for.
+
+        To take or give back memory is to wait for a CUDA device: done for all layers together, one
+        wait is all there is.
+        """
+        with self._lock:
+            wanted = [(layer, n) for (one, layer), n in self._capacities.items() if one is monitor]
+        for layer, capacity in wanted:
+            if monitor.graph.capacity(layer) != capacity:
+                _reserve(monitor, layer, capacity)
 
     def _make(
         self,
@@ -205,6 +253,7 @@ class _Monitors:
         head_dim: int,
         device: torch.device,
         rotary: Rotary,
+        capacity: int,
     ) -> Monitor:
         policy = self._policy
         graph, walk = policy._graph_and_walk(
@@ -214,6 +263,7 @@ class _Monitors:
                 num_query_heads=query_heads,
                 num_kv_heads=heads,
                 head_dim=head_dim,
+                capacity=capacity,
                 device=str(device),
                 rotary=rotary,
             )
@@ -225,7 +275,22 @@ class _Monitors:
             solver=policy.solver,
             walk_interval=policy.walk_interval,
             row_stride=policy.row_stride,
+            prompt_rows=policy.prompt_rows,
         )
+
+
+def _taken(take: Callable[[], _T]) -> _T:
+    """Return what `take` does, which takes memory of the device."""
+    try:
+        return take()
+    except CudaError:
+        # What torch has freed it keeps for itself, out of the core's reach.
+        torch.cuda.empty_cache()
+        return take()
+
+
+def _reserve(monitor: Monitor, layer: int, capacity: int) -> None:
+    _taken(lambda: monitor.graph.reserve(layer, capacity))
 
 
 class _SpectralTracker(AttendingTracker):
@@ -239,17 +304,26 @@ class _SpectralTracker(AttendingTracker):
         self._counts_memory = False
         self._capacity = 0
         self._keys: torch.Tensor | None = None
+        self._steps = 0  # decode steps observed, of which every `scan_interval`-th draws a row
         self._chosen: torch.Tensor | None = None  # what `keep` returned last
         self._kept: list[int] = []  # and how many of it each sequence keeps
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
-            self._monitor, self._counts_memory = self._monitors.get(observation)
-            self.reserve(self._capacity)
+            capacity = max(self._capacity, observation.keys.shape[2])
+            self._monitor, self._counts_memory = self._monitors.get(observation, capacity)
+            self.reserve(capacity)
         if observation.keys.shape[2] > self._capacity:
             self.reserve(observation.keys.shape[2])
+        if self._monitor.graph.capacity(self._layer) > _SPARE * self._capacity:
+            self._monitors.fit(self._monitor)
         self._keys = observation.keys
-        if observation.query.shape[2] == 1 and observation.new_valid is None:
+        is_step = observation.query.shape[2] == 1
+        if is_step and not self._draws_row():
+            self._monitor.admit(
+                self._layer, observation.query, observation.keys, valid=observation.new_valid
+            )
+        elif is_step and observation.new_valid is None:
             self._monitor.on_step(
                 self._layer,
                 observation.query[:, :, 0],
@@ -267,7 +341,20 @@ class _SpectralTracker(AttendingTracker):
                 softcap=observation.softcap,
             )
 
+    def _draws_row(self) -> bool:
+        """Count a decode step, and return whether it is this layer's turn."""
+        turn = (self._steps + self._layer) % self._policy.scan_interval
+        self._steps += 1
+        return turn == 0
+
+    def standing_obstacle(self) -> str | None:
+        interval = self._policy.scan_interval
+        return None if interval == 1 else f"scan_interval=1, got {interval}"
+
     def obstacle(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+        standing = self.standing_obstacle()
+        if standing is not None:
+            return standing
         dtypes = [tensor.dtype for tensor in (query, keys, values)]
         if len(set(dtypes)) > 1:
             return f"queries, keys and values of one dtype, got {dtypes}"
@@ -285,7 +372,8 @@ class _SpectralTracker(AttendingTracker):
         monitor, graph = self._active(), self._active().graph
         capacity = step.keys.shape[2]
         if graph.capacity(self._layer) != capacity:  # steps under capture are sized by it
-            graph.reserve(self._layer, capacity)
+            self._monitors.ask(monitor, self._layer, capacity)
+            self._monitors.fit(monitor)
         self._keys, self._capacity = step.keys, capacity
         slots = graph.place(self._layer, step.new_keys, step.new_values, step.keys, step.values)
         attended: torch.Tensor = monitor.attend(
@@ -361,6 +449,7 @@ class _SpectralTracker(AttendingTracker):
 
     def truncate(self, count: int) -> None:
         self._keys = None
+        self._steps -= count  # steps that are taken back and fed again draw the same rows
         if self._monitor is not None:
             self._monitor.graph.truncate(self._layer, count)
 
@@ -375,36 +464,36 @@ class _SpectralTracker(AttendingTracker):
         self._capacity = capacity
         if self._monitor is None:
             return
+        self._monitors.ask(self._monitor, self._layer, capacity)
         graph = self._monitor.graph
-        held = graph.capacity(self._layer)
-        # To take or give back memory is to wait for a CUDA device, and a prompt in chunks would
-        # wait twice at each: what one chunk needed stays for the next, unless it is a lot.
-        if graph.graph_config.device != "cpu" and capacity <= held <= _SPARE * capacity:
+        # A prompt in chunks would wait for a CUDA device twice at each, and a cut in each layer:
+        # what one chunk needed stays for the next, and what comes then gives back a lot.
+        if graph.graph_config.device != "cpu" and capacity <= graph.capacity(self._layer):
             return
-        try:
-            graph.reserve(self._layer, capacity)
-        except CudaError:
-            # What torch has freed it keeps for itself, out of the core's reach.
-            torch.cuda.empty_cache()
-            graph.reserve(self._layer, capacity)
+        _reserve(self._monitor, self._layer, capacity)
 
     def reset(self) -> None:
         # Of the next batch the number of sequences may be another.
-        self._keys, self._monitor, self._counts_memory = None, None, False
+        self._keys, self._monitor, self._counts_memory, self._steps = None, None, False, 0
         self._monitors.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         if self._monitor is None:
             return {}
         saved = bytearray(self._monitor.graph.save_layer(self._layer))
-        return {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
+        state = {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
+        if self._policy.scan_interval > 1:
+            state["steps"] = torch.tensor(self._steps)
+        return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
         if "graph" not in state:
             return
-        self._monitor, self._counts_memory = self._monitors.get(held)
-        self.reserve(held.keys.shape[2])
+        slots = held.keys.shape[2]
+        self._monitor, self._counts_memory = self._monitors.get(held, slots)
+        self.reserve(slots)
         self._monitor.graph.load_layer(self._layer, state["graph"].cpu().numpy().tobytes())
+        self._steps = int(state["steps"]) if "steps" in state else 0
         self._keys = held.keys
 
     def nbytes(self) -> int:

@@ -47,7 +47,7 @@ def oracle(
         ),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Graph and restarts: default, uniform32 or weighted4.")
+        str, typer.Option(help="Graph and restarts: default, walks, uniform32 or weighted4.")
     ] = "default",
     edges: Annotated[
         str,

@@ -89,7 +89,8 @@ def perplexity(
     """Stream texts through evicting caches and report their perplexity.
 
     The full cache is always run too, and all runs are scored on the same tokens: those after the
-    largest budget has filled, or from --first-scored on. An interrupted run goes on when it is called again.
+    largest budget has filled, or from --first-scored on. An interrupted run goes on when it is
+    called again.
     """
     from spectralkv import evaluation
     from spectralkv.evaluation import plots, report, study
