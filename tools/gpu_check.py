@@ -498,7 +498,7 @@ def plan(
     ]  # fmt: skip
     compare = [
         python, str(ROOT / "benchmarks/python/gpu.py"), "--output", str(compared),
-        "--repeats", "30", "--seconds", "4",
+        "--repeats", "30", "--seconds", "3",
         *(["--commit", arguments.commit] if arguments.commit else []),
     ]  # fmt: skip
     ctest = [
