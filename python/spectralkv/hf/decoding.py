@@ -8,6 +8,7 @@ sequences are cut follows from counting. So the step is captured once, and so is
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,6 @@ class DecodeLoop:
         self._eager_steps = 0
         # Memory of all captures: their replays follow each other, and none reads what another left.
         self._pool: Any = None
-        self._capture_stream: torch.cuda.Stream | None = None
         with torch.no_grad():
             self._take(logits)
         self._count = 1
@@ -333,8 +333,6 @@ class DecodeLoop:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         device = self._ids.device  # which need not be the current one
-        if self._capture_stream is None:  # torch's own is of the device that captured first
-            self._capture_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         generator = self._sampling.generator
         if generator is not None:
             graph.register_generator_state(generator)
@@ -342,7 +340,7 @@ class DecodeLoop:
             # A capture that fails would leave its stream the current one.
             with (
                 torch.cuda.stream(torch.cuda.current_stream(device)),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=_capture_stream(device)),
             ):
                 work()
         except RuntimeError as error:
@@ -366,6 +364,15 @@ class DecodeLoop:
             self._eager_steps = 0
             self._cut_graphs.clear()
             self._pool = None  # a pool that no capture uses cannot be used again
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which loops are captured: torch's own is of the first device that was.
+
+    One for all loops of a device, because a workspace of cuBLAS stays for each stream.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Watch:
