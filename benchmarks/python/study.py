@@ -64,6 +64,13 @@ EXACT = [
     "spectral:populations=recent:edges:0.5+novelty:all:0.5,solver=exact",
     "spectral:novelty_width=1,populations=recent:edges:0.6+novelty:all:0.4,solver=exact",
 ]
+# Fewer rows of the graph for a prompt that comes in large chunks.
+PROMPT_ROWS = [
+    *OURS,
+    "spectral:prompt_rows=128",
+    "spectral:prompt_rows=32",
+    "spectral:row_stride=4",
+]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
 TUNED = [
@@ -152,6 +159,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         Job("tuning-needle-contenders", [*needles, "--seed", "1", *many("--policy", CONTENDERS)]),
         perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
         perplexity("tuning-perplexity-contenders", CONTENDERS, "--budget", "0.2", *tune),
+        perplexity("tuning-prompt-rows", PROMPT_ROWS, "--budget", "0.2", "--chunk", "512", *tune),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
