@@ -153,6 +153,7 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 stage("build", "print('built')"),
                 stage("test", "raise SystemExit(3)", needs=("build", "not selected")),
                 stage("hang", "import time; time.sleep(60)", limit=1.0),
+                stage("later", "print('x')", needs=("build",), after=("test", "not selected")),
             ],
             [
                 stage("silent", "print('x')", parse=check.parse_lines),
@@ -168,6 +169,7 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "build": "passed",
         "test": "failed",
         "hang": "timed out",
+        "later": "passed",
         "silent": "failed",
         "after": "not run",
         "absent": "failed",
@@ -177,7 +179,7 @@ def test_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert why["test"] == "exit status 3"
     assert why["silent"] == "the benchmark printed no figure"
     assert why["after"] == "test did not pass"
-    assert results[3].tail == ["x"]
+    assert results[4].tail == ["x"]
     assert "build" in capsys.readouterr().out
 
 
@@ -254,7 +256,7 @@ def test_the_plan_knows_its_stages(tmp_path: Path) -> None:
     assert sorted(names) == sorted(check.stage_names())
     for group in groups:
         for one in group:
-            assert set(one.needs) <= set(names)
+            assert {*one.needs, *one.after} <= set(names)
     assert not any(stage.gpus > 1 for group in groups for stage in group)
     dealt = [stage for group in check.plan(arguments, "90", tmp_path, gpus=2) for stage in group]
     assert {stage.name for stage in dealt if stage.gpus == 2} == set(check.SANITIZERS)

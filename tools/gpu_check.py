@@ -104,7 +104,9 @@ class Stage:
     limit: float
     cwd: Path = ROOT
     env: Mapping[str, str] = field(default_factory=dict)
+    #: Stages that must have passed, and those that must only have ended.
     needs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     #: Processes side by side, between which googletest, or tests/conftest.py, parts the tests.
     shards: int = 1
     #: GPUs that the processes are dealt out to, one each; 1: all see what this process sees.
@@ -325,7 +327,7 @@ def run_groups(
     folder: Path,
     on_group: Callable[[list[Result]], None] = lambda _: None,
 ) -> list[Result]:
-    """Run groups one after the other; stages of a group side by side, behind those they need.
+    """Run groups one after the other; stages of a group side by side, behind those they wait for.
 
     `on_group` is told all results so far after each group.
     """
@@ -334,12 +336,12 @@ def run_groups(
     results: dict[str, Result] = {}
 
     def judge(stage: Stage) -> Result:
-        for need in stage.needs:
-            if need not in done:
+        for name in (*stage.needs, *stage.after):
+            if name not in done:
                 continue  # not selected: done by an earlier check
-            done[need].wait()
-            if results[need].verdict != "passed":
-                return Result(stage.name, "not run", why=f"{need} did not pass")
+            done[name].wait()
+            if name in stage.needs and results[name].verdict != "passed":
+                return Result(stage.name, "not run", why=f"{name} did not pass")
         left = deadline - time.monotonic()
         if left < 1:
             return Result(stage.name, "not run", why="no time was left")
@@ -489,7 +491,8 @@ def plan(
         python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input",
         "--no-index", "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(site),
         "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}",
-        "-C", f"build-dir={folder / 'package'}", str(ROOT),
+        # The library is there already.
+        "-C", f"build-dir={build}", "-C", "build.targets=_core_stub", str(ROOT),
     ]  # fmt: skip
     gpu_tests = [
         python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
@@ -545,8 +548,15 @@ def plan(
                 limit=240,
                 needs=("build",),
             ),
-            # It builds in a folder of its own, beside the C++ tests.
-            Stage("package", package, limit=300, env={**cuda, "CMAKE_BUILD_PARALLEL_LEVEL": jobs}),
+            # In the same folder, where only one can build at a time.
+            Stage(
+                "package",
+                package,
+                limit=300,
+                env={**cuda, "CMAKE_BUILD_PARALLEL_LEVEL": jobs},
+                needs=("build",),
+                after=("benchmarks",),
+            ),
             # Some of its tests watch the device's free memory: nothing else may use it.
             Stage("ctest", ctest, limit=180, needs=("build",), parse=parse_ctest),
         ],
