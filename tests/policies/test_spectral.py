@@ -356,7 +356,7 @@ def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
 def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    capacities = [0, 0]
+    capacities = [0] * 3  # the third layer has another monitor
     events: list[str] = []
 
     class Graph:
@@ -381,22 +381,22 @@ def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
     monitor = Monitor()
 
     def make(*arguments: object) -> Monitor:
-        capacities[:] = [arguments[-1]] * 2  # type: ignore[list-item]
+        capacities[:] = [arguments[-1]] * 3  # type: ignore[list-item]
         return monitor
 
-    trackers = policies.Spectral(budget=100).trackers(2)
+    trackers = policies.Spectral(budget=100).trackers(3)[:2]
     monkeypatch.setattr(trackers[0]._monitors, "_make", make)
     query, keys = tokens(1, 1000)
     for tracker in trackers:
         observe(tracker, query, keys, 0, 900)
         tracker.reserve(132)  # as a cut does
-    assert capacities == [900, 900]
+    assert capacities == [900] * 3
     for tracker in trackers:
         observe(tracker, query, keys, 0, 120)
         observe(tracker, query, keys, 120, 121)
     assert events == [
         *("0: prompt", "1: prompt"),
-        *("0: 132", "1: 132", "0: prompt", "0: step", "1: prompt", "1: step"),
+        *("0: 132", "1: 132", "2: 0", "0: prompt", "0: step", "1: prompt", "1: step"),
     ]
     trackers[1].reserve(133)
-    assert capacities == [132, 133]
+    assert capacities == [132, 133, 0]

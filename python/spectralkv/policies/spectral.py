@@ -234,14 +234,15 @@ class _Monitors:
             self._capacities[monitor, layer] = capacity
 
     def fit(self, monitor: Monitor) -> None:
-        """Give each layer the slots that it asked for.
+        """Give each layer the slots that it asked for, and none to those of other monitors.
 
         To take or give back memory is to wait for a CUDA device: done for all layers together, one
         wait is all there is.
         """
+        wanted = dict.fromkeys(range(self._num_layers), 0)
         with self._lock:
-            wanted = [(layer, n) for (one, layer), n in self._capacities.items() if one is monitor]
-        for layer, capacity in wanted:
+            wanted |= {layer: n for (one, layer), n in self._capacities.items() if one is monitor}
+        for layer, capacity in wanted.items():
             if monitor.graph.capacity(layer) != capacity:
                 _reserve(monitor, layer, capacity)
 
