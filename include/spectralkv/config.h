@@ -131,8 +131,8 @@ struct SPECTRALKV_API EvictionConfig {
   void validate() const;
 };
 
-/// Sets edge law, top_k and the walk to a named choice: "default", "walks" (the default with nothing
-/// solved exactly), "uniform32" or "weighted4".
+/// Sets edge law, top_k and the walk to a named choice: "default", "walks" (the default with
+/// nothing solved exactly), "uniform32" or "weighted4".
 SPECTRALKV_API void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk);
 
 }  // namespace spectralkv
