@@ -91,7 +91,7 @@ def test_other_models_are_refused() -> None:
 
 SHARED: dict[str, Any] = {"budget": BUDGET, "interval": INTERVAL}
 DEFAULT = (
-    Quota(PageRank(Recent(), restart_prob=0.7, steps=30), 0.6),
+    Quota(Remembered(PageRank(Recent(), restart_prob=0.7, steps=30), 0.5), 0.6),
     Quota(PageRank(Nearby(novelty(), 5), "all", 0.7, steps=30), 0.4),
 )
 SAME: dict[str, tuple[policies.Policy, Rule]] = {
@@ -132,7 +132,7 @@ SAME: dict[str, tuple[policies.Policy, Rule]] = {
             "spectral",
             "a test",
             (
-                Quota(PageRank(Recent(), "edges", 0.2, 90, graph=Graph(32)), 0.6),
+                Quota(Remembered(PageRank(Recent(), "edges", 0.2, 90, graph=Graph(32)), 0.5), 0.6),
                 Quota(PageRank(novelty(), "all", 0.2, 90, graph=Graph(32)), 0.4),
             ),
             10,
@@ -146,7 +146,7 @@ SAME: dict[str, tuple[policies.Policy, Rule]] = {
             "spectral",
             "a test",
             (
-                Quota(PageRank(Recent(), "edges", 0.3, 60, graph=Graph(4)), 0.6),
+                Quota(Remembered(PageRank(Recent(), "edges", 0.3, 60, graph=Graph(4)), 0.5), 0.6),
                 Quota(PageRank(Nearby(novelty(), 11), "all", 0.3, 60, graph=Graph(4)), 0.4),
             ),
             10,
