@@ -380,12 +380,9 @@ def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
 
     monitor = Monitor()
 
-    def make(*arguments: object) -> Monitor:
-        capacities[:] = [arguments[-1]] * 3  # type: ignore[list-item]
-        return monitor
-
     trackers = policies.Spectral(budget=100).trackers(3)[:2]
-    monkeypatch.setattr(trackers[0]._monitors, "_make", make)
+    monkeypatch.setattr(trackers[0]._monitors, "_make", lambda *_: monitor)
+    capacities[:] = [900] * 3
     query, keys = tokens(1, 1000)
     for tracker in trackers:
         observe(tracker, query, keys, 0, 900)

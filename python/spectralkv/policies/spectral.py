@@ -195,7 +195,8 @@ class _Monitors:
     def get(self, seen: Observation, capacity: int) -> tuple[Monitor, bool]:
         """Return the monitor for a layer that shows `seen`, and whether it is new.
 
-        A new one has `capacity` slots in each layer, if it is the first.
+        On CUDA, where to take memory is to wait, the first one has `capacity` slots in each layer
+        at once.
         """
         batch, query_heads, _, head_dim = seen.query.shape
         heads, device = seen.keys.shape[1], seen.keys.device
@@ -208,7 +209,8 @@ class _Monitors:
             if monitor is not None:
                 return monitor, False
             # Where layers differ, another monitor's share of them is not known.
-            capacity = 0 if self._by_shape else capacity
+            if self._by_shape or device.type != "cuda":
+                capacity = 0
             monitor = _taken(
                 lambda: self._make(batch, query_heads, heads, head_dim, device, rotary, capacity)
             )
