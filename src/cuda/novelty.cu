@@ -232,6 +232,7 @@ template <class Reader>
 struct Unturned {
   using R = Reader;
   static constexpr bool kReadsPositions = true;
+  /// Keys of four bytes leave no registers for a second one.
   static constexpr int kBlocks = sizeof(typename Reader::T) == 2 ? 2 : 1;
   static_assert(Reader::kChunks == 2);
 

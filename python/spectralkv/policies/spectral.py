@@ -82,8 +82,8 @@ class Spectral(Policy):
     row_stride : int
         Every how many tokens of a chunk one gets a row of the graph; the others have no edges.
     prompt_rows : int
-        Most rows of a chunk, those of its newest tokens: a long prompt in one chunk costs about as
-        much more as so many tokens' scores over all keys.
+        Most rows of a chunk, those of its newest tokens; the others have no edges. It bounds what a
+        long prompt in one chunk costs.
     scan_interval : int
         Every how many decode steps, forward passes of one new token, a layer gives its token a row,
         for which all its keys are read; tokens between have no edges. Layers take turns, so that
