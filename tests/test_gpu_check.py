@@ -1,4 +1,4 @@
-"""tools/gpu_check.py and the goals' table: what needs no GPU."""
+"""tools/gpu_check.py and the tables of its figures: what needs no GPU."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def load(path: str) -> ModuleType:
 
 
 check = load("tools/gpu_check.py")
+tables = load("benchmarks/python/tables.py")  # before goals, which imports it
 goals = load("benchmarks/python/goals.py")
 
 CTEST = """
@@ -376,18 +377,95 @@ def test_the_last_figure_counts_and_lines_are_read() -> None:
 
 def test_the_table_goes_between_the_marks() -> None:
     page = "a\n<!-- goals: begin -->\nold\n<!-- goals: end -->\nb\n"
-    assert goals.insert(page, "new") == page.replace("old", "new")
-    with pytest.raises(ValueError, match="marks"):
-        goals.insert("no marks", "new")
+    assert goals.insert(page, "goals", "new") == page.replace("old", "new")
+    with pytest.raises(ValueError, match="tap: begin"):
+        goals.insert(page, "tap", "new")
     report = {name: name for name in ("device", "driver", "cuda", "commit", "command")}
     expected = "device, driver driver, CUDA cuda, commit commit: `command`\n\n"
     assert goals.origin(json.dumps(report)) == expected
     assert goals.origin(json.dumps(MOVE)) == ""
 
 
-def test_the_performance_page_has_the_marks() -> None:
+# ---- the other tables
+
+
+ATTEND = {
+    **ROW,
+    "bench": "attend",
+    "figures": {"attention_alone_us": 30.04, "best_attention_and_update_us": 240.06},
+}
+
+
+def test_table_of_the_tap() -> None:
+    (row,) = tables.tap_table([ATTEND]).splitlines()[2:]
+    assert row == "| 1 | 65,536 | 40.0 [39.0, 41.0] | 30.0 | 200.0 | 240.1 |"
+    (row,) = tables.tap_table([{**ATTEND, "best_rival": None}]).splitlines()[2:]
+    assert row.endswith("| 30.0 | - | 240.1 |")
+
+
+def test_table_of_decoding() -> None:
+    more = {"tokens_per_s": 250.4, "kv_bytes": 3 * 2**30, "graph_bytes": 2**29, "peak_bytes": 2**34}
+    rows = [
+        decoded("fused", 0.006, over_full=1.0, **more),
+        decoded("static", 0.007, over_full=1.2, **more),
+        decoded("loop", 0.004, share=0.2, over_full=0.8, **more),
+        decoded("loop", 0.004, share=0.2, over_full=None, **more),
+        decoded("fused", 0.0, failure="does not fit"),
+    ]
+    assert tables.decode_table(rows).splitlines()[2:] == [
+        "| 1 | 65,536 | full cache | 6.00 | 250 | 1.00x | 3.50 GiB | 16.0 GiB |",
+        "| 1 | 65,536 | Spectral, 20% | 4.00 | 250 | 1.25x | 3.50 GiB | 16.0 GiB |",
+        "| 1 | 65,536 | Spectral, 20% | 4.00 | 250 | - | 3.50 GiB | 16.0 GiB |",
+        "| 1 | 65,536 | full cache | does not fit | - | - | - | - |",
+    ]
+
+
+def test_table_of_prompts() -> None:
+    full = {
+        "kind": "DynamicCache",
+        "prompt_rows": None,
+        "is_default": False,
+        "budget": None,
+        "seconds": 0.5,
+        "prompt_seconds": [0.5, 0.4, 0.6],
+        "over_full": 1.0,
+        "split": {"attention": 0.1, "side work": 0.0, "other": 0.3, "idle": 0.1},
+        "failure": "",
+    }
+    ours = {**full, "kind": "Spectral", "prompt_rows": 1024, "is_default": True, "budget": 3277}
+    rows = [full, {**ours, "over_full": None, "split": {}}, {**ours, "failure": "does not fit"}]
+    assert tables.prompts_table(rows).splitlines()[2:] == [
+        "| DynamicCache | - | all | 500.0 [400.0, 600.0] | 1.000 | 100.0 | 0.0 | 300.0 | 100.0 |",
+        "| Spectral | 1,024 (default) | 3,277 | 500.0 [400.0, 600.0] | - | - | - | - | - |",
+        "| Spectral | 1,024 (default) | 3,277 | does not fit | - | - | - | - | - |",
+    ]
+
+
+def test_tables_need_their_stages() -> None:
+    one = {"stage": "decode-1", "decode": {"rows": [], "prompts": []}}
+    assert tables.tables_of(json.dumps({"stages": [one]})) == {}
+    assert tables.tables_of(json.dumps({"stages": [one, {**one, "stage": "decode-8"}]})).keys() == {
+        "decode"
+    }
+    for stage in ({"stage": "compare", "report": {"rows": [ROW]}}, {**one, "stage": "prompts"}):
+        assert tables.tables_of(json.dumps({"stages": [stage]})) == {}
+    assert tables.tables_of(json.dumps(MOVE)) == {}
+    assert tables.tables_of("checked\n" + json.dumps(MOVE)) == {}
+
+
+def test_the_performance_page_shows_its_report() -> None:
+    path = ROOT / "benchmarks/results/gpu-check-h200.json"
+    if not path.exists():
+        pytest.skip("results are in the repository alone")
+    report = path.read_text()
     page = (ROOT / "docs/performance.md").read_text()
-    assert goals.insert(page, "x") != page
+    shown = {
+        "goals": goals.origin(report) + goals.table(goals.lines_of(report)),
+        **tables.tables_of(report),
+    }
+    assert list(shown) == ["goals", "tap", "decode", "prompts"]
+    for mark, text in shown.items():
+        assert goals.insert(page, mark, text) == page, mark
 
 
 def test_report_grows_with_each_group(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-r"""Prints the table of goals of docs/performance.md from measured figures.
+r"""Prints the tables of docs/performance.md about GPUs from measured figures.
 
     python benchmarks/python/goals.py benchmarks/results/gpu-check.json \
         --into docs/performance.md
 
-With --into the table of that page is replaced, without it the table is printed. Reads reports of
-tools/gpu_check.py, reports of benchmarks/python/gpu.py, and lines of the C++ benchmarks, in any
-number of files; of a figure found twice the last one counts. A goal without a figure stays in the
-table and says so.
+With --into the tables of that page are replaced, without it they are printed: the goals, and, from
+reports of tools/gpu_check.py, those of tables.py. Reads reports of tools/gpu_check.py, reports of
+benchmarks/python/gpu.py, and lines of the C++ benchmarks, in any number of files; of a figure found
+twice the last one counts. A goal without a figure stays in the table and says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tables import insert, tables_of
 
 Line = dict[str, Any]
 
@@ -556,33 +558,28 @@ def origin(text: str) -> str:
     )
 
 
-def insert(page: str, table_text: str) -> str:
-    """Replace what stands between the page's two marks."""
-    begin, end = "<!-- goals: begin -->", "<!-- goals: end -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"the page must have the marks {begin} and {end}")
-    return f"{before}{begin}\n{table_text}\n{end}{after}"
-
-
 def main() -> int:
-    """Print the table, or put it into a page."""
+    """Print the tables, or put them into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--into", type=Path, help="page whose table is replaced")
+    parser.add_argument("--into", type=Path, help="page whose tables are replaced")
     arguments = parser.parse_args()
     lines: list[Line] = []
     origins = ""
+    others: dict[str, str] = {}
     for path in arguments.files:
         text = path.read_text()
         lines += lines_of(text)
         origins += origin(text)
+        others |= tables_of(text)
+    tables = {"goals": origins + table(lines), **others}
     if arguments.into is None:
-        print(origins + table(lines))
-    else:
-        page = arguments.into.read_text()
-        arguments.into.write_text(insert(page, origins + table(lines)))
+        print("\n\n".join(tables.values()))
+        return 0
+    page = arguments.into.read_text()
+    for mark, text in tables.items():
+        page = insert(page, mark, text)
+    arguments.into.write_text(page)
     return 0
 
 
