@@ -41,7 +41,7 @@ from search.features import KeyDiff, Leverage, Position, Rarity, Recent, Surpris
 from search.model import Decoder
 from search.rules import make_rules
 from search.scores import Pass, Score, View
-from search.selection import Merge, Quota, Rule
+from search.selection import Division, Merge, Quota, Rule
 from search.simulate import Simulation
 from search.walks import Graph, PageRank
 
@@ -214,6 +214,37 @@ def test_every_cut_keeps_exactly_the_budget(rule: Rule) -> None:
         assert (held.diff() > 0).all()
         assert held[:4].tolist() == [0, 1, 2, 3]
         assert held[-8:].tolist() == list(range(LENGTH - 8, LENGTH))
+
+
+@pytest.mark.parametrize("pool", ["layer", "model"])
+@pytest.mark.parametrize(
+    "division",
+    [Division(every=0), Division(every=3), Division(every=0, even=True), Division(profile=True)],
+    ids=str,
+)
+def test_parts_change_when_they_are_to(
+    pool: Any, division: Division, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quotas = (Quota(KeyDiff(), 0.6, pool, 0.5), Quota(Position(), 0.4))
+    rule = Rule("divided", "", quotas, 8, division=division)
+    monkeypatch.setattr(simulate, "_PROFILES", {})
+    if division.profile:
+        decoder = Decoder(make_model("llama", dtype=torch.float32))
+        simulate.perplexity(decoder, random_ids(3, LENGTH), rule, budget=BUDGET)
+        (profile,) = simulate._PROFILES.values()
+        assert float(profile.mean()) == pytest.approx(1.0, abs=0.02)
+    simulation = run(rule)
+    simulation.verify()
+    parts = torch.stack(simulation._parts)  # (cuts, L, B, Hkv)
+    same = [bool((parts[i] == parts[i - 1]).all()) for i in range(2, len(parts))]
+    assert len(same) > 3
+    if division.every == 0:
+        assert all(same)
+    else:
+        assert same.count(False) <= len(parts) // division.every + 1
+    if division.even:
+        assert bool((parts == parts[..., :1]).all())
+    assert bool((parts != BUDGET).any()) or (division.even and pool == "layer")
 
 
 def test_a_rule_that_keeps_more_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ from search.features import (
     Unrepeated,
 )
 from search.scores import Score
-from search.selection import Merge, Quota, Rule
+from search.selection import Division, Merge, Quota, Rule
 from search.walks import Graph, PageRank
 
 # Factors for each token that make a sum .8, .9, .95 of itself in 32 tokens.
@@ -719,6 +719,32 @@ def around() -> list[Rule]:
     return rules
 
 
+def divisions() -> list[Rule]:
+    """Return the default with heads that compete, whose parts change seldom or never."""
+    ways = [
+        ("each cut", "the most that it can give", Division()),
+        ("every eighth cut", "tokens move seldom", Division(every=8)),
+        ("once", "shapes never change", Division(every=0)),
+        (
+            "once, even in layers",
+            "layers need more or less, not heads",
+            Division(every=0, even=True),
+        ),
+        ("by profile", "a property of the model", Division(profile=True)),
+    ]
+    return [
+        Rule(
+            f"divisions: over the {pool}, floor {floor:g}, {name}",
+            why,
+            (Quota(LASTING, 0.6, pool, floor), Quota(PHRASES, 0.4)),
+            division=division,
+        )
+        for pool, floor in (("layer", 0.5), ("model", 0.8), ("model", 0.5))
+        for name, why, division in ways
+        if pool == "model" or not division.even
+    ]
+
+
 def both() -> list[Rule]:
     """Return combinations for perplexity and needles at once."""
     habits: list[tuple[str, Score]] = [
@@ -816,6 +842,7 @@ def make_rules(tokenizer: Any) -> dict[str, list[Rule]]:
         "phrases": phrases(),
         "widths": widths(),
         "around": around(),
+        "divisions": divisions(),
         "both": both(),
         "needle": needle(marks_of(tokenizer)),
         "expected": expected(),

@@ -58,13 +58,13 @@ class Memory:
 
     def __init__(self, shape: tuple[int, int, int], length: int, decoder: Decoder) -> None:
         self.shape, self.length, self.decoder = shape, length, decoder
-        self._held: dict[tuple[Score, str], Any] = {}
+        self._held: dict[tuple[Any, str], Any] = {}
 
-    def get(self, score: Score, name: str = "") -> Any:
+    def get(self, score: Any, name: str = "") -> Any:
         """Return what is held, or None."""
         return self._held.get((score, name))
 
-    def set(self, score: Score, name: str, value: Any) -> None:
+    def set(self, score: Any, name: str, value: Any) -> None:
         """Hold something."""
         self._held[score, name] = value
 

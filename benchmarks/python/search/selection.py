@@ -71,6 +71,25 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Division:
+    """When heads that compete are given their parts of the budget anew.
+
+    Attributes
+    ----------
+    every : int
+        At every so many cuts, the first one included; 0: at the first one only.
+    even : bool
+        Heads of a layer get the mean of their parts.
+    profile : bool
+        The parts are those that heads had on average over texts read before, and never change.
+    """
+
+    every: int = 1
+    even: bool = False
+    profile: bool = False
+
+
+@dataclass(frozen=True)
 class Rule:
     """An eviction rule.
 
@@ -88,6 +107,8 @@ class Rule:
         First tokens that stay.
     merge : Merge or None
         None: what is evicted is gone.
+    division : Division
+        When heads that compete get other parts.
     limit : bool
         It knows what no policy can know: a reference, not a rule.
     """
@@ -98,6 +119,7 @@ class Rule:
     window: int | float = 50
     sinks: int = 4
     merge: Merge | None = None
+    division: Division = Division()
     limit: bool = False
 
     def __post_init__(self) -> None:
@@ -153,30 +175,54 @@ def choose(view: View, rule: Rule, budget: int) -> torch.Tensor:
     Every head keeps `budget` tokens; where heads compete, the heads of a layer (or of the model)
     keep as many on average. Of equal scores the newer token stays.
     """
+    if not rule.pool or rule.division == Division():
+        return _choose(view, rule, budget)
+    division, memory = rule.division, view.memory
+    cuts, parts = memory.get(rule, "cuts") or 0, memory.get(rule, "parts")
+    memory.set(rule, "cuts", cuts + 1)
+    if parts is None or (division.every and cuts % division.every == 0 and not division.profile):
+        keep = _choose(view, rule, budget)
+        parts = keep.sum(1, keepdim=True)
+        if division.even:
+            mean = parts.view(-1, memory.shape[2]).double().mean(1, keepdim=True)
+            parts = mean.floor().long().expand(-1, memory.shape[2]).reshape(-1, 1)
+        memory.set(rule, "parts", parts)
+        if not division.even:
+            return keep
+    return _choose(view, rule, budget, parts)
+
+
+def _choose(view: View, rule: Rule, budget: int, parts: torch.Tensor | None = None) -> torch.Tensor:
+    """Let heads compete, or keep `parts` (R, 1) of each."""
     layers, _, heads = view.memory.shape
     live, window = view.live, rule.window_of(budget)
     keep = live & ((view.positions < rule.sinks) | (view.positions >= view.seen - window))
     places = rule.places(budget)
     for order, (quota, count) in enumerate(zip(rule.quotas, places, strict=True)):
         rating = view.rate(quota.score)
-        own = count
+        own: int | torch.Tensor = count
         if quota.pool:
-            own = int(quota.floor * count)
+            own = (
+                int(quota.floor * count) if parts is None else (parts - budget + count).clamp_min(0)
+            )
         elif order == len(rule.quotas) - 1 and order and not rule.pool:
             # All that the others left, which may have been more than they got.
             own = (budget - keep.sum(1, keepdim=True)).clamp_min(0)
         elif quota.cover < 1.0:
             own = count - _beyond_cover(view, rating, keep, count, quota.cover)
         keep = _take(rating, keep, live, own)
-        if quota.pool and count > own:
+        if quota.pool and parts is None and count > own:
             keep = _take_together(view, quota, keep, count - own)
-    if rule.pool:
-        # A head may hold less than its places: the others of its pool take them.
-        target = budget * heads * (layers if rule.pool == "model" else 1)
-        last = next(quota for quota in reversed(rule.quotas) if quota.pool)
-        kept = _pooled(keep, view, rule.pool).sum(1, keepdim=True)
-        keep = _take_together(view, last, keep, target - kept, total=True)
-    return keep
+    if not rule.pool:
+        return keep
+    last = next(quota for quota in reversed(rule.quotas) if quota.pool)
+    if parts is not None:
+        rest = (parts - keep.sum(1, keepdim=True)).clamp_min(0)
+        return _take(view.rate(last.score), keep, live, rest)
+    # A head may hold less than its places: the others of its pool take them.
+    target = budget * heads * (layers if rule.pool == "model" else 1)
+    kept = _pooled(keep, view, rule.pool).sum(1, keepdim=True)
+    return _take_together(view, last, keep, target - kept, total=True)
 
 
 def _take(

@@ -10,7 +10,7 @@ One difference: while a question is read and answered, nothing more is evicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ from torch.nn import functional
 from search.attention import Replayed
 from search.model import Decoder
 from search.scores import Memory, Pass, View
-from search.selection import Rule, choose, merge_into
+from search.selection import Division, Rule, choose, merge_into
 from spectralkv.evaluation.answering import context_passes
 from spectralkv.evaluation.haystack import encode
 from spectralkv.evaluation.needle import Case
 
 # Most tokens of a pass: what attention of all layers is held at once grows with it.
 _MOST_AT_ONCE = 64
+# Of rules with Division.profile: see Simulation.profile.
+_PROFILES: dict[Rule, torch.Tensor] = {}
 # Logits that are turned to nats at a time: 64 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -102,6 +104,7 @@ class Simulation:
         self.memory = Memory(shape, length, decoder)
         self._last: torch.Tensor | None = None  # hidden state (B, hidden) of the last token
         self._exact: list[torch.Tensor] = []
+        self._parts: list[torch.Tensor] = []  # each (L, B, Hkv): what heads kept at a cut
         self._widest = 0
         self._scores = rule.scores() if rule is not None else ()
         self._wants = rule.wants() if rule is not None else frozenset()
@@ -109,6 +112,15 @@ class Simulation:
             self._wants = frozenset({"attention"})
         replays = [score.tokens for score in self._scores if isinstance(score, Replayed)]
         self._replayed = max(replays, default=0)
+
+        profile = _PROFILES.get(rule) if rule is not None else None
+        if profile is not None:
+            parts = (profile * budget).floor().long()[:, None].expand(shape)
+            self.memory.set(rule, "parts", parts.reshape(-1, 1).to(decoder.device))
+
+    def profile(self) -> torch.Tensor:
+        """Return (L, Hkv): what heads kept on average, as a part of the budget."""
+        return torch.stack(self._parts).double().mean((0, 2)) / self.budget
 
     @property
     def longest(self) -> int:
@@ -255,7 +267,10 @@ class Simulation:
             by_pool = by_pool.sum(2).true_divide(shape[2])
         elif rule.pool == "model":
             by_pool = by_pool.sum((0, 2)).true_divide(shape[0] * shape[2])
-        self._exact.append((by_pool == self.budget).all() & ~(keep & ~view.live).any())
+        # Parts that were given before may be more than a head holds at its first cut.
+        is_exact = by_pool == self.budget if rule.division == Division() else by_pool <= self.budget
+        self._exact.append(is_exact.all() & ~(keep & ~view.live).any())
+        self._parts.append(counts.view(shape))
         keys, values = view.keys, view.values
         if rule.merge is not None:
             mass = self.mass if self.mass is not None else torch.ones_like(keys[..., 0])
@@ -375,6 +390,16 @@ def perplexity(
         It kept another.
     """
     passes = [(start, min(start + chunk, ids.shape[1])) for start in range(0, ids.shape[1], chunk)]
+    if rule is not None and rule.division.profile and rule not in _PROFILES:
+        run = Simulation(
+            decoder,
+            ids[:batch],
+            replace(rule, division=Division()),
+            budget=budget,
+            interval=interval,
+        )
+        run.read(passes, nats=False)
+        _PROFILES[rule] = run.profile()
     nats, longest = [], 0
     for part in ids.split(batch):
         foresight = None
