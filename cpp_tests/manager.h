@@ -122,6 +122,7 @@ class GraphManager {
     manager_->reset(layer, sequence);
   }
   void reserve(Index layer, Index capacity) { manager_->reserve(layer, capacity); }
+  void divide(Index layer, std::span<const Index> rooms) { manager_->divide(layer, rooms); }
   void synchronize() const { manager_->synchronize(); }
   void refresh() { manager_->refresh(); }
 
@@ -129,6 +130,7 @@ class GraphManager {
   const WalkConfig& walk_config() const { return manager_->walk_config(); }
   Index length(Index layer) const { return manager_->length(layer); }
   Index capacity(Index layer) const { return manager_->capacity(layer); }
+  std::span<const Index> rooms(Index layer) const { return manager_->rooms(layer); }
   Index batch_size(Index layer) const { return manager_->batch_size(layer); }
   Index graphs_per_sequence() const { return manager_->graphs_per_sequence(); }
   Index tokens_seen(Index layer, Index sequence) const {

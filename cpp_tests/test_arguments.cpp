@@ -413,11 +413,12 @@ std::vector<std::vector<Index>> bad_lists() {
           {0, 1, 2, kLength},  // not in use
           {0, 1, 2, 1 << 20},  //
           {-2, 0, 1, 2},       // no slot
-          {0, -1, 1, 2},       // a hole
-          {0, 1, 2, -1},       // left-aligned
-          {0, 1, 2, 5},        // empty
-          {-1, 0, 1, 2},       // fewer than the other head
-          {-1, -1, -1, -1}};
+          {0, -1, 2, 3},       // a hole
+          {0, 1, -1, 3},       //
+          {-1, 1, -1, 2},      //
+          {-1, 1, 2, -1},      // neither behind the -1 nor before them
+          {0, 1, -1, -2},      //
+          {0, 1, 2, 5}};       // empty
 }
 
 TEST_F(Arguments, OfCompactAndRelease) {
@@ -472,6 +473,50 @@ TEST_F(Arguments, OfCompactAndRelease) {
                  [&](Index layer) { manager.compact(layer, keep.view(), {}, {}, Stream{}); });
   refuses_layers("release", [&](Index layer) { manager.release(layer, keep.view(), Stream{}); });
   EXPECT_EQ(bytes, feeder.keys.bytes());
+}
+
+/// Lists that a head may keep whatever the others keep.
+TEST_F(Arguments, OfCompactAndReleaseMayDifferInLength) {
+  const std::vector<std::uint8_t> saved = manager.save_layer(0);
+  for (const std::vector<Index>& list : std::vector<std::vector<Index>>{
+           {0, 1, 2, -1}, {4, -1, -1, -1}, {-1, 0, 1, 2}, {-1, -1, -1, 7}, {-1, -1, -1, -1}}) {
+    SCOPED_TRACE(::testing::PrintToString(list));
+    HostTensor keep(DType::i32, {2, 2, 4});
+    keep.for_each([&](const std::vector<Index>& index) {
+      keep.set(index, static_cast<double>(index[0] == 1 && index[1] == 1 ? list[at(index[2])]
+                                                                         : index[2] + 1));
+    });
+    const auto held =
+        static_cast<Index>(std::count_if(list.begin(), list.end(), [](Index s) { return s >= 0; }));
+    for (const bool moves : {false, true}) {
+      manager.load_layer(0, saved);
+      const auto call = [&](std::span<const Index> kept) {
+        if (moves) {
+          manager.compact(0, keep.view(), {}, {}, Stream{}, kept);
+        } else {
+          manager.release(0, keep.view(), Stream{}, kept);
+        }
+      };
+      const std::string_view operation = moves ? "compact" : "release";
+      // What the caller says that they keep.
+      for (const std::vector<Index>& kept : std::vector<std::vector<Index>>{{4},
+                                                                            {4, 4, 4},
+                                                                            {4, 4},
+                                                                            {4, 4, 4, 4},
+                                                                            {4, 4, held, 4},
+                                                                            {4, 4, 4, -1},
+                                                                            {4, 4, 4, 5},
+                                                                            {4, 4, 4, held, 4}}) {
+        SCOPED_TRACE(::testing::PrintToString(kept));
+        rejected(operation, [&] { call(kept); });
+      }
+      call(std::vector<Index>{4, 4, 4, held});
+      const std::vector<double> positions = read_positions(manager, 0).vector({1, 1});
+      EXPECT_EQ(std::count_if(positions.begin(), positions.end(), [](double p) { return p >= 0; }),
+                held);
+      EXPECT_EQ(manager.tokens_held(0, 1), 4);
+    }
+  }
 }
 
 TEST_F(Arguments, OfSharedGraphs) {
@@ -596,7 +641,264 @@ TEST_F(Arguments, OfReserve) {
   refuses_layers("reserve", [&](Index layer) { manager.reserve(layer, 100); }, true);
 }
 
+/// Left-aligned: 8 tokens of head 0, 12 of head 1; then 11, with slot 11 free.
+class DividedArguments : public Arguments {
+ protected:
+  DividedArguments() {
+    HostTensor keep(DType::i32, {2, 2, 12});
+    keep.for_each([&](const std::vector<Index>& index) {
+      keep.set(index, static_cast<double>(index[1] == 0 && index[2] >= 8 ? -1 : index[2]));
+    });
+    manager.compact(0, keep.view(), feeder.keys.view(), {}, Stream{});
+    for (Index b = 0; b < 2; ++b) keep.set({b, 1, 11}, -1.0);
+    manager.release(0, keep.view(), Stream{});
+  }
+
+  /// `call` is refused, and the message names `part`.
+  void rejected_for(std::string_view operation, std::string_view part,
+                    const std::function<void()>& call,
+                    std::source_location where = std::source_location::current()) {
+    const std::vector<Index> rooms(manager.rooms(0).begin(), manager.rooms(0).end());
+    rejected(operation, call, where);
+    EXPECT_EQ(rooms, std::vector<Index>(manager.rooms(0).begin(), manager.rooms(0).end()));
+    try {
+      call();
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string_view(error.what()).find(part), std::string_view::npos)
+          << error.what() << ", line " << where.line();
+    }
+  }
+};
+
+TEST_F(DividedArguments, OfDivide) {
+  const auto divide = [&](const std::vector<Index>& rooms) { manager.divide(0, rooms); };
+  for (const std::vector<Index>& rooms :
+       std::vector<std::vector<Index>>{{}, {24}, {24, 24, 24}, {24, 24, 24, 24}}) {
+    rejected_for("divide", "number of rooms must be 2", [&] { divide(rooms); });
+  }
+  rejected_for("divide", "the room of head 0 must be in [8,", [&] { divide({7, 12}); });
+  rejected_for("divide", "the room of head 1 must be in [11,", [&] { divide({12, 10}); });
+  rejected_for("divide", "the room of head 1", [&] { divide({12, 0}); });
+  rejected_for("divide", "the room of head 0", [&] { divide({-1, 12}); });
+  rejected_for("divide", "the room of head 1", [&] { divide({12, -24}); });
+  rejected_for("divide", "the room of head 1", [&] { divide({12, Index{1} << 31}); });
+  rejected_for("divide", "all rooms together", [&] { divide({Index{1} << 30, Index{1} << 30}); });
+  rejected_for("divide", "the largest room must be in [12,", [&] { divide({11, 11}); });
+  refuses_layers("divide", [&](Index layer) { manager.divide(layer, std::vector<Index>{24, 24}); });
+  divide({8, 12});
+  // Of a divided layer, too.
+  rejected_for("divide", "the room of head 0", [&] { divide({7, 12}); });
+  rejected_for("divide", "the room of head 1", [&] { divide({12, 10}); });
+  rejected_for("divide", "number of rooms", [&] { divide({}); });
+  rejected_for("reserve", "capacity must be in [12,", [&] { manager.reserve(0, 11); });
+  divide({12, 11});
+  EXPECT_EQ(manager.capacity(0), 12);
+
+  GraphConfig config = graph_config();
+  config.scope = GraphScope::layer;
+  GraphManager shared(config, {});
+  for (const std::vector<Index>& rooms : std::vector<std::vector<Index>>{{24}, {24, 24}}) {
+    expect_rejected(shared, "divide", [&] { shared.divide(0, rooms); });
+  }
+}
+
+TEST_F(DividedArguments, OfCallsThatNeedAnEvenLayer) {
+  manager.divide(0, std::vector<Index>{10, 14});
+  constexpr std::string_view kPart = "must be an even layer (see reserve)";
+  HostTensor pool(DType::f32, {2, 1, 24, 8});
+  HostTensor out(DType::f32, {2, 4, 8});
+  HostTensor queries(DType::f32, {2, 4, 1, 8});
+  for (const HostTensor* cache : {&std::as_const(pool), &std::as_const(feeder.keys)}) {
+    rejected_for("update", kPart,
+                 [&] { manager.update(0, query.view(), cache->view(), {}, {}, Stream{}); });
+    rejected_for("attend", kPart, [&] {
+      manager.attend(0, query.view(), cache->view(), cache->view(), {}, out.view(), {}, Stream{});
+    });
+    rejected_for("update_rows", kPart,
+                 [&] { manager.update_rows(0, queries.view(), cache->view(), {}, Stream{}); });
+    rejected_for("update_rows", kPart, [&] {
+      manager.update_rows(0, queries.view(), cache->view(),
+                          {.score = {}, .valid = {}, .row_stride = 0}, Stream{});
+    });
+  }
+  rejected_for("update", kPart, [&] {
+    manager.update_and_step(0, query.view(), std::as_const(pool).view(), {}, {}, Stream{});
+  });
+  HostTensor keep(DType::i32, {2, 2, 4});
+  keep.for_each(
+      [&](const std::vector<Index>& index) { keep.set(index, static_cast<double>(index[2])); });
+  rejected_for("compact", kPart, [&] { manager.compact(0, keep.view(), {}, {}, Stream{}); });
+  rejected_for("compact", kPart,
+               [&] { manager.compact(0, keep.view(), feeder.keys.view(), {}, Stream{}); });
+  HostTensor positions(DType::i32, {2, 2, 10});
+  HostTensor neighbors(DType::i32, {2, 2, 10, 4});
+  HostTensor probabilities(DType::f32, {2, 2, 10, 4});
+  positions.fill(-1);
+  neighbors.fill(-1);
+  const auto load = [&] {
+    manager.load_rows(0, positions.view(), neighbors.view(), probabilities.view());
+  };
+  rejected_for("load_rows", kPart, load);
+  HostTensor weights(DType::u32, {2, 2, manager.length(0)});
+  const auto load_weights = [&] { manager.load_restart_weights(0, weights.view()); };
+  rejected_for("load_restart_weights", kPart, load_weights);
+  // The other layer is as it was, and so is this one once it is even.
+  manager.update_rows(1, queries.view(), feeder.keys.view(), {}, Stream{});
+  manager.reserve(0, kCapacity);
+  load_weights();
+  manager.compact(0, keep.view(), {}, {}, Stream{});
+  load();
+}
+
+TEST_F(DividedArguments, OfItsCaches) {
+  manager.divide(0, std::vector<Index>{10, 14});
+  constexpr Index kPool = 24;
+  const HostTensor pool(DType::f32, {2, 1, kPool, 8});
+  HostTensor written = pool;
+  HostTensor values(DType::f16, {2, 1, kPool, 5});
+  HostTensor out(DType::f32, {2, 4, 8});
+  HostTensor slots(DType::i32, {2, 2});
+  for (Index b = 0; b < 2; ++b) {
+    slots.set({b, 0}, 8);
+    slots.set({b, 1}, 11);
+  }
+  const HostTensor key(DType::f32, {2, 2, 8});
+  const HostTensor value(DType::f16, {2, 2, 5});
+  const auto update = [&](const ConstTensorView& keys) {
+    manager.update(0, query.view(), keys, slots.view(), {}, Stream{});
+  };
+  const auto attend = [&](const ConstTensorView& keys, const ConstTensorView& its_values) {
+    manager.attend(0, query.view(), keys, its_values, slots.view(), out.view(), {}, Stream{});
+  };
+  const auto renew = [&](const ConstTensorView& keys) {
+    manager.update_novelty(0, keys, Stream{});
+  };
+  const auto place = [&](const TensorView& keys, const TensorView& its_values) {
+    HostTensor found(DType::i32, {2, 2});
+    manager.place(0, key.view(), value.view(), keys, its_values, found.view(), Stream{});
+  };
+  const ConstTensorView good = pool.view();
+  refuses<ConstTensorView>("update", good, kKeys, update);
+  refuses<ConstTensorView>("attend", good, kKeys,
+                           [&](const ConstTensorView& view) { attend(view, good); });
+  refuses<ConstTensorView>("attend", good, kKeys,
+                           [&](const ConstTensorView& view) { attend(good, view); });
+  refuses<ConstTensorView>(
+      "update_novelty", good,
+      {.axes = {2}, .dtypes = {DType::f16, DType::bf16}, .last_stride = false, .written = false},
+      renew);
+  const Freedom moved{.axes = {2}, .dtypes = {}, .last_stride = false, .written = true};
+  refuses<TensorView>("place", written.view(), moved,
+                      [&](const TensorView& view) { place(view, values.view()); });
+  refuses<TensorView>("place", values.view(), moved,
+                      [&](const TensorView& view) { place(written.view(), view); });
+
+  // As an even layer has them, and a slot less than the pool.
+  constexpr std::string_view kAxes = "(B, 1, pool, D)";
+  HostTensor even(DType::f32, {2, 2, kPool, 8});
+  HostTensor even_values(DType::f16, {2, 2, kPool, 5});
+  const ConstTensorView even_keys = std::as_const(even).view();
+  rejected_for("update", kAxes, [&] { update(even_keys); });
+  rejected_for("attend", kAxes, [&] { attend(even_keys, good); });
+  rejected("attend", [&] { attend(good, even_keys); });
+  rejected_for("update_novelty", kAxes, [&] { renew(even_keys); });
+  rejected_for("place", kAxes, [&] { place(even.view(), even_values.view()); });
+  rejected_for("place", kAxes, [&] { place(written.view(), even_values.view()); });
+  ConstTensorView few = good;
+  few.shape[2] = kPool - 1;
+  constexpr std::string_view kSlots = "number of slots must be at least 24, got 23";
+  rejected_for("update", kSlots, [&] { update(few); });
+  rejected_for("attend", kSlots, [&] { attend(few, good); });
+  rejected_for("attend", kSlots, [&] { attend(good, few); });
+  rejected_for("update_novelty", kSlots, [&] { renew(few); });
+  TensorView few_keys = written.view();
+  TensorView few_values = values.view();
+  few_keys.shape[2] = few_values.shape[2] = kPool - 1;
+  rejected_for("place", kSlots, [&] { place(few_keys, few_values); });
+  rejected("place", [&] { place(written.view(), few_values); });
+  EXPECT_EQ(pool.bytes(), written.bytes());
+
+  // And the other way round: an even layer takes no pool.
+  HostTensor all_slots(DType::f32, {2, 1, 2 * kCapacity, 8});
+  rejected("update", [&] {
+    manager.update(1, query.view(), std::as_const(all_slots).view(), {}, {}, Stream{});
+  });
+  update(good);
+}
+
+TEST_F(Arguments, OfHeadBudgets) {
+  EvictionConfig eviction{.budget = 12, .interval = 4, .window = 4, .sinks = 2};
+  HostTensor out(DType::i32, {2, 2, kLength});
+  HostTensor mask(DType::u8, {2, 2, kLength});
+  const auto of_cuts = [&](GraphManager& of, const EvictionConfig& bad, std::string_view common) {
+    const auto refused = [&](std::string_view operation, const std::function<void()>& call) {
+      expect_rejected(of, common.empty() ? operation : common, call);
+    };
+    refused("is_full", [&] { (void)of.is_full(0, bad); });
+    refused("full_sequences", [&] { (void)of.full_sequences(0, bad); });
+    refused("kept_length", [&] { (void)of.kept_length(0, bad, true); });
+    refused("kept_counts", [&] { (void)of.kept_counts(0, bad, false); });
+    refused("select", [&] { of.select(0, bad, true, out.view(), Stream{}); });
+  };
+  for (const std::vector<Index>& budgets :
+       std::vector<std::vector<Index>>{{12}, {12, 12, 12}, {12, 12, 12, 12}}) {
+    eviction.head_budgets = budgets;
+    of_cuts(manager, eviction, "");
+  }
+  for (const std::vector<Index>& budgets :
+       std::vector<std::vector<Index>>{{6, 12}, {12, 6}, {12, 0}, {-1, 12}, {12, Index{1} << 40}}) {
+    eviction.head_budgets = budgets;
+    expect_invalid("EvictionConfig", [&] { eviction.validate(); });
+    of_cuts(manager, eviction, "EvictionConfig");
+    rejected("EvictionConfig", [&] { manager.safety_mask(0, eviction, 0.2, mask.view(), {}); });
+    expect_invalid("EvictionConfig", [&] { MonitorConfig{.eviction = eviction}.validate(); });
+  }
+  eviction.head_budgets = {7, 12};
+  eviction.validate();
+  refuses_layers("kept_counts",
+                 [&](Index layer) { (void)manager.kept_counts(layer, eviction, false); });
+  HostTensor good(DType::i32, {2, 2, 12});
+  refuses<TensorView>("select", good.view(), kOut, [&](const TensorView& view) {
+    manager.select(0, eviction, false, view, Stream{});
+  });
+
+  // Heads that share a graph cannot keep different numbers.
+  GraphConfig config = graph_config();
+  config.scope = GraphScope::layer;
+  GraphManager shared(config, {});
+  for (const std::vector<Index>& budgets : std::vector<std::vector<Index>>{{12}, {12, 12}}) {
+    eviction.head_budgets = budgets;
+    of_cuts(shared, eviction, "");
+  }
+}
+
+TEST(MonitorArguments, OfHeadBudgets) {
+  MonitorConfig config{.eviction = {.budget = 12, .interval = 4, .window = 4, .sinks = 2}};
+  const auto make = [&] { Monitor(graph_config(), {}, config); };
+  for (const std::size_t layers : {1U, 3U}) {
+    config.head_budgets.assign(layers, {12, 14});
+    EXPECT_NO_THROW(config.validate());
+    expect_invalid("Monitor", make);
+  }
+  config.head_budgets = {{12, 14}, {12, 6}};
+  expect_invalid("EvictionConfig", [&] { config.validate(); });
+  expect_invalid("EvictionConfig", make);
+  config.head_budgets = {{12, 14}, {}};
+  EXPECT_NO_THROW(make());
+  Monitor monitor(graph_config(), {}, config);
+  for (const Index layer : {Index{-1}, Index{2}, kAllLayers}) {
+    expect_invalid("Monitor", [&] { (void)monitor.is_full(layer); });
+    expect_invalid("Monitor", [&] { (void)monitor.kept_length(layer); });
+  }
+  config.head_budgets = {{12, 14}, {12, 14, 16}};
+  Monitor uneven(graph_config(), {}, config);
+  EXPECT_FALSE(uneven.is_full(0));
+  expect_invalid("is_full", [&] { (void)uneven.is_full(1); });
+  expect_invalid("kept_length", [&] { (void)uneven.kept_length(1); });
+}
+
 TEST_F(Arguments, OfInspection) {
+  refuses_layers("rooms", [&](Index layer) { (void)manager.rooms(layer); });
   refuses_layers("length", [&](Index layer) { (void)manager.length(layer); });
   refuses_layers("capacity", [&](Index layer) { (void)manager.capacity(layer); });
   refuses_layers("batch_size", [&](Index layer) { (void)manager.batch_size(layer); });

@@ -188,12 +188,15 @@ TEST(SavedLayer, DamagedIsRejected) {
     return bytes;
   };
   constexpr std::size_t kHeader = 12 * 8;
+  const std::size_t slots = 8 * static_cast<std::size_t>(lived.manager.graphs_per_sequence());
   constexpr std::size_t kSequences = 2 * 3 * 8;
   const auto length = static_cast<std::size_t>(lived.manager.length(0));
-  const std::size_t positions = kHeader + kSequences;
+  const std::size_t positions = kHeader + slots + kSequences;
   const std::size_t rows = positions + 4 * length;
   const std::size_t scores = rows + 4 * length * 16;
-  rejected(with(kHeader, -5));
+  rejected(with(kHeader, -5));  // slots of a graph
+  rejected(with(kHeader, 1));   // fewer than there are
+  rejected(with(kHeader + slots, -5));
   rejected(with(positions + 4 * (length - 1), 1 << 20));
   rejected(with(positions + 4 * (length - 1), 3));
   rejected(with(rows + 4 * 16 * (length - 1), static_cast<std::int32_t>(length)));

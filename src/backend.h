@@ -4,9 +4,11 @@
 // the device's memory tells (free slots, kept slots) and throws before it changes anything.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -21,16 +23,54 @@ namespace spectralkv::detail {
 /// What the host knows of a layer. GraphManager keeps it and backends read it.
 struct LayerState {
   std::int64_t batch = 0;
-  std::int64_t capacity = 0;
-  std::int64_t length = 0;  ///< slots [0, length) are in use
-  /// Positions ascend with slots. Holds until a slot is released or reused.
+  std::int64_t capacity = 0;  ///< slots a graph has; of a divided layer: the largest of its rooms
+  /// Slots that each graph of a sequence has, one behind the other in one pool: a divided layer.
+  /// Empty: an even layer, where each has `capacity`.
+  std::vector<std::int64_t> rooms;
+  std::int64_t length = 0;  ///< slots [0, length) are in use, as far as a graph has them
+  /// Positions ascend with slots, and all graphs of a sequence hold the same ones. Holds until a
+  /// slot is released or reused, or heads keep different numbers of tokens.
   bool ordered = true;
   bool has_novelty = false;  ///< restart weights of novelty populations were computed
+  bool was_divided = false;  ///< and made even again; its heads part again at the next cut
   // One entry a sequence:
   std::vector<std::int64_t> seen;         ///< tokens seen, the next token's position
-  std::vector<std::int64_t> held;         ///< tokens held by each head
   std::vector<std::int64_t> walked_at;    ///< `seen` when scores were last renewed, -1: never
   std::vector<std::uint64_t> walk_block;  ///< Philox block at which the next walk starts
+  // One entry a graph, (B, G):
+  std::vector<std::int64_t> held;  ///< tokens held
+
+  bool divided() const { return !rooms.empty(); }
+  std::int64_t graphs() const {
+    return batch == 0 ? 0 : static_cast<std::int64_t>(held.size()) / batch;
+  }
+  /// Slots that a graph has.
+  std::int64_t room(std::int64_t g) const {
+    return divided() ? rooms[static_cast<std::size_t>(g)] : capacity;
+  }
+  /// Slots of a graph that may be in use.
+  std::int64_t extent(std::int64_t g) const { return std::min(length, room(g)); }
+  /// Slots of a sequence in a divided layer.
+  std::int64_t pool() const { return std::accumulate(rooms.begin(), rooms.end(), std::int64_t{0}); }
+  std::span<const std::int64_t> held_by(std::int64_t b) const {
+    const auto count = static_cast<std::size_t>(graphs());
+    return std::span(held).subspan(static_cast<std::size_t>(b) * count, count);
+  }
+  /// What the graph of a sequence that holds most holds.
+  std::int64_t most_held(std::int64_t b) const {
+    const auto counts = held_by(b);
+    return counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
+  }
+  /// Whether all graphs of each sequence hold the same number of tokens.
+  bool holds_alike() const {
+    for (std::int64_t b = 0; b < batch; ++b) {
+      const auto counts = held_by(b);
+      if (std::any_of(counts.begin(), counts.end(), [&](auto n) { return n != counts[0]; })) {
+        return false;
+      }
+    }
+    return true;
+  }
 };
 
 /// What a token attends with besides queries and keys, and where the result goes.
@@ -77,8 +117,10 @@ struct PlaceArgs {
 /// The plan of an eviction.
 struct CutArgs {
   EvictionConfig eviction;
-  std::vector<std::uint8_t> cut;  ///< one entry a sequence, nonzero: cut it to the budget
+  std::vector<std::int64_t> budgets;  ///< one entry a graph of a sequence
+  std::vector<std::uint8_t> cut;      ///< one entry a sequence, nonzero: cut it to the budgets
   std::int64_t kept_length = 0;
+  bool left_aligned = false;  ///< -1 stand behind the kept slots of a head, not before them
 };
 
 /// Whose scores are found anew, and how.
@@ -109,10 +151,10 @@ struct TruncatePlan {
   std::vector<std::int64_t> dropped;  ///< tokens to forget, one entry a sequence
 };
 
-/// What a loaded graph holds, one entry a sequence.
+/// What a loaded graph holds.
 struct LoadResult {
-  std::vector<std::int64_t> seen;
-  std::vector<std::int64_t> held;
+  std::vector<std::int64_t> seen;  ///< one entry a sequence
+  std::vector<std::int64_t> held;  ///< one entry a graph
   bool ordered = true;
 };
 
@@ -120,9 +162,11 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  /// Gives a layer memory for `batch` sequences of `capacity` slots; sequence i of the new memory
-  /// is a copy of sequences[i] of the old.
+  /// Gives a layer memory for sequences whose graphs have `rooms` slots (empty: `capacity` each);
+  /// sequence i of the new memory is a copy of sequences[i] of the old. No token lies behind what
+  /// both have room for.
   virtual void resize(std::int64_t layer, std::int64_t capacity,
+                      std::span<const std::int64_t> rooms,
                       std::span<const std::int64_t> sequences) = 0;
 
   /// Whether calls on `stream` are recorded for later instead of done, so that the host's view
@@ -152,8 +196,8 @@ class Backend {
   virtual void next_slots(std::int64_t layer, const TensorView& out, Stream stream) const = 0;
   virtual void place(std::int64_t layer, const PlaceArgs& args, Stream stream) const = 0;
 
-  /// Checks a list of kept slots; returns how many a head of each sequence keeps, which must be
-  /// `kept` where that is not empty. Precedes `compact` and `release`.
+  /// Checks a list of kept slots; returns how many each graph keeps, (B, G), which must be `kept`
+  /// where that is not empty. Precedes `compact` and `release`.
   virtual std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                                const ConstTensorView& keep,
                                                std::span<const std::int64_t> kept,
@@ -166,6 +210,8 @@ class Backend {
   /// throws when these are not the newest tokens.
   virtual TruncatePlan plan_truncate(std::int64_t layer, std::int64_t count) const = 0;
   virtual void truncate(std::int64_t layer, const TruncatePlan& plan) = 0;
+  /// For each graph of a sequence, one behind its last slot with a token, in any sequence.
+  virtual std::vector<std::int64_t> taken_slots(std::int64_t layer) const = 0;
   virtual void reset(std::int64_t layer, std::int64_t sequence) = 0;
   /// Before all layers are reset: forgets what an earlier call of the caller did wrong.
   virtual void recover() = 0;

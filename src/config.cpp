@@ -107,11 +107,15 @@ void EvictionConfig::validate() const {
   check_range(kOperation, "sinks", sinks, 0, kMaxSlots);
   check_range(kOperation, "interval", interval, 1, kMaxSlots);
   const std::int64_t least = sinks + window + 1;
-  if (budget < least) {
-    throw_invalid(kOperation, "budget", "at least sinks + window + 1 = " + std::to_string(least),
-                  std::to_string(budget));
-  }
-  check_range(kOperation, "budget", budget, least, kMaxSlots - interval);
+  const auto check_budget = [&](std::string_view what, std::int64_t tokens) {
+    if (tokens < least) {
+      throw_invalid(kOperation, what, "at least sinks + window + 1 = " + std::to_string(least),
+                    std::to_string(tokens));
+    }
+    check_range(kOperation, what, tokens, least, kMaxSlots - interval);
+  };
+  check_budget("budget", budget);
+  for (const std::int64_t tokens : head_budgets) check_budget("a head's budget", tokens);
 }
 
 void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {

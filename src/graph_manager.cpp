@@ -59,7 +59,7 @@ struct GraphManager::Impl {
     state.capacity = graph.capacity;
     const auto batch = static_cast<std::size_t>(graph.batch_size);
     state.seen.assign(batch, 0);
-    state.held.assign(batch, 0);
+    state.held.assign(batch * static_cast<std::size_t>(graphs_of(graph)), 0);
     state.walked_at.assign(batch, -1);
     state.walk_block.assign(batch, 0);
     walking = detail::populations_of(walk, Solver::walk);
@@ -116,15 +116,36 @@ struct GraphManager::Impl {
                          .device = graph.device});
   }
 
+  /// Axes of keys and values, heads in such a tensor, and slots it must have where those of
+  /// [0, length) are looked at.
+  static std::string_view cache_axes(const LayerState& state) {
+    return state.divided() ? "(B, 1, pool, D)" : "(B, Hkv, S, D)";
+  }
+  std::int64_t cache_heads(const LayerState& state) const {
+    return state.divided() ? 1 : graph.num_kv_heads;
+  }
+  static std::int64_t cache_slots(const LayerState& state, std::int64_t length) {
+    return state.divided() ? state.pool() : length;
+  }
+
   void check_keys(std::string_view operation, const ConstTensorView& keys, const LayerState& state,
-                  std::int64_t least_slots) const {
+                  std::int64_t length) const {
     check_tensor(keys, {.operation = operation,
                         .name = "keys",
-                        .axes = "(B, Hkv, S, D)",
-                        .extents = {state.batch, graph.num_kv_heads, kAny, graph.head_dim},
+                        .axes = cache_axes(state),
+                        .extents = {state.batch, cache_heads(state), kAny, graph.head_dim},
                         .dtypes = {DType::f32, DType::f16, DType::bf16},
                         .device = graph.device});
-    detail::check_slots(operation, "keys", keys, least_slots);
+    detail::check_slots(operation, "keys", keys, cache_slots(state, length));
+  }
+
+  /// Some calls need slots of all heads side by side.
+  static void require_even(std::string_view operation, std::string_view what,
+                           const LayerState& state) {
+    if (state.divided()) {
+      throw_invalid(operation, what, "an even layer (see reserve)",
+                    "one whose heads have rooms of their own");
+    }
   }
 
   void check_slot_table(std::string_view operation, std::string_view name, DType dtype,
@@ -173,6 +194,7 @@ struct GraphManager::Impl {
     check_range(operation, "row_stride", options.row_stride, 0,
                 std::numeric_limits<std::int32_t>::max());
     const std::int64_t count = queries.size(2);
+    if (slots.empty()) require_even(operation, "the layer, without slots", state);
 
     detail::SlotPlan plan{.length = state.length + count, .appended = true};
     if (!slots.empty()) {
@@ -193,8 +215,8 @@ struct GraphManager::Impl {
     check_keys(operation, keys, state, plan.length);
     detail::check_same_dtype(operation, "keys", keys, queries);
     if (attended != nullptr) {
-      detail::check_attended(operation, queries, keys, attended->values, plan.length,
-                             attended->out);
+      detail::check_attended(operation, queries, keys, attended->values,
+                             cache_slots(state, plan.length), attended->out);
     }
     if (!options.valid.empty()) {
       check_tensor(options.valid, {.operation = operation,
@@ -222,10 +244,9 @@ struct GraphManager::Impl {
     if (backend->is_recording(stream)) return;
     state.length = plan.length;
     state.ordered = state.ordered && plan.appended;
-    for (std::size_t b = 0; b < added.size(); ++b) {
-      state.seen[b] += added[b];
-      state.held[b] += added[b];
-    }
+    const auto graphs = static_cast<std::size_t>(state.graphs());
+    for (std::size_t i = 0; i < state.held.size(); ++i) state.held[i] += added[i / graphs];
+    for (std::size_t b = 0; b < added.size(); ++b) state.seen[b] += added[b];
   }
 
   void check_walk(std::string_view operation, std::int64_t layer,
@@ -271,38 +292,93 @@ struct GraphManager::Impl {
                            const EvictionConfig& eviction, bool force) const {
     const LayerState& state = layer_state(operation, layer);
     eviction.validate();
-    detail::CutArgs args{.eviction = eviction, .cut = {}, .kept_length = 0};
-    const std::int64_t limit = force ? eviction.budget + 1 : eviction.budget + eviction.interval;
-    for (const std::int64_t held : state.held) {
-      const bool cut = held >= limit;
+    detail::CutArgs args{.eviction = eviction,
+                         .budgets = eviction.head_budgets,
+                         .cut = {},
+                         .kept_length = 0,
+                         .left_aligned = !eviction.head_budgets.empty()};
+    const auto graphs = static_cast<std::size_t>(graphs_of(graph));
+    if (args.budgets.empty()) args.budgets.assign(graphs, eviction.budget);
+    const bool together = !eviction.head_budgets.empty();
+    if (args.budgets.size() != graphs || (together && graph.scope != GraphScope::head)) {
+      throw_invalid(operation, "the number of head budgets",
+                    graph.scope == GraphScope::head ? std::to_string(graph.num_kv_heads)
+                                                    : "none where heads share a graph",
+                    std::to_string(args.budgets.size()));
+    }
+    // Heads that part at the next cut, or parted and were put side by side for a while.
+    const bool overdue =
+        together && !state.divided() && (state.was_divided || !state.holds_alike());
+    const std::int64_t above = force || overdue ? 1 : eviction.interval;
+    bool any = false;
+    for (std::int64_t b = 0; b < state.batch; ++b) {
+      const auto held = state.held_by(b);
+      bool cut = false;
+      for (std::size_t g = 0; g < graphs; ++g) {
+        const std::int64_t own = state.divided() ? args.budgets[g] : eviction.budget;
+        cut = cut || held[g] >= own + above;
+      }
+      any = any || cut;
       args.cut.push_back(cut ? 1 : 0);
-      args.kept_length = std::max(args.kept_length, cut ? eviction.budget : held);
+    }
+    if (together && any) std::fill(args.cut.begin(), args.cut.end(), std::uint8_t{1});
+    for (std::size_t i = 0; i < state.held.size(); ++i) {
+      const bool cut = args.cut[i / graphs] != 0;
+      args.kept_length =
+          std::max(args.kept_length, kept_by(cut, state.held[i], args.budgets[i % graphs]));
     }
     return args;
   }
 
-  /// Checks a list of kept slots and books what it lets go.
+  /// Tokens that a head keeps of those that it holds.
+  static std::int64_t kept_by(bool cut, std::int64_t held, std::int64_t budget) {
+    return cut ? std::min(held, budget) : held;
+  }
+
+  /// Checks a list of kept slots; returns how many each graph keeps.
   std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                        const ConstTensorView& keep,
                                        std::span<const std::int64_t> kept, Stream stream) const {
     const LayerState& state = layer_state(operation, layer);
     check_slot_table(operation, "keep", DType::i32, keep, state, kAny, false);
     check_range(operation, "keep's number of slots", keep.size(2), 0, state.length);
-    if (!kept.empty() && std::cmp_not_equal(kept.size(), state.batch)) {
-      throw_invalid(operation, "the number of kept counts", std::to_string(state.batch),
+    std::vector<std::int64_t> expected(kept.begin(), kept.end());
+    const auto graphs = static_cast<std::size_t>(state.graphs());
+    if (std::cmp_equal(kept.size(), state.batch) && kept.size() != state.held.size()) {
+      expected.clear();
+      for (const std::int64_t count : kept) expected.insert(expected.end(), graphs, count);
+    }
+    if (!kept.empty() && expected.size() != state.held.size()) {
+      throw_invalid(operation, "the number of kept counts",
+                    std::to_string(state.batch) + " or " + std::to_string(state.held.size()),
                     std::to_string(kept.size()));
     }
-    for (std::size_t b = 0; b < kept.size(); ++b) {
-      check_range(operation, "a kept count", kept[b], 0, std::min(keep.size(2), state.held[b]));
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      check_range(operation, "a kept count", expected[i], 0, std::min(keep.size(2), state.held[i]));
     }
-    return backend->check_keep(operation, layer, keep, kept, stream);
+    return backend->check_keep(operation, layer, keep, expected, stream);
   }
 
   void book_kept(LayerState& state, const std::vector<std::int64_t>& kept) {
-    for (std::size_t b = 0; b < kept.size(); ++b) {
-      statistics.evicted += (state.held[b] - kept[b]) * graph.num_kv_heads;
-      state.held[b] = kept[b];
+    const std::int64_t heads_of_graph = graph.num_kv_heads / graphs_of(graph);
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      statistics.evicted += (state.held[i] - kept[i]) * heads_of_graph;
     }
+    state.held = kept;
+    state.ordered = state.ordered && state.holds_alike();
+  }
+
+  /// Gives a layer memory with other rooms (empty: `capacity` slots a head).
+  void resize(std::int64_t layer, std::int64_t capacity, std::vector<std::int64_t> rooms) {
+    LayerState& state = layers[static_cast<std::size_t>(layer)];
+    if (capacity == state.capacity && rooms == state.rooms) return;
+    std::vector<std::int64_t> sequences(static_cast<std::size_t>(state.batch));
+    std::iota(sequences.begin(), sequences.end(), 0);
+    backend->resize(layer, capacity, rooms, sequences);
+    state.was_divided = rooms.empty() && (state.divided() || state.was_divided);
+    state.capacity = capacity;
+    state.rooms = std::move(rooms);
+    state.ordered = state.ordered && !state.divided();
   }
 };
 
@@ -394,8 +470,9 @@ bool GraphManager::is_full(std::int64_t layer, const EvictionConfig& eviction) c
 }
 
 std::vector<std::uint8_t> GraphManager::full_sequences(std::int64_t layer,
-                                                       const EvictionConfig& eviction) const {
-  return impl_->plan_cut("full_sequences", layer, eviction, false).cut;
+                                                       const EvictionConfig& eviction,
+                                                       bool force) const {
+  return impl_->plan_cut("full_sequences", layer, eviction, force).cut;
 }
 
 std::int64_t GraphManager::kept_length(std::int64_t layer, const EvictionConfig& eviction,
@@ -407,9 +484,15 @@ std::vector<std::int64_t> GraphManager::kept_counts(std::int64_t layer,
                                                     const EvictionConfig& eviction,
                                                     bool force) const {
   const detail::CutArgs args = impl_->plan_cut("kept_counts", layer, eviction, force);
-  std::vector<std::int64_t> kept = impl_->layer_state("kept_counts", layer).held;
-  for (std::size_t b = 0; b < kept.size(); ++b) {
-    if (args.cut[b] != 0) kept[b] = eviction.budget;
+  const LayerState& state = impl_->layer_state("kept_counts", layer);
+  const bool alike = eviction.head_budgets.empty() && state.holds_alike();
+  std::vector<std::int64_t> kept;
+  for (std::int64_t b = 0; b < state.batch; ++b) {
+    const auto held = state.held_by(b);
+    const bool cut = args.cut[static_cast<std::size_t>(b)] != 0;
+    for (std::size_t g = 0; g < held.size() && (g == 0 || !alike); ++g) {
+      kept.push_back(impl_->kept_by(cut, held[g], args.budgets[g]));
+    }
   }
   return kept;
 }
@@ -437,6 +520,7 @@ void GraphManager::compact(std::int64_t layer, const ConstTensorView& keep, cons
                            const TensorView& values, Stream stream,
                            std::span<const std::int64_t> kept) {
   LayerState& state = impl_->layer_state("compact", layer);
+  impl_->require_even("compact", "the layer", state);
   const auto check_moved = [&](std::string_view name, const TensorView& view) {
     if (view.empty()) return;
     check_tensor(
@@ -495,8 +579,8 @@ void GraphManager::place(std::int64_t layer, const ConstTensorView& new_keys,
     check_tensor(
         held, {.operation = "place",
                .name = name,
-               .axes = "(B, Hkv, S, D)",
-               .extents = {state.batch, heads, slots_of_both, kAny},
+               .axes = impl_->cache_axes(state),
+               .extents = {state.batch, impl_->cache_heads(state), slots_of_both, kAny},
                .dtypes = {DType::f32, DType::f16, DType::bf16, DType::i32, DType::u32, DType::u8},
                .device = impl_->graph.device,
                .unit_last_stride = true,
@@ -510,6 +594,7 @@ void GraphManager::place(std::int64_t layer, const ConstTensorView& new_keys,
                          .unit_last_stride = true});
   };
   check_pair("keys", "new_keys", new_keys, keys, kAny);
+  detail::check_slots("place", "keys", keys, impl_->cache_slots(state, 0));
   check_pair("values", "new_values", new_values, values, keys.size(2));
   check_tensor(slots, {.operation = "place",
                        .name = "slots",
@@ -540,9 +625,10 @@ void GraphManager::truncate(std::int64_t layer, std::int64_t count) {
     const detail::TruncatePlan& plan = plans[next++];
     impl_->backend->truncate(l, plan);
     state.length = plan.length;
+    const auto graphs = static_cast<std::size_t>(graphs_per_sequence());
+    for (std::size_t i = 0; i < state.held.size(); ++i) state.held[i] -= plan.dropped[i / graphs];
     for (std::size_t b = 0; b < plan.dropped.size(); ++b) {
       state.seen[b] -= plan.dropped[b];
-      state.held[b] -= plan.dropped[b];
       if (state.walked_at[b] > state.seen[b]) state.walked_at[b] = -1;
     }
   });
@@ -559,18 +645,20 @@ void GraphManager::select_batch(std::int64_t layer, std::span<const std::int64_t
   });
   impl_->for_layers("select_batch", layer, [&](std::int64_t l) {
     LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
-    impl_->backend->resize(l, state.capacity, sequences);
-    const auto select = [&](auto& entries) {
-      auto old = std::move(entries);
+    impl_->backend->resize(l, state.capacity, state.rooms, sequences);
+    const std::int64_t graphs = graphs_per_sequence();
+    const auto select = [&](auto& entries, std::int64_t each) {
+      const auto old = std::move(entries);
       entries.clear();
       for (const std::int64_t sequence : sequences) {
-        entries.push_back(old[static_cast<std::size_t>(sequence)]);
+        const auto first = old.begin() + sequence * each;
+        entries.insert(entries.end(), first, first + each);
       }
     };
-    select(state.seen);
-    select(state.held);
-    select(state.walked_at);
-    select(state.walk_block);
+    select(state.seen, 1);
+    select(state.walked_at, 1);
+    select(state.walk_block, 1);
+    select(state.held, graphs);
     state.batch = static_cast<std::int64_t>(sequences.size());
   });
 }
@@ -589,12 +677,13 @@ void GraphManager::reset(std::int64_t layer, std::optional<std::int64_t> sequenc
       impl_->backend->reset(l, b);
       const auto i = static_cast<std::size_t>(b);
       state.seen[i] = 0;
-      state.held[i] = 0;
       state.walked_at[i] = -1;
+      std::fill_n(state.held.begin() + b * graphs_per_sequence(), graphs_per_sequence(), 0);
     }
     if (std::all_of(state.held.begin(), state.held.end(), [](auto held) { return held == 0; })) {
       state.length = 0;
-      state.ordered = true;
+      state.was_divided = false;
+      state.ordered = !state.divided();
       state.has_novelty = false;
     }
   });
@@ -605,14 +694,30 @@ void GraphManager::reserve(std::int64_t layer, std::int64_t capacity) {
     check_range("reserve", "capacity", capacity, impl_->layers[static_cast<std::size_t>(l)].length,
                 std::numeric_limits<std::int32_t>::max());
   });
-  impl_->for_layers("reserve", layer, [&](std::int64_t l) {
-    LayerState& state = impl_->layers[static_cast<std::size_t>(l)];
-    if (capacity == state.capacity) return;
-    std::vector<std::int64_t> sequences(static_cast<std::size_t>(state.batch));
-    std::iota(sequences.begin(), sequences.end(), 0);
-    impl_->backend->resize(l, capacity, sequences);
-    state.capacity = capacity;
-  });
+  impl_->for_layers("reserve", layer, [&](std::int64_t l) { impl_->resize(l, capacity, {}); });
+}
+
+void GraphManager::divide(std::int64_t layer, std::span<const std::int64_t> rooms) {
+  const LayerState& state = impl_->layer_state("divide", layer);
+  const std::int64_t heads = impl_->graph.num_kv_heads;
+  if (impl_->graph.scope != GraphScope::head) {
+    throw_invalid("divide", "the graphs", "one a head", "one that the heads of a layer share");
+  }
+  if (std::cmp_not_equal(rooms.size(), heads)) {
+    throw_invalid("divide", "the number of rooms", std::to_string(heads),
+                  std::to_string(rooms.size()));
+  }
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::vector<std::int64_t> taken = impl_->backend->taken_slots(layer);
+  std::int64_t pool = 0;
+  for (std::size_t g = 0; g < rooms.size(); ++g) {
+    check_range("divide", "the room of head " + std::to_string(g), rooms[g], taken[g], kMost);
+    pool += rooms[g];
+  }
+  check_range("divide", "all rooms together", pool, 0, kMost);
+  check_range("divide", "the largest room", *std::max_element(rooms.begin(), rooms.end()),
+              state.length, kMost);
+  impl_->resize(layer, *std::max_element(rooms.begin(), rooms.end()), {rooms.begin(), rooms.end()});
 }
 
 void GraphManager::synchronize() const { impl_->backend->synchronize(); }
@@ -645,7 +750,10 @@ std::int64_t GraphManager::tokens_seen(std::int64_t layer, std::int64_t sequence
 std::int64_t GraphManager::tokens_held(std::int64_t layer, std::int64_t sequence) const {
   const LayerState& state = impl_->layer_state("tokens_held", layer);
   check_range("tokens_held", "sequence", sequence, 0, state.batch - 1);
-  return state.held[static_cast<std::size_t>(sequence)];
+  return state.most_held(sequence);
+}
+std::span<const std::int64_t> GraphManager::rooms(std::int64_t layer) const {
+  return impl_->layer_state("rooms", layer).rooms;
 }
 std::int64_t GraphManager::tokens_walked(std::int64_t layer, std::int64_t sequence) const {
   const LayerState& state = impl_->layer_state("tokens_walked", layer);
@@ -672,6 +780,7 @@ void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& position
                              const ConstTensorView& neighbors, const ConstTensorView& probabilities,
                              Stream stream) {
   LayerState& state = impl_->layer_state("load_rows", layer);
+  impl_->require_even("load_rows", "the layer", state);
   check_tensor(positions, {.operation = "load_rows",
                            .name = "positions",
                            .axes = "(B, G, S)",
@@ -696,6 +805,7 @@ void GraphManager::load_rows(std::int64_t layer, const ConstTensorView& position
 void GraphManager::load_restart_weights(std::int64_t layer, const ConstTensorView& weights,
                                         Stream stream) {
   LayerState& state = impl_->layer_state("load_restart_weights", layer);
+  impl_->require_even("load_restart_weights", "the layer", state);
   if (!impl_->walk.needs_novelty()) {
     throw_invalid("load_restart_weights", "the walk", "one with a novelty population",
                   "one without");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "spectralkv/error.h"
@@ -12,6 +13,9 @@ namespace spectralkv {
 
 void MonitorConfig::validate() const {
   eviction.validate();
+  for (std::size_t layer = 0; layer < head_budgets.size(); ++layer) {
+    eviction_of(static_cast<std::int64_t>(layer)).validate();
+  }
   constexpr std::int64_t kMost = std::int64_t{1} << 30;
   detail::check_range("MonitorConfig", "walk_interval", walk_interval, 0, kMost);
   detail::check_range("MonitorConfig", "row_stride", row_stride, 1, kMost);
@@ -20,6 +24,12 @@ void MonitorConfig::validate() const {
     detail::throw_invalid("MonitorConfig", "top_fraction", "in [0, 1]",
                           std::to_string(top_fraction));
   }
+}
+
+EvictionConfig MonitorConfig::eviction_of(std::int64_t layer) const {
+  EvictionConfig own = eviction;
+  if (!head_budgets.empty()) own.head_budgets = head_budgets[static_cast<std::size_t>(layer)];
+  return own;
 }
 
 namespace {
@@ -75,14 +85,26 @@ struct Monitor::Impl {
     }
   }
 
-  static MonitorConfig checked(MonitorConfig config) {
+  /// How a layer is cut; the layer is checked.
+  EvictionConfig eviction_of(std::int64_t layer) const {
+    detail::check_range("Monitor", "layer", layer, 0, graph.graph_config().num_layers - 1);
+    return config.eviction_of(layer);
+  }
+
+  static MonitorConfig checked(MonitorConfig config, std::int64_t num_layers) {
     config.validate();
+    if (!config.head_budgets.empty() &&
+        std::cmp_not_equal(config.head_budgets.size(), num_layers)) {
+      detail::throw_invalid("Monitor", "the number of layers with head budgets",
+                            std::to_string(num_layers), std::to_string(config.head_budgets.size()));
+    }
     return config;
   }
 };
 
 Monitor::Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor)
-    : impl_(new Impl{.graph = GraphManager(graph, walk), .config = Impl::checked(monitor)}) {}
+    : impl_(new Impl{.graph = GraphManager(graph, walk),
+                     .config = Impl::checked(monitor, graph.num_layers)}) {}
 Monitor::~Monitor() = default;
 Monitor::Monitor(Monitor&&) noexcept = default;
 Monitor& Monitor::operator=(Monitor&&) noexcept = default;
@@ -138,16 +160,17 @@ void Monitor::renew_due(std::int64_t layer, const ConstTensorView& keys, Stream 
 void Monitor::on_finish(std::int64_t sequence) { impl_->graph.reset(kAllLayers, sequence); }
 
 bool Monitor::is_full(std::int64_t layer) const {
-  return impl_->graph.is_full(layer, impl_->config.eviction);
+  return impl_->graph.is_full(layer, impl_->eviction_of(layer));
 }
 
 std::int64_t Monitor::kept_length(std::int64_t layer) const {
-  return impl_->graph.kept_length(layer, impl_->config.eviction, false);
+  return impl_->graph.kept_length(layer, impl_->eviction_of(layer), false);
 }
 
 void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const TensorView& out,
                    Stream stream) {
-  const auto full = impl_->graph.full_sequences(layer, impl_->config.eviction);
+  const EvictionConfig eviction = impl_->eviction_of(layer);
+  const auto full = impl_->graph.full_sequences(layer, eviction);
   impl_->renew(layer, keys,
                impl_->marked(layer,
                              [&](std::int64_t b) {
@@ -155,7 +178,7 @@ void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const Tensor
                                       impl_->has_news(layer, b);
                              }),
                stream);
-  impl_->graph.select(layer, impl_->config.eviction, false, out, stream);
+  impl_->graph.select(layer, eviction, false, out, stream);
 }
 
 void Monitor::safety_mask(std::int64_t layer, const TensorView& out, Stream stream) const {

@@ -124,9 +124,16 @@ struct SPECTRALKV_API WalkConfig {
 /// When a cache is cut, and what always stays.
 struct SPECTRALKV_API EvictionConfig {
   std::int64_t budget = 0;     ///< tokens kept a head, sinks and window included
-  std::int64_t interval = 32;  ///< a sequence is cut when it holds budget + interval tokens
+  std::int64_t interval = 32;  ///< a sequence is cut when a head holds this many tokens above it
   std::int64_t window = 50;    ///< newest tokens that always stay
   std::int64_t sinks = 4;      ///< oldest tokens that always stay
+  /// One entry a KV head, in place of `budget`: heads that keep more or less than others. Needs
+  /// GraphScope::head. Sequences of a batch are then cut together, as soon as one is full: before
+  /// the layer is divided (see GraphManager::divide) when a head holds budget + interval tokens;
+  /// from then on when one holds its own budget + interval, or, once the layer was made even again,
+  /// as soon as one holds more than the budget. Empty: all keep `budget`, and each sequence has its
+  /// own schedule.
+  std::vector<std::int64_t> head_budgets{};
 
   void validate() const;
 };

@@ -45,9 +45,12 @@ struct MemoryUse {
 ///
 /// A *slot* is where a token's key lies in the cache; its *position* is where it stands in the
 /// text. Slots [0, length) are in use; an empty one among them (padding, or freed) has position -1.
-/// Shapes: L layers, B sequences, Hq query heads, Hkv KV heads, S slots, Q tokens, D head_dim,
-/// K neighbours, P populations. Keys and queries are f32, f16 or bf16; the last axis is contiguous,
-/// the others have any stride. Keys are read up to `length` slots only, so S may be a whole slab.
+/// Heads of a layer may have rooms of different size, see divide: then a sequence's slots lie in
+/// one pool, head behind head, and keys and values are (B, 1, pool, D) where (B, Hkv, S, D) is
+/// said; a slot is counted from the beginning of its head's room. Shapes: L layers, B sequences, Hq
+/// query heads, Hkv KV heads, S slots, Q tokens, D head_dim, K neighbours, P populations. Keys and
+/// queries are f32, f16 or bf16; the last axis is contiguous, the others have any stride. Keys are
+/// read up to `length` slots only, so S may be a whole slab.
 ///
 /// Every method throws InvalidArgument before it changes anything. Calls on one manager must not
 /// overlap; two managers are independent. On the CPU every call has finished when it returns.
@@ -124,23 +127,27 @@ class SPECTRALKV_API GraphManager {
 
   // -- eviction
 
-  /// Whether any sequence holds budget + interval tokens or more.
+  /// Whether a head of any sequence holds its budget + interval tokens or more.
   bool is_full(std::int64_t layer, const EvictionConfig& eviction) const;
 
-  /// Which sequences do: one entry each, nonzero for those.
-  std::vector<std::uint8_t> full_sequences(std::int64_t layer,
-                                           const EvictionConfig& eviction) const;
+  /// Which sequences are cut then (`force`: every one above the budget): one entry each, nonzero
+  /// for those.
+  std::vector<std::uint8_t> full_sequences(std::int64_t layer, const EvictionConfig& eviction,
+                                           bool force = false) const;
 
-  /// Slots a head needs after every full sequence (`force`: every one above the budget) is cut.
+  /// Slots a head needs at most once every full sequence (`force`: every one above the budget) is
+  /// cut.
   std::int64_t kept_length(std::int64_t layer, const EvictionConfig& eviction, bool force) const;
 
-  /// Tokens that each head of a sequence keeps then: one entry a sequence.
+  /// Tokens that each head keeps then: one entry a sequence, or one a head, (B, Hkv), where heads
+  /// have budgets of their own or hold different numbers.
   std::vector<std::int64_t> kept_counts(std::int64_t layer, const EvictionConfig& eviction,
                                         bool force) const;
 
-  /// Writes i32 (B, Hkv, kept_length): the slots that stay, ascending, right-aligned behind -1.
-  /// A full sequence keeps its sinks, its window and, each population its share, the highest
-  /// scores; of equal scores the newer token stays. Other sequences keep all they have.
+  /// Writes i32 (B, Hkv, kept_length): the slots that stay, ascending, right-aligned behind -1;
+  /// with head_budgets left-aligned before them. Of a full sequence a head keeps its sinks, its
+  /// window and, each population its share, the highest scores; of equal scores the newer token
+  /// stays. Other sequences, and heads that hold less than their budget, keep all they have.
   void select(std::int64_t layer, const EvictionConfig& eviction, bool force, const TensorView& out,
               Stream stream) const;
 
@@ -150,10 +157,9 @@ class SPECTRALKV_API GraphManager {
                    const TensorView& out, Stream stream) const;
 
   /// Moves the kept slots to the front, in place: of `keys` (B, Hkv, S, D) and `values`
-  /// (B, Hkv, S, Dv), of any dtype, and of the graph. `keep` i32 (B, Hkv, M) as select writes it;
-  /// every head of a sequence keeps the same number. Empty views: there is nothing to move.
-  /// `kept`: that number for each sequence, where the host knows it (see kept_counts); else it is
-  /// counted.
+  /// (B, Hkv, S, Dv), of any dtype, and of the graph. `keep` i32 (B, Hkv, M) as select writes it.
+  /// Empty views: there is nothing to move. `kept`: how many each sequence or each head keeps,
+  /// where the host knows it (see kept_counts); else it is counted. The layer must be even.
   void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
                const TensorView& values, Stream stream, std::span<const std::int64_t> kept = {});
 
@@ -182,8 +188,16 @@ class SPECTRALKV_API GraphManager {
   /// Forgets all tokens of a layer, or of one sequence of it. Random numbers go on, never back.
   void reset(std::int64_t layer, std::optional<std::int64_t> sequence = std::nullopt);
 
-  /// Gives a layer room for `capacity` slots; no less than its length. Takes or returns memory.
+  /// Gives each head of a layer room for `capacity` slots; no less than its length. Takes or
+  /// returns memory; slots keep their numbers.
   void reserve(std::int64_t layer, std::int64_t capacity);
+
+  /// Gives each head of a layer a room of its own: slots in a pool that they share, `rooms` (Hkv).
+  /// Slots keep their numbers, so every token must lie in what becomes its head's room, as it does
+  /// behind select with head_budgets and compact. Takes and returns memory, and waits for the
+  /// device. Until reserve makes the layer even again new tokens need slots (see place), and
+  /// update_rows, compact and the load_ methods but load_layer refuse it. Needs GraphScope::head.
+  void divide(std::int64_t layer, std::span<const std::int64_t> rooms);
 
   /// Waits for the device's work of this manager.
   void synchronize() const;
@@ -196,13 +210,16 @@ class SPECTRALKV_API GraphManager {
   const GraphConfig& graph_config() const noexcept;
   const WalkConfig& walk_config() const noexcept;
   std::int64_t length(std::int64_t layer) const;
+  /// Slots a head has; of a divided layer: the most that one has.
   std::int64_t capacity(std::int64_t layer) const;
+  /// Slots of each head of a divided layer; empty: the layer is even.
+  std::span<const std::int64_t> rooms(std::int64_t layer) const;
   std::int64_t batch_size(std::int64_t layer) const;
   /// Graphs a sequence has in a layer: Hkv, or 1 when a layer shares one.
   std::int64_t graphs_per_sequence() const noexcept;
   /// Tokens seen by a sequence, evicted ones included.
   std::int64_t tokens_seen(std::int64_t layer, std::int64_t sequence) const;
-  /// Tokens each head of a sequence holds.
+  /// Tokens that the head of a sequence holds that holds most.
   std::int64_t tokens_held(std::int64_t layer, std::int64_t sequence) const;
   /// tokens_seen at the sequence's last walk or solve; -1 if there was none, or if tokens that it
   /// covered were truncated since.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "spectralkv/config.h"
 #include "spectralkv/export.h"
@@ -15,6 +16,8 @@ namespace spectralkv {
 
 struct SPECTRALKV_API MonitorConfig {
   EvictionConfig eviction{};
+  /// EvictionConfig::head_budgets of each layer. Empty: those of `eviction`.
+  std::vector<std::vector<std::int64_t>> head_budgets{};
   /// Solver::walk: GraphManager::walk, each population as it says; Solver::exact:
   /// GraphManager::solve, all of them exactly.
   Solver solver = Solver::walk;
@@ -28,6 +31,8 @@ struct SPECTRALKV_API MonitorConfig {
   std::int64_t prompt_rows = 1024;
 
   void validate() const;
+  /// How a layer is cut.
+  EvictionConfig eviction_of(std::int64_t layer) const;
 };
 
 /// Decides when the graphs are walked and when the cache is cut. One Monitor serves one batch:
@@ -35,7 +40,8 @@ struct SPECTRALKV_API MonitorConfig {
 ///     on_prefill (per layer and chunk) ... on_prefill_end
 ///     every step: on_step, or graph().attend and renew_due (per layer), or, without a row,
 ///         graph().update_rows with row_stride 0 and renew_due;
-///         if is_full(layer): keep(layer), then compact or release
+///         if is_full(layer): keep(layer), then compact (and, with head budgets, graph().divide)
+///         or, if the engine puts new tokens into freed slots, release
 ///     on_finish
 ///
 /// Each sequence keeps its own schedule, so that a sequence is treated in a batch as it would be
@@ -66,7 +72,7 @@ class SPECTRALKV_API Monitor {
   /// A sequence has ended: its slots hold no tokens any more, and no cut keeps them.
   void on_finish(std::int64_t sequence);
 
-  /// Whether a sequence of the layer has reached budget + interval.
+  /// Whether a head of a sequence of the layer has reached its budget + interval.
   bool is_full(std::int64_t layer) const;
 
   /// Length of what keep writes.

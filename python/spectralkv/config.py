@@ -276,9 +276,12 @@ class EvictionConfig:
     budget
         Tokens kept a head, sinks and window included; at least ``sinks + window + 1``.
     interval
-        A sequence is cut when it holds ``budget + interval`` tokens.
+        A sequence is cut when a head holds so many tokens more than its budget.
     window, sinks
         Newest and oldest tokens that always stay.
+    head_budgets
+        Tokens that each KV head of a layer keeps, in place of ``budget``: heads that keep more or
+        less than others. Empty: all keep ``budget``.
 
     Raises
     ------
@@ -290,8 +293,10 @@ class EvictionConfig:
     interval: int = 32
     window: int = 50
     sinks: int = 4
+    head_budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "head_budgets", tuple(self.head_budgets))
         self._to_core().validate()
 
     def _to_core(self) -> _core.EvictionConfig:
@@ -300,6 +305,7 @@ class EvictionConfig:
         core.interval = self.interval
         core.window = self.window
         core.sinks = self.sinks
+        core.head_budgets = list(self.head_budgets)
         return core
 
 
@@ -322,6 +328,8 @@ class MonitorConfig:
         Every how many prompt tokens a row of the graph is drawn.
     prompt_rows
         Most rows of a chunk of prompt: of its newest columns. The tokens before them have no edges.
+    head_budgets
+        ``EvictionConfig.head_budgets`` of each layer, (L, Hkv). Empty: those of ``eviction``.
 
     Raises
     ------
@@ -335,9 +343,17 @@ class MonitorConfig:
     top_fraction: float = 0.2
     row_stride: int = 1
     prompt_rows: int = 1024
+    head_budgets: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "head_budgets", tuple(map(tuple, self.head_budgets)))
         self._to_core().validate()
+
+    def eviction_of(self, layer: int) -> EvictionConfig:
+        """Return how a layer is cut."""
+        if not self.head_budgets:
+            return self.eviction
+        return dataclasses.replace(self.eviction, head_budgets=self.head_budgets[layer])
 
     def _to_core(self) -> _core.MonitorConfig:
         core = _core.MonitorConfig()
@@ -347,6 +363,7 @@ class MonitorConfig:
         core.top_fraction = self.top_fraction
         core.row_stride = self.row_stride
         core.prompt_rows = self.prompt_rows
+        core.head_budgets = [list(budgets) for budgets in self.head_budgets]
         return core
 
 

@@ -321,12 +321,15 @@ class GraphManager:
     # -- eviction
 
     def is_full(self, layer: int, eviction: EvictionConfig) -> bool:
-        """Whether any sequence holds ``budget + interval`` tokens or more."""
+        """Whether a head of any sequence holds its ``budget + interval`` tokens or more."""
         return self._core.is_full(layer, eviction._to_core())
 
-    def full_sequences(self, layer: int, eviction: EvictionConfig) -> list[bool]:
-        """Which sequences hold ``budget + interval`` tokens or more."""
-        return [bool(mark) for mark in self._core.full_sequences(layer, eviction._to_core())]
+    def full_sequences(
+        self, layer: int, eviction: EvictionConfig, *, force: bool = False
+    ) -> list[bool]:
+        """Which sequences `select` cuts, with ``force`` as there."""
+        marks = self._core.full_sequences(layer, eviction._to_core(), force)
+        return [bool(mark) for mark in marks]
 
     def kept_length(self, layer: int, eviction: EvictionConfig, *, force: bool = False) -> int:
         """Slots a head needs after `select`: the M of its result."""
@@ -335,7 +338,11 @@ class GraphManager:
     def kept_counts(
         self, layer: int, eviction: EvictionConfig, *, force: bool = False
     ) -> list[int]:
-        """Tokens that each head of a sequence keeps after `select`: one entry a sequence."""
+        """Tokens that each head keeps after `select`.
+
+        One entry a sequence; one a head, (B, Hkv) flattened, where heads have budgets of their own
+        or hold different numbers.
+        """
         return self._core.kept_counts(layer, eviction._to_core(), force)
 
     def select(
@@ -349,9 +356,10 @@ class GraphManager:
     ) -> Array:
         """Slots that stay: int32 (B, Hkv, M), ascending, right-aligned behind -1.
 
-        A sequence that is full (``force``: that holds more than the budget) keeps its sinks, its
-        window and, each population its share, the highest scores; of equal scores the newer token
-        stays. Other sequences keep all they have. M is what the longest one keeps.
+        Of a sequence that is full (``force``: that holds more than the budget) a head keeps its
+        sinks, its window and, each population its share, the highest scores; of equal scores the
+        newer token stays. Other sequences keep all they have. M is the most that a head keeps. With
+        ``head_budgets`` lists are left-aligned, -1 behind them.
         """
         core = eviction._to_core()
         batch, heads, _ = self._slot_shape(layer)
@@ -407,8 +415,8 @@ class GraphManager:
         keys, values
             (B, Hkv, S, D), mutated; None: only the graph moves.
         kept
-            How many slots of ``keep`` are not -1, one entry a sequence (see `kept_counts`). Left
-            out, they are counted, for which the call waits on CUDA.
+            How many slots of ``keep`` are not -1, as `kept_counts` returns it. Left out, they are
+            counted, for which the call waits on CUDA.
         stream
             See the class.
         """
@@ -514,8 +522,24 @@ class GraphManager:
         self._core.reset(layer, sequence)
 
     def reserve(self, layer: int, capacity: int) -> None:
-        """Give a layer room for ``capacity`` slots, no less than its length."""
+        """Give each head of a layer room for ``capacity`` slots, no less than its length."""
         self._core.reserve(layer, capacity)
+
+    def divide(self, layer: int, rooms: Sequence[int]) -> None:
+        """Give each head of a layer a room of its own: slots in a pool that the heads share.
+
+        From then on keys and values of the layer are (B, 1, pool, D): head behind head, each with
+        ``rooms[head]`` slots. Slots keep their numbers, which count from the beginning of a room,
+        so every token must lie in what becomes its head's room, as it does behind `select` with
+        ``head_budgets`` and `compact`. Until `reserve` makes the layer even again, new tokens need
+        slots (see `place`), and `update_rows` and `compact` refuse it. Waits for the device.
+
+        Raises
+        ------
+        InvalidArgument
+            A room is smaller than what its head holds, or heads share a graph.
+        """
+        self._core.divide(layer, list(rooms))
 
     def synchronize(self) -> None:
         """Wait for the device's work of this manager."""
@@ -532,8 +556,12 @@ class GraphManager:
         return self._core.length(layer)
 
     def capacity(self, layer: int) -> int:
-        """Slots there is room for."""
+        """Slots that a head has room for; of a divided layer: the most that one has."""
         return self._core.capacity(layer)
+
+    def rooms(self, layer: int) -> list[int]:
+        """Slots of each head of a divided layer; empty: the layer is even."""
+        return self._core.rooms(layer)
 
     def batch_size(self, layer: int) -> int:
         """Sequences of a layer."""
@@ -544,7 +572,7 @@ class GraphManager:
         return self._core.tokens_seen(layer, sequence)
 
     def tokens_held(self, layer: int, sequence: int = 0) -> int:
-        """Tokens each head of a sequence holds."""
+        """Tokens that the head of a sequence holds that holds most."""
         return self._core.tokens_held(layer, sequence)
 
     def tokens_walked(self, layer: int, sequence: int = 0) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from spectralkv import _core
 from spectralkv._arrays import Array, StreamLike
@@ -34,7 +34,7 @@ class Monitor:
     ----------
     graph, walk, eviction
         Configurations.
-    solver, walk_interval, top_fraction, row_stride, prompt_rows
+    solver, walk_interval, top_fraction, row_stride, prompt_rows, head_budgets
         See :class:`spectralkv.MonitorConfig`.
 
     Raises
@@ -56,6 +56,7 @@ class Monitor:
         top_fraction: float = 0.2,
         row_stride: int = 1,
         prompt_rows: int = 1024,
+        head_budgets: Sequence[Sequence[int]] = (),
     ) -> None:
         self._config = MonitorConfig(
             eviction=eviction,
@@ -64,7 +65,10 @@ class Monitor:
             top_fraction=top_fraction,
             row_stride=row_stride,
             prompt_rows=prompt_rows,
+            head_budgets=tuple(map(tuple, head_budgets)),
         )
+        # Asked for at each cut of each layer.
+        self._evictions = [self._config.eviction_of(layer) for layer in range(graph.num_layers)]
         self._core = _core.Monitor(graph._to_core(), walk._to_core(), self._config._to_core())
         self._graph = GraphManager._wrap(self._core.graph, graph, walk)
         self._queue = self._graph._queue
@@ -80,9 +84,14 @@ class Monitor:
             top_fraction=config.top_fraction,
             row_stride=config.row_stride,
             prompt_rows=config.prompt_rows,
+            head_budgets=config.head_budgets,
         )
         for layer in range(graph.graph_config.num_layers):
-            copied.graph.reserve(layer, graph.capacity(layer))
+            rooms = graph.rooms(layer)
+            if rooms:
+                copied.graph.divide(layer, rooms)
+            else:
+                copied.graph.reserve(layer, graph.capacity(layer))
             copied.graph.load_layer(layer, graph.save_layer(layer))
         return copied
 
@@ -199,21 +208,21 @@ class Monitor:
         self._core.on_finish(sequence)
 
     def is_full(self, layer: int) -> bool:
-        """Whether any sequence of the layer holds ``budget + interval`` tokens."""
+        """Whether a head of any sequence of the layer holds its ``budget + interval`` tokens."""
         return self._core.is_full(layer)
 
-    def kept_counts(self, layer: int) -> list[int]:
-        """Tokens that each head of a sequence keeps after the cut: one entry a sequence.
+    def kept_counts(self, layer: int, *, force: bool = False) -> list[int]:
+        """Tokens that each head keeps after the cut, see :meth:`GraphManager.kept_counts`.
 
         Handed to :meth:`GraphManager.compact` or `release` it spares them counting, for which they
         would wait on CUDA.
         """
-        return self._graph.kept_counts(layer, self._config.eviction)
+        return self._graph.kept_counts(layer, self._evictions[layer], force=force)
 
     def keep(self, layer: int, keys: Array, *, stream: StreamLike = None) -> Array:
         """Slots that stay: int32 (B, Hkv, M) of the framework of ``keys`` (B, Hkv, S, D).
 
-        Ascending and right-aligned behind -1, see :meth:`GraphManager.select`. First renews the
+        Ascending, see :meth:`GraphManager.select`. First renews the
         importance of full sequences that got tokens since their last walk.
         """
         shape = (
@@ -230,19 +239,23 @@ class Monitor:
             stream,
         )
 
-    def keep_all(self, keys: Mapping[int, Array], *, stream: StreamLike = None) -> dict[int, Array]:
+    def keep_all(
+        self, keys: Mapping[int, Array], *, force: bool = False, stream: StreamLike = None
+    ) -> dict[int, Array]:
         """Slots that stay in several layers, as `keep` returns them; their walks go together.
 
         Parameters
         ----------
         keys
             (B, Hkv, S, D) of each layer, by its index.
+        force
+            Cut every sequence that holds more than the budget.
         stream
             See :class:`GraphManager`. Replays of a capture cut the sequences that were full, as far
             as the host knew, when it was made.
         """
-        graph, eviction = self._graph, self._config.eviction
-        marks = {layer: self._to_renew(layer) for layer in keys}
+        graph = self._graph
+        marks = {layer: self._to_renew(layer, force=force) for layer in keys}
         renew = graph.solve if self._config.solver == "exact" else graph.walk
         due = [layer for layer in keys if any(marks[layer])]
         if graph.walk_config.needs_novelty:
@@ -254,16 +267,19 @@ class Monitor:
             for layer in due:
                 renew(layer, marks[layer], stream=stream)
         return {
-            layer: graph.select(layer, eviction, like=tensor, stream=stream)
+            layer: graph.select(
+                layer, self._evictions[layer], like=tensor, force=force, stream=stream
+            )
             for layer, tensor in keys.items()
         }
 
-    def _to_renew(self, layer: int) -> list[bool]:
-        """Sequences that are full and got tokens since their last walk."""
+    def _to_renew(self, layer: int, *, force: bool) -> list[bool]:
+        """Sequences that are cut and got tokens since their last walk."""
         graph = self._graph
+        full = graph.full_sequences(layer, self._evictions[layer], force=force)
         return [
-            full and graph.tokens_walked(layer, sequence) != graph.tokens_seen(layer, sequence)
-            for sequence, full in enumerate(graph.full_sequences(layer, self._config.eviction))
+            is_full and graph.tokens_walked(layer, sequence) != graph.tokens_seen(layer, sequence)
+            for sequence, is_full in enumerate(full)
         ]
 
     def safety_mask(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:

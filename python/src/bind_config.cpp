@@ -96,11 +96,13 @@ void init_config(nb::module_& m) {
       .def_rw("interval", &skv::EvictionConfig::interval)
       .def_rw("window", &skv::EvictionConfig::window)
       .def_rw("sinks", &skv::EvictionConfig::sinks)
+      .def_rw("head_budgets", &skv::EvictionConfig::head_budgets)
       .def("validate", &skv::EvictionConfig::validate);
 
   nb::class_<skv::MonitorConfig>(m, "MonitorConfig", "Settings of a Monitor.")
       .def(nb::init<>())
       .def_rw("eviction", &skv::MonitorConfig::eviction)
+      .def_rw("head_budgets", &skv::MonitorConfig::head_budgets)
       .def_rw("solver", &skv::MonitorConfig::solver)
       .def_rw("walk_interval", &skv::MonitorConfig::walk_interval)
       .def_rw("top_fraction", &skv::MonitorConfig::top_fraction)

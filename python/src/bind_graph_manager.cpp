@@ -123,7 +123,7 @@ void init_graph_manager(nb::module_& m) {
           },
           "layer"_a, "out"_a.noconvert(), "population"_a = 0, "stream"_a = 0, Release())
       .def("is_full", &Self::is_full, "layer"_a, "eviction"_a)
-      .def("full_sequences", &Self::full_sequences, "layer"_a, "eviction"_a)
+      .def("full_sequences", &Self::full_sequences, "layer"_a, "eviction"_a, "force"_a = false)
       .def("kept_length", &Self::kept_length, "layer"_a, "eviction"_a, "force"_a = false)
       .def("kept_counts", &Self::kept_counts, "layer"_a, "eviction"_a, "force"_a = false)
       .def(
@@ -179,10 +179,21 @@ void init_graph_manager(nb::module_& m) {
           "layer"_a, "sequences"_a, Release())
       .def("reset", &Self::reset, "layer"_a = skv::kAllLayers, "sequence"_a = nb::none(), Release())
       .def("reserve", &Self::reserve, "layer"_a, "capacity"_a, Release())
+      .def(
+          "divide",
+          [](Self& self, std::int64_t layer, const Counts& rooms) { self.divide(layer, rooms); },
+          "layer"_a, "rooms"_a, Release())
       .def("synchronize", &Self::synchronize, Release())
       .def("refresh", &Self::refresh, Release())
       .def("length", &Self::length, "layer"_a)
       .def("capacity", &Self::capacity, "layer"_a)
+      .def(
+          "rooms",
+          [](const Self& self, std::int64_t layer) {
+            const auto rooms = self.rooms(layer);
+            return Counts(rooms.begin(), rooms.end());
+          },
+          "layer"_a)
       .def("batch_size", &Self::batch_size, "layer"_a)
       .def("graphs_per_sequence", &Self::graphs_per_sequence)
       .def("tokens_seen", &Self::tokens_seen, "layer"_a, "sequence"_a)

@@ -74,10 +74,13 @@ void score_keys(const CpuContext& context, const AttentionRound& round, float* q
                  const std::int64_t head = task / splits;  // of this round, over its sequences
                  const std::int64_t begin = task % splits * kSlotsPerTask;
                  const std::int64_t b = round.first + head / graph.num_kv_heads;
-                 const auto* keys = head_pointer(round.keys, b, head % graph.num_kv_heads) +
-                                    begin * stride * size_of(round.keys.dtype);
-                 context.simd.dot_keys(keys, round.keys.dtype, stride,
-                                       std::min(kSlotsPerTask, round.length - begin), dim,
+                 const std::int64_t h = head % graph.num_kv_heads;
+                 const std::int64_t count =
+                     std::min(kSlotsPerTask, round.slots_of(context.graph_of(h)) - begin);
+                 if (count <= 0) return;
+                 const auto* keys =
+                     round.slots(round.keys, b, h) + begin * stride * size_of(round.keys.dtype);
+                 context.simd.dot_keys(keys, round.keys.dtype, stride, count, dim,
                                        queries + head * group * dim, group,
                                        scores + head * group * round.length + begin, round.length);
                });
@@ -102,11 +105,12 @@ void weigh_values(const CpuContext& context, const AttentionRound& round,
     const std::int32_t* slots = positions(b, h);
     float* const own = sums + task * group * dim;
     std::fill_n(own, group * dim, 0.0F);
+    const std::int64_t count = std::min(kSlotsPerTask, round.slots_of(context.graph_of(h)) - begin);
+    if (count <= 0) return;
     context.simd.add_weighted_rows(
-        head_pointer(attended.values, b, h) + begin * stride * size_of(attended.values.dtype),
-        attended.values.dtype, stride, std::min(kSlotsPerTask, round.length - begin), dim,
-        slots == nullptr ? nullptr : slots + begin, weights + head * group * round.length + begin,
-        round.length, group, own);
+        round.slots(attended.values, b, h) + begin * stride * size_of(attended.values.dtype),
+        attended.values.dtype, stride, count, dim, slots == nullptr ? nullptr : slots + begin,
+        weights + head * group * round.length + begin, round.length, group, own);
   });
   for (std::int64_t head = 0; head < heads; ++head) {
     const std::int64_t b = round.first + head / graph.num_kv_heads;

@@ -31,14 +31,14 @@ class CpuBackend final : public Backend {
     scratch_.resize(static_cast<std::size_t>(threads));
     layers_.reserve(states.size());
     for (const LayerState& state : states) {
-      layers_.emplace_back(graph, walk, state.batch, state.capacity);
+      layers_.emplace_back(graph, walk, state.batch, state.capacity, state.rooms);
     }
   }
 
-  void resize(std::int64_t layer, std::int64_t capacity,
+  void resize(std::int64_t layer, std::int64_t capacity, std::span<const std::int64_t> rooms,
               std::span<const std::int64_t> sequences) override {
     CpuLayer& old = mine(layer);
-    CpuLayer next(graph_, walk_, static_cast<std::int64_t>(sequences.size()), capacity);
+    CpuLayer next(graph_, walk_, static_cast<std::int64_t>(sequences.size()), capacity, rooms);
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       next.copy_sequence(static_cast<std::int64_t>(b), old, sequences[b], state(layer).length);
     }
@@ -55,9 +55,9 @@ class CpuBackend final : public Backend {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
         const std::int64_t slot = slot_of(slots, b, h);
         const std::int64_t g = context().graph_of(h);
-        if (slot < 0 || slot >= host.capacity) {
+        if (slot < 0 || slot >= host.room(g)) {
           throw_invalid(operation, "the slot" + at(b, h),
-                        "in [0, " + std::to_string(host.capacity - 1) + "]", std::to_string(slot));
+                        "in [0, " + std::to_string(host.room(g) - 1) + "]", std::to_string(slot));
         }
         if (slot < host.length && mine(layer).positions(b, g)[slot] >= 0) {
           throw_invalid(operation, "the slot" + at(b, h), "free",
@@ -81,7 +81,7 @@ class CpuBackend final : public Backend {
     std::vector<std::int64_t> added(static_cast<std::size_t>(memory.batch()), 0);
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       for (std::int64_t g = 0; g < memory.graphs(); ++g) {
-        for (std::int64_t slot = args.first_slot; slot < args.length; ++slot) {
+        for (std::int64_t slot = args.first_slot; slot < memory.extent(g, args.length); ++slot) {
           memory.clear(b, g, slot);
         }
       }
@@ -127,7 +127,6 @@ class CpuBackend final : public Backend {
   void scores(std::int64_t layer, int population, const TensorView& out, Stream) const override {
     const auto populations = static_cast<int>(walk_.populations.size());
     for_heads<float>(layer, out, [&](std::int64_t b, std::int64_t g, float* row, std::int64_t n) {
-      std::fill_n(row, n, 0.0F);
       for (int p = 0; p < populations; ++p) {
         if (population >= 0 && population != p) continue;
         const float* from = mine(layer).scores(b, g, p);
@@ -163,13 +162,12 @@ class CpuBackend final : public Backend {
     write_next_slots("next_slots", layer, state(layer).capacity, out);
   }
   void place(std::int64_t layer, const PlaceArgs& args, Stream) const override {
-    write_next_slots("place", layer, std::min(state(layer).capacity, args.keys.size(2)),
-                     args.slots);
-    const auto copy = [](const ConstTensorView& from, const TensorView& to, std::int64_t b,
-                         std::int64_t h, std::int64_t slot) {
+    write_next_slots("place", layer, args.keys.size(2), args.slots);
+    const auto copy = [&](const ConstTensorView& from, const TensorView& to, std::int64_t b,
+                          std::int64_t h, std::int64_t slot) {
       const std::int64_t bytes = size_of(to.dtype);
-      std::memcpy(head_pointer(to, b, h) + slot * to.stride(2) * bytes, head_pointer(from, b, h),
-                  static_cast<std::size_t>(to.size(3) * bytes));
+      std::memcpy(mine(layer).slots(to, b, h) + slot * to.stride(2) * bytes,
+                  head_pointer(from, b, h), static_cast<std::size_t>(to.size(3) * bytes));
     };
     for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
@@ -184,19 +182,15 @@ class CpuBackend final : public Backend {
   std::vector<std::int64_t> check_keep(std::string_view operation, std::int64_t layer,
                                        const ConstTensorView& keep,
                                        std::span<const std::int64_t> kept, Stream) const override {
-    const CpuLayer& memory = mine(layer);
     std::vector<std::int64_t> counts;
-    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+    for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
         const std::int64_t count = check_kept_head(operation, layer, keep, b, h);
-        if (h == 0) counts.push_back(count);
-        if (count != counts.back()) {
+        const std::int64_t g = context().graph_of(h);
+        if (h == context().first_head(g)) counts.push_back(count);
+        if (!kept.empty() && count != kept[counts.size() - 1]) {
           throw_invalid(operation, "the number of kept slots" + at(b, h),
-                        std::to_string(counts.back()) + " as of head 0", std::to_string(count));
-        }
-        if (!kept.empty() && count != kept[static_cast<std::size_t>(b)]) {
-          throw_invalid(operation, "the number of kept slots" + at(b, h),
-                        std::to_string(kept[static_cast<std::size_t>(b)]), std::to_string(count));
+                        std::to_string(kept[counts.size() - 1]), std::to_string(count));
         }
       }
     }
@@ -210,10 +204,10 @@ class CpuBackend final : public Backend {
 
   void release(std::int64_t layer, const ConstTensorView& keep, Stream) override {
     CpuLayer& memory = mine(layer);
-    const std::int64_t length = state(layer).length;
     std::vector<std::uint8_t> stays;
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       for (std::int64_t g = 0; g < memory.graphs(); ++g) {
+        const std::int64_t length = state(layer).extent(g);
         stays.assign(static_cast<std::size_t>(length), 0);
         for (std::int64_t i = 0; i < keep.size(2); ++i) {
           const std::int32_t slot = kept_slot(keep, b, context().first_head(g), i);
@@ -237,7 +231,7 @@ class CpuBackend final : public Backend {
         // Ordered layers forget slots, others tokens; either way these must be the newest tokens.
         std::int64_t found = 0;
         std::int64_t oldest = seen;
-        for (std::int64_t slot = 0; slot < host.length; ++slot) {
+        for (std::int64_t slot = 0; slot < host.extent(g); ++slot) {
           if (positions[slot] < 0) continue;
           const bool goes =
               host.ordered ? slot >= host.length - count : positions[slot] >= seen - count;
@@ -267,7 +261,7 @@ class CpuBackend final : public Backend {
       const std::int64_t first =
           host.seen[static_cast<std::size_t>(b)] - plan.dropped[static_cast<std::size_t>(b)];
       for (std::int64_t g = 0; g < memory.graphs(); ++g) {
-        for (std::int64_t slot = 0; slot < host.length; ++slot) {
+        for (std::int64_t slot = 0; slot < host.extent(g); ++slot) {
           if (memory.positions(b, g)[slot] >= first || slot >= plan.length) {
             memory.clear(b, g, slot);
           }
@@ -276,10 +270,24 @@ class CpuBackend final : public Backend {
     }
   }
 
+  std::vector<std::int64_t> taken_slots(std::int64_t layer) const override {
+    const CpuLayer& memory = mine(layer);
+    std::vector<std::int64_t> taken(static_cast<std::size_t>(memory.graphs()), 0);
+    for (std::int64_t b = 0; b < memory.batch(); ++b) {
+      for (std::int64_t g = 0; g < memory.graphs(); ++g) {
+        std::int64_t slots = state(layer).extent(g);
+        while (slots > 0 && memory.positions(b, g)[slots - 1] < 0) --slots;
+        std::int64_t& most = taken[static_cast<std::size_t>(g)];
+        most = std::max(most, slots);
+      }
+    }
+    return taken;
+  }
+
   void reset(std::int64_t layer, std::int64_t sequence) override {
     CpuLayer& memory = mine(layer);
     for (std::int64_t g = 0; g < memory.graphs(); ++g) {
-      for (std::int64_t slot = 0; slot < state(layer).length; ++slot) {
+      for (std::int64_t slot = 0; slot < state(layer).extent(g); ++slot) {
         memory.clear(sequence, g, slot);
       }
     }
@@ -288,10 +296,12 @@ class CpuBackend final : public Backend {
   void recover() override {}
 
   void positions(std::int64_t layer, const TensorView& out, Stream) const override {
-    for_heads<std::int32_t>(layer, out,
-                            [&](std::int64_t b, std::int64_t g, std::int32_t* row, std::int64_t n) {
-                              std::copy_n(mine(layer).positions(b, g), n, row);
-                            });
+    for_heads<std::int32_t>(
+        layer, out,
+        [&](std::int64_t b, std::int64_t g, std::int32_t* row, std::int64_t n) {
+          std::copy_n(mine(layer).positions(b, g), n, row);
+        },
+        -1);
   }
 
   void rows(std::int64_t layer, const TensorView& neighbors, const TensorView& probabilities,
@@ -305,7 +315,7 @@ class CpuBackend final : public Backend {
               element_pointer<float>(probabilities, row_offset(probabilities, b, g, slot));
           std::fill_n(to, graph_.top_k, -1);
           std::fill_n(weight, graph_.top_k, 0.0F);
-          if (memory.positions(b, g)[slot] < 0) continue;
+          if (slot >= memory.room(g) || memory.positions(b, g)[slot] < 0) continue;
           for_each_live_edge(memory.row(b, g, slot), graph_.edge_law, graph_.top_k,
                              memory.positions(b, g), slot,
                              [&](std::int32_t neighbor, double probability) {
@@ -352,7 +362,8 @@ class CpuBackend final : public Backend {
   }
 
   LayerState load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) override {
-    LoadedLayer loaded = detail::load_layer(graph_, walk_, state(layer).capacity, saved);
+    LoadedLayer loaded =
+        detail::load_layer(graph_, walk_, state(layer).capacity, state(layer).rooms, saved);
     mine(layer) = std::move(loaded.layer);
     return loaded.state;
   }
@@ -383,21 +394,23 @@ class CpuBackend final : public Backend {
     return states_[static_cast<std::size_t>(layer)];
   }
 
-  /// Writes a free slot below `limit` of each head, or throws and writes none.
+  /// Writes a free slot of each head, below `limit` where that is less than it has room for, or
+  /// throws and writes none.
   void write_next_slots(std::string_view operation, std::int64_t layer, std::int64_t limit,
                         const TensorView& out) const {
     const CpuLayer& memory = mine(layer);
-    const std::int64_t length = state(layer).length;
     std::vector<std::int32_t> found;
     for (std::int64_t b = 0; b < memory.batch(); ++b) {
       for (std::int64_t g = 0; g < memory.graphs(); ++g) {
         const std::int32_t* positions = memory.positions(b, g);
-        const std::int64_t slot =
-            std::find_if(positions, positions + length, [](auto p) { return p < 0; }) - positions;
-        if (slot >= limit) {
+        const std::int64_t slots = std::min(state(layer).room(g), limit);
+        const std::int64_t slot = std::find_if(positions, positions + state(layer).extent(g),
+                                               [](auto p) { return p < 0; }) -
+                                  positions;
+        if (slot >= slots) {
+          const std::int64_t held = state(layer).held_by(b)[static_cast<std::size_t>(g)];
           throw_invalid(operation, "sequence " + std::to_string(b), "one with a free slot",
-                        std::to_string(state(layer).held[static_cast<std::size_t>(b)]) +
-                            " tokens in " + std::to_string(limit) + " slots");
+                        std::to_string(held) + " tokens in " + std::to_string(slots) + " slots");
         }
         found.push_back(static_cast<std::int32_t>(slot));
       }
@@ -425,14 +438,17 @@ class CpuBackend final : public Backend {
     return b * view.stride(0) + g * view.stride(1) + slot * view.stride(2);
   }
 
-  /// Calls function(b, g, row, length) for the row (b, h) of a (B, Hkv, length) tensor.
+  /// Calls function(b, g, row, slots) for the row (b, h) of a (B, Hkv, length) tensor; what the
+  /// graph has no slots for is `none`.
   template <class T, class Function>
-  void for_heads(std::int64_t layer, const TensorView& out, Function&& function) const {
+  void for_heads(std::int64_t layer, const TensorView& out, Function&& function,
+                 T none = T{}) const {
     for (std::int64_t b = 0; b < mine(layer).batch(); ++b) {
       for (std::int64_t h = 0; h < graph_.num_kv_heads; ++h) {
-        function(b, context().graph_of(h),
-                 element_pointer<T>(out, b * out.stride(0) + h * out.stride(1)),
-                 state(layer).length);
+        const std::int64_t g = context().graph_of(h);
+        auto* row = element_pointer<T>(out, b * out.stride(0) + h * out.stride(1));
+        std::fill_n(row, state(layer).length, none);
+        function(b, g, row, state(layer).extent(g));
       }
     }
   }
@@ -445,20 +461,25 @@ class CpuBackend final : public Backend {
     std::int64_t count = 0;
     for (std::int64_t i = 0; i < keep.size(2); ++i) {
       const std::int32_t slot = kept_slot(keep, b, h, i);
-      if (slot == -1 && before == -1) continue;
-      if (slot <= before || slot >= state(layer).length) {
-        throw_invalid(
-            operation, "the kept slots" + at(b, h),
-            "ascending in [0, " + std::to_string(state(layer).length - 1) + "] behind any -1",
-            std::to_string(slot) + " after " + std::to_string(before));
+      const bool left_aligned = kept_slot(keep, b, h, 0) >= 0;
+      const bool ended = left_aligned && i > 0 && before == -1;
+      if (slot != kept_slot(keep, b, context().first_head(g), i)) {
+        throw_invalid(operation, "the kept slots of heads that share a graph", "equal",
+                      std::to_string(slot) + at(b, h));
+      }
+      if (slot == -1 && (before == -1 || left_aligned)) {
+        before = -1;
+        continue;
+      }
+      if (slot <= before || slot >= state(layer).extent(g) || ended) {
+        throw_invalid(operation, "the kept slots" + at(b, h),
+                      "ascending in [0, " + std::to_string(state(layer).extent(g) - 1) +
+                          "], with every -1 before or every -1 behind them",
+                      std::to_string(slot) + " after " + std::to_string(before));
       }
       if (positions[slot] < 0) {
         throw_invalid(operation, "the kept slots" + at(b, h), "slots that hold a token",
                       std::to_string(slot) + ", which is empty");
-      }
-      if (slot != kept_slot(keep, b, context().first_head(g), i)) {
-        throw_invalid(operation, "the kept slots of heads that share a graph", "equal",
-                      std::to_string(slot) + at(b, h));
       }
       before = slot;
       ++count;
@@ -478,7 +499,7 @@ class CpuBackend final : public Backend {
 LoadResult CpuBackend::load_rows(std::int64_t layer, const ConstTensorView& positions,
                                  const ConstTensorView& neighbors,
                                  const ConstTensorView& probabilities, Stream) {
-  CpuLayer next(graph_, walk_, mine(layer).batch(), mine(layer).capacity());
+  CpuLayer next(graph_, walk_, mine(layer).batch(), state(layer).capacity);
   LoadResult result = load_graphs(graph_, next, positions, neighbors, probabilities);
   mine(layer) = std::move(next);
   return result;

@@ -22,10 +22,10 @@ struct Move {
   std::int64_t count;
 };
 
-/// Runs in an order in which none overwrites what a later one reads. keep[i] - i never falls, so
-/// all moves to the right come before all moves to the left in the list, and the two kinds never
-/// touch each other's slots. Among themselves, moves to the left are safe in ascending order and
-/// moves to the right in descending order.
+/// Runs in an order in which none overwrites what a later one reads. Where a slot is kept
+/// keep[i] - i never falls, so all moves to the right come before all moves to the left in the
+/// list, and the two kinds never touch each other's slots. Among themselves, moves to the left are
+/// safe in ascending order and moves to the right in descending order.
 std::vector<Move> plan_moves(const std::int32_t* keep, std::int64_t count) {
   std::vector<Move> left;
   std::vector<Move> right;
@@ -109,7 +109,9 @@ void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std:
     }
   }
   layer.for_each_value([&](auto* values) { move_values(values, moves); }, b, g);
-  for (std::int64_t i = 0; i < count && keep[i] < 0; ++i) layer.clear(b, g, i);
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (keep[i] < 0) layer.clear(b, g, i);
+  }
   // What lies behind is cleared when a token takes its place.
   std::fill(positions + count, positions + length, -1);
 }

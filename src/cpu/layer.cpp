@@ -5,19 +5,27 @@
 namespace spectralkv::detail {
 
 CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t batch,
-                   std::int64_t capacity)
+                   std::int64_t capacity, std::span<const std::int64_t> rooms)
     : batch_(batch),
-      graphs_(graph.scope == GraphScope::head ? graph.num_kv_heads : 1),
-      capacity_(capacity),
+      divided_(!rooms.empty()),
+      rooms_(rooms.begin(), rooms.end()),
       top_k_(graph.top_k),
       row_words_(words_of_row(graph)),
       populations_(static_cast<std::int64_t>(walk.populations.size())),
-      has_thresholds_(graph.edge_law != EdgeLaw::uniform),
-      positions_(batch * graphs_ * capacity, -1),
-      rows_(batch * graphs_ * capacity * row_words_, 0),
-      scores_(batch * graphs_ * capacity * populations_, 0.0F),
-      visits_(needs_visits(walk) ? batch * graphs_ * capacity * populations_ : 0, 0),
-      novelty_(walk.needs_novelty() ? batch * graphs_ * capacity : 0, 0) {}
+      has_thresholds_(graph.edge_law != EdgeLaw::uniform) {
+  if (!divided_) {
+    const std::int64_t graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1;
+    rooms_.assign(static_cast<std::size_t>(graphs), capacity);
+  }
+  before_.push_back(0);
+  for (const std::int64_t room : rooms_) before_.push_back(before_.back() + room);
+  const std::int64_t slots = batch * before_.back();
+  positions_ = AlignedBuffer<std::int32_t>(slots, -1);
+  rows_ = AlignedBuffer<std::int32_t>(slots * row_words_, 0);
+  scores_ = AlignedBuffer<float>(slots * populations_, 0.0F);
+  if (needs_visits(walk)) visits_ = AlignedBuffer<std::uint32_t>(slots * populations_, 0);
+  if (walk.needs_novelty()) novelty_ = AlignedBuffer<std::uint32_t>(slots, 0);
+}
 
 void CpuLayer::clear(std::int64_t b, std::int64_t g, std::int64_t slot) {
   positions(b, g)[slot] = -1;
@@ -33,14 +41,15 @@ void CpuLayer::clear(std::int64_t b, std::int64_t g, std::int64_t slot) {
 
 void CpuLayer::copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
                              std::int64_t length) {
-  for (std::int64_t g = 0; g < graphs_; ++g) {
-    std::copy_n(other.positions(from, g), length, positions(to, g));
-    std::copy_n(other.row(from, g, 0).neighbors, length * row_words_, row(to, g, 0).neighbors);
+  for (std::int64_t g = 0; g < graphs(); ++g) {
+    const std::int64_t n = std::min(extent(g, length), other.extent(g, length));
+    std::copy_n(other.positions(from, g), n, positions(to, g));
+    std::copy_n(other.row(from, g, 0).neighbors, n * row_words_, row(to, g, 0).neighbors);
     for (int p = 0; p < populations_; ++p) {
-      std::copy_n(other.scores(from, g, p), length, scores(to, g, p));
-      if (has_visits()) std::copy_n(other.visits(from, g, p), length, visits(to, g, p));
+      std::copy_n(other.scores(from, g, p), n, scores(to, g, p));
+      if (has_visits()) std::copy_n(other.visits(from, g, p), n, visits(to, g, p));
     }
-    if (novelty_.bytes() > 0) std::copy_n(other.novelty(from, g), length, novelty(to, g));
+    if (novelty_.bytes() > 0) std::copy_n(other.novelty(from, g), n, novelty(to, g));
   }
 }
 

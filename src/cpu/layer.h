@@ -66,52 +66,79 @@ struct Row {
   operator ConstRow() const { return {neighbors, thresholds}; }  // NOLINT(*-explicit-*)
 };
 
-/// Arrays of a layer; the leading axes are (sequence, graph of the sequence).
+// ---- views
+
+template <class T, class Pointer>
+auto* element_pointer(const BasicTensorView<Pointer>& view, std::int64_t offset) {
+  using Element = std::conditional_t<std::is_const_v<Pointer>, const T, T>;
+  return static_cast<Element*>(view.data) + offset;
+}
+
+/// Address of element (b, h) of a view whose first axes are (sequence, head), of any dtype.
+template <class Pointer>
+auto* head_pointer(const BasicTensorView<Pointer>& view, std::int64_t b, std::int64_t h) {
+  using Byte = std::conditional_t<std::is_const_v<Pointer>, const std::byte, std::byte>;
+  return static_cast<Byte*>(view.data) +
+         (b * view.stride(0) + h * view.stride(1)) * size_of(view.dtype);
+}
+
+/// Arrays of a layer: of each sequence its graphs one behind the other, with as many slots as each
+/// has room for.
 class CpuLayer {
  public:
+  /// `rooms`: slots of each graph of a sequence; empty: `capacity` each.
   CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t batch,
-           std::int64_t capacity);
+           std::int64_t capacity, std::span<const std::int64_t> rooms = {});
 
   std::int64_t batch() const { return batch_; }
-  std::int64_t capacity() const { return capacity_; }
-  std::int64_t graphs() const { return graphs_; }
+  std::int64_t graphs() const { return std::ssize(rooms_); }
+  std::int64_t room(std::int64_t g) const { return rooms_[static_cast<std::size_t>(g)]; }
+  /// Of the first `length` slots those that the graph has.
+  std::int64_t extent(std::int64_t g, std::int64_t length) const {
+    return std::min(length, room(g));
+  }
+
+  /// Slot 0 of a KV head in keys or values: (B, Hkv, S, D), or (B, 1, pool, D) of a divided layer.
+  template <class Pointer>
+  auto* slots(const BasicTensorView<Pointer>& view, std::int64_t b, std::int64_t h) const {
+    if (!divided_) return head_pointer(view, b, h);
+    return head_pointer(view, b, 0) + before(h) * view.stride(2) * size_of(view.dtype);
+  }
 
   std::int32_t* positions(std::int64_t b, std::int64_t g) {
-    return positions_.data() + index(b, g) * capacity_;
+    return positions_.data() + offset(b, g);
   }
   const std::int32_t* positions(std::int64_t b, std::int64_t g) const {
-    return positions_.data() + index(b, g) * capacity_;
+    return positions_.data() + offset(b, g);
   }
   Row row(std::int64_t b, std::int64_t g, std::int64_t slot) {
-    std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
+    std::int32_t* words = rows_.data() + (offset(b, g) + slot) * row_words_;
     return {words, has_thresholds_ ? reinterpret_cast<std::uint32_t*>(words + top_k_) : nullptr};
   }
   ConstRow row(std::int64_t b, std::int64_t g, std::int64_t slot) const {
-    const std::int32_t* words = rows_.data() + (index(b, g) * capacity_ + slot) * row_words_;
+    const std::int32_t* words = rows_.data() + (offset(b, g) + slot) * row_words_;
     return {words,
             has_thresholds_ ? reinterpret_cast<const std::uint32_t*>(words + top_k_) : nullptr};
   }
   float* scores(std::int64_t b, std::int64_t g, int population) {
-    return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
+    return scores_.data() + offset(b, g) * populations_ + population * room(g);
   }
   const float* scores(std::int64_t b, std::int64_t g, int population) const {
-    return scores_.data() + (index(b, g) * populations_ + population) * capacity_;
+    return scores_.data() + offset(b, g) * populations_ + population * room(g);
   }
   /// Whether visits are kept beside the scores. They are the scores where nothing is accumulated
   /// and f32 holds every count.
   bool has_visits() const { return visits_.bytes() > 0; }
   std::uint32_t* visits(std::int64_t b, std::int64_t g, int population) {
-    return visits_.data() + (index(b, g) * populations_ + population) * capacity_;
+    return visits_.data() + offset(b, g) * populations_ + population * room(g);
   }
   const std::uint32_t* visits(std::int64_t b, std::int64_t g, int population) const {
-    return visits_.data() + (index(b, g) * populations_ + population) * capacity_;
+    return visits_.data() + offset(b, g) * populations_ + population * room(g);
   }
   /// Restart weights of novelty populations.
-  std::uint32_t* novelty(std::int64_t b, std::int64_t g) {
-    return novelty_.data() + index(b, g) * capacity_;
-  }
+  std::uint32_t* novelty(std::int64_t b, std::int64_t g) { return novelty_.data() + offset(b, g); }
   const std::uint32_t* novelty(std::int64_t b, std::int64_t g) const {
-    return novelty_.data() + index(b, g) * capacity_;
+    return novelty_.data() + offset(b, g);
   }
 
   /// Empties a slot: no token, no edges, no score.
@@ -128,18 +155,24 @@ class CpuLayer {
     if (novelty_.bytes() > 0) function(novelty(b, g));
   }
 
-  /// Takes over one sequence of another layer of the same shape but for batch and capacity.
+  /// Takes over one sequence of another layer of the same shape but for batch and rooms: of the
+  /// first `length` slots those that both have.
   void copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
                      std::int64_t length);
 
   std::int64_t bytes() const;
 
  private:
-  std::int64_t index(std::int64_t b, std::int64_t g) const { return b * graphs_ + g; }
+  /// Slots of a sequence before those of graph g.
+  std::int64_t before(std::int64_t g) const { return before_[static_cast<std::size_t>(g)]; }
+  std::int64_t offset(std::int64_t b, std::int64_t g) const {
+    return b * before_.back() + before(g);
+  }
 
   std::int64_t batch_;
-  std::int64_t graphs_;
-  std::int64_t capacity_;
+  bool divided_;
+  std::vector<std::int64_t> rooms_;
+  std::vector<std::int64_t> before_;  ///< and at last all slots of a sequence
   std::int64_t top_k_;
   std::int64_t row_words_;
   std::int64_t populations_;
@@ -215,22 +248,6 @@ struct Scratch {
   }
 };
 
-// ---- views
-
-template <class T, class Pointer>
-auto* element_pointer(const BasicTensorView<Pointer>& view, std::int64_t offset) {
-  using Element = std::conditional_t<std::is_const_v<Pointer>, const T, T>;
-  return static_cast<Element*>(view.data) + offset;
-}
-
-/// Address of element (b, h) of a view whose first axes are (sequence, head), of any dtype.
-template <class Pointer>
-auto* head_pointer(const BasicTensorView<Pointer>& view, std::int64_t b, std::int64_t h) {
-  using Byte = std::conditional_t<std::is_const_v<Pointer>, const std::byte, std::byte>;
-  return static_cast<Byte*>(view.data) +
-         (b * view.stride(0) + h * view.stride(1)) * size_of(view.dtype);
-}
-
 // ---- stages, one file each
 
 struct UpdateCounts {
@@ -264,10 +281,18 @@ float add_softmax(const CpuContext& context, const SoftmaxArgs& args, float* sco
 /// attention.cpp: the attention of one token a sequence, for a round of sequences at once.
 struct AttentionRound {
   ConstTensorView queries;  ///< (B, Hq, D), further axes are not looked at
-  ConstTensorView keys;     ///< (B, Hkv, S, D)
+  ConstTensorView keys;     ///< (B, Hkv, S, D), or as `layer` has it
   std::int64_t first;       ///< sequences [first, first + count)
   std::int64_t count;
-  std::int64_t length;  ///< slots [0, length)
+  std::int64_t length;              ///< slots [0, length), as far as a head has them
+  const CpuLayer* layer = nullptr;  ///< whose slots these are; null: each head has `length`
+
+  std::int64_t slots_of(std::int64_t g) const {
+    return layer == nullptr ? length : layer->extent(g, length);
+  }
+  const std::byte* slots(const ConstTensorView& view, std::int64_t b, std::int64_t h) const {
+    return layer == nullptr ? head_pointer(view, b, h) : layer->slots(view, b, h);
+  }
 
   std::int64_t operations(const GraphConfig& graph) const {
     return count * graph.num_query_heads * length * graph.head_dim;
@@ -348,7 +373,7 @@ struct LoadedLayer {
 };
 /// Throws InvalidArgument where the bytes are no layer of these graphs.
 LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t capacity,
-                       std::span<const std::uint8_t> saved);
+                       std::span<const std::int64_t> rooms, std::span<const std::uint8_t> saved);
 
 /// novelty.cpp
 void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLayer& layer,

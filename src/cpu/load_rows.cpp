@@ -47,13 +47,12 @@ LoadResult load_graphs(const GraphConfig& graph, CpuLayer& next, const ConstTens
       }
       const std::int64_t seen = sorted.empty() ? 0 : std::int64_t{sorted.back()} + 1;
       const auto held = static_cast<std::int64_t>(sorted.size());
-      if (g == 0) {
-        result.seen.push_back(seen);
-        result.held.push_back(held);
-      }
-      if (held != result.held.back()) {
+      if (g == 0) result.seen.push_back(seen);
+      result.held.push_back(held);
+      const std::int64_t first = result.held[static_cast<std::size_t>(b * next.graphs())];
+      if (held != first) {
         throw_invalid("load_rows", "the number of tokens of each graph of a sequence",
-                      std::to_string(result.held.back()), std::to_string(held));
+                      std::to_string(first), std::to_string(held));
       }
       result.seen.back() = std::max(result.seen.back(), seen);
 

@@ -136,20 +136,21 @@ void RotaryTable::unturn(float* key, std::int64_t position) const {
 }
 
 void update_novelty(const CpuContext& context, const RotaryTable& rotary, CpuLayer& layer,
-                    const ConstTensorView& keys, std::int64_t length,
+                    const ConstTensorView& keys, std::int64_t most_slots,
                     std::vector<Scratch>& scratch) {
-  const int threads = context.threads_for(layer.batch() * context.graph.num_kv_heads * length *
+  const int threads = context.threads_for(layer.batch() * context.graph.num_kv_heads * most_slots *
                                           context.graph.head_dim * 2);
   parallel_for(layer.batch() * layer.graphs(), threads, [&](std::int64_t task, int worker) {
     const std::int64_t b = task / layer.graphs();
     const std::int64_t g = task % layer.graphs();
     const std::int32_t* positions = layer.positions(b, g);
+    const std::int64_t length = layer.extent(g, most_slots);
     Scratch& mine = scratch[static_cast<std::size_t>(worker)];
     double* const z = mine.z_scores.at_least(length);
     std::fill_n(z, length, 0.0);
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {
-      add_z_scores(context, rotary, head_pointer(keys, b, h), keys.dtype, keys.stride(2), length,
+      add_z_scores(context, rotary, layer.slots(keys, b, h), keys.dtype, keys.stride(2), length,
                    positions, mine, z);
     }
     const auto heads = static_cast<double>(context.head_count());

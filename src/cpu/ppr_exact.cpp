@@ -46,7 +46,7 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     if (!sequences.empty() && sequences[static_cast<std::size_t>(b)] == 0) return;
     const RestartTable restarts(context, layer, state, b, g, p);
 
-    const auto length = static_cast<std::size_t>(state.length);
+    const auto length = static_cast<std::size_t>(layer.extent(g, state.length));
     std::vector<double> restart(length, 0.0);
     std::vector<double> arriving(length, 0.0);  // over edges
     restarts.for_each([&](std::int32_t slot, double probability) {
@@ -54,7 +54,7 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     });
     const std::int32_t* positions = layer.positions(b, g);
     double total = 0.0;
-    for (const std::int32_t slot : newest_first(positions, state.length)) {
+    for (const std::int32_t slot : newest_first(positions, layer.extent(g, state.length))) {
       const auto i = static_cast<std::size_t>(slot);
       const double mass = restart[i] + arriving[i];
       if (mass == 0.0) continue;

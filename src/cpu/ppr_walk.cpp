@@ -233,17 +233,18 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
         .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
         .count_restarts = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all};
     const Graph graph{layer.positions(b, g), layer.row(b, g, 0).neighbors};
+    const std::int64_t slots = layer.extent(g, state.length);
 
     const std::int64_t per_part = (walkers.count + parts - 1) / parts;
     std::array<std::uint32_t*, kMostParts> counts;
     for (std::int64_t part = 0; part < parts; ++part) {
       Scratch& own = scratch[static_cast<std::size_t>(parts > 1 ? part : worker)];
-      std::uint32_t* const random = own.words.at_least(random_words + state.length);
+      std::uint32_t* const random = own.words.at_least(random_words + slots);
       counts[static_cast<std::size_t>(part)] = random + random_words;
     }
     parallel_for(parts, threads, [&](std::int64_t part, int) {
       std::uint32_t* const visits = counts[static_cast<std::size_t>(part)];
-      std::fill_n(visits, state.length, 0U);
+      std::fill_n(visits, slots, 0U);
       const std::int64_t first = part * per_part;
       if (restarts.empty()) return;  // nobody starts: no visits, and scores decay
       walk_graph(context, graph, restarts, rules,
@@ -252,15 +253,15 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     });
     std::uint32_t* const visits = counts[0];
     for (std::int64_t part = 1; part < parts; ++part) {
-      for (std::int64_t j = 0; j < state.length; ++j) {
+      for (std::int64_t j = 0; j < slots; ++j) {
         visits[j] += counts[static_cast<std::size_t>(part)][j];
       }
     }
 
-    if (layer.has_visits()) std::copy_n(visits, state.length, layer.visits(b, g, p));
+    if (layer.has_visits()) std::copy_n(visits, slots, layer.visits(b, g, p));
     float* const scores = layer.scores(b, g, p);
     const auto decay = static_cast<float>(decay_of(config, p));
-    for (std::int64_t j = 0; j < state.length; ++j) {
+    for (std::int64_t j = 0; j < slots; ++j) {
       scores[j] = (decay == 0.0F ? 0.0F : decay * scores[j]) + static_cast<float>(visits[j]);
     }
   });

@@ -12,11 +12,12 @@ RestartTable::RestartTable(const CpuContext& context, const CpuLayer& layer,
   const Population& config = context.walk.populations[static_cast<std::size_t>(population)];
   const std::int32_t* positions = layer.positions(b, g);
   const std::int64_t seen = state.seen[static_cast<std::size_t>(b)];
+  const std::int64_t slots = layer.extent(g, state.length);
   if (config.restart != Restart::novelty) {
     const std::int64_t first = config.restart == Restart::current
                                    ? std::max(seen - 1, context.graph.num_sinks)
                                    : first_recent_position(config, seen, context.graph.num_sinks);
-    for (std::int64_t slot = 0; slot < state.length; ++slot) {
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
       if (positions[slot] >= first) slots_.push_back(static_cast<std::int32_t>(slot));
     }
     return;
@@ -24,7 +25,7 @@ RestartTable::RestartTable(const CpuContext& context, const CpuLayer& layer,
 
   const std::uint32_t* weights = layer.novelty(b, g);
   std::uint64_t sum = 0;
-  for (std::int64_t slot = 0; slot < state.length; ++slot) {
+  for (std::int64_t slot = 0; slot < slots; ++slot) {
     if (positions[slot] < 0 || weights[slot] == 0) continue;
     sum += weights[slot];
     slots_.push_back(static_cast<std::int32_t>(slot));

@@ -1,13 +1,14 @@
 // A layer as bytes, and back.
 //
-// Words of this machine's byte order: a header, the sequences, then graph by graph positions, rows
-// and, population by population, scores and visits, at last the restart weights. Each part's size
-// follows from the header.
+// Words of this machine's byte order: a header, the slots of each graph of a sequence, the
+// sequences, then graph by graph positions, rows and, population by population, scores and visits,
+// at last the restart weights. Each part's size follows from what comes before it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,7 +23,7 @@ namespace {
 
 constexpr std::string_view kOperation = "load_layer";
 constexpr std::int64_t kMagic = 0x6b'76'6c'61'79'65'72'00;  // "kvlayer"
-constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kVersion = 2;
 
 /// What a saved layer says of itself; all its fields are numbers, in the order of the file.
 struct Header {
@@ -87,11 +88,10 @@ class Reader {
   std::span<const std::uint8_t> bytes_;
 };
 
-/// All runs of a graph's arrays, in the order of the file.
+/// All runs of the arrays of a graph with n slots, in the order of the file.
 template <class Layer, class Function>
-void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, std::int64_t b,
-                  std::int64_t g, Function&& function) {
-  const std::int64_t n = header.length;
+void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, std::int64_t n,
+                  std::int64_t b, std::int64_t g, Function&& function) {
   function(layer.positions(b, g), n);
   function(layer.row(b, g, 0).neighbors, n * row_words);
   for (int p = 0; p < header.populations; ++p) {
@@ -101,11 +101,17 @@ void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, st
   if (header.has_weights != 0) function(layer.novelty(b, g), n);
 }
 
-std::int64_t bytes_of(const Header& header, std::int64_t row_words) {
+/// `slots`: of all graphs of a sequence.
+std::int64_t bytes_of(const Header& header, std::int64_t row_words, std::int64_t slots) {
   const std::int64_t words_of_slot =
       1 + row_words + header.populations * (1 + header.has_visits) + header.has_weights;
-  return header.batch * (static_cast<std::int64_t>(sizeof(Sequence)) +
-                         header.graphs * header.length * words_of_slot * 4);
+  return header.batch * (static_cast<std::int64_t>(sizeof(Sequence)) + slots * words_of_slot * 4);
+}
+
+void check_bytes(std::string_view what, std::int64_t expected, std::int64_t got, bool more) {
+  if (more ? got >= expected : got == expected) return;
+  throw_invalid(kOperation, what, std::to_string(expected) + (more ? " at least" : ""),
+                std::to_string(got));
 }
 
 void check_header(const Header& header, const Header& mine, std::int64_t capacity) {
@@ -138,9 +144,9 @@ void check_sequence(const Sequence& sequence) {
 
 /// Returns the tokens that the graph holds.
 std::int64_t check_positions(const std::int32_t* positions, const Header& header,
-                             std::int64_t seen) {
+                             std::int64_t slots, std::int64_t seen) {
   std::vector<std::int32_t> held;
-  for (std::int64_t slot = 0; slot < header.length; ++slot) {
+  for (std::int64_t slot = 0; slot < slots; ++slot) {
     check_range(kOperation, "a position", positions[slot], -1, seen - 1);
     if (positions[slot] >= 0) held.push_back(positions[slot]);
   }
@@ -154,9 +160,9 @@ std::int64_t check_positions(const std::int32_t* positions, const Header& header
   return static_cast<std::int64_t>(held.size());
 }
 
-void check_row(ConstRow row, const Header& header) {
+void check_row(ConstRow row, const Header& header, std::int64_t slots) {
   for (int k = 0; k < header.top_k; ++k) {
-    check_range(kOperation, "a neighbour", row.neighbors[k], -1, header.length - 1);
+    check_range(kOperation, "a neighbour", row.neighbors[k], -1, slots - 1);
   }
   if (row.thresholds != nullptr && !std::is_sorted(row.thresholds, row.thresholds + header.top_k)) {
     throw_invalid(kOperation, "the thresholds of a row", "ascending", "others");
@@ -174,13 +180,17 @@ std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig&
   header.has_novelty = state.has_novelty ? 1 : 0;
   Writer writer;
   writer.put(&header, 1);
+  for (std::int64_t g = 0; g < header.graphs; ++g) {
+    const std::int64_t slots = state.extent(g);
+    writer.put(&slots, 1);
+  }
   for (std::size_t b = 0; b < state.seen.size(); ++b) {
     const Sequence sequence{state.seen[b], state.walked_at[b], state.walk_block[b]};
     writer.put(&sequence, 1);
   }
   for (std::int64_t b = 0; b < header.batch; ++b) {
     for (std::int64_t g = 0; g < header.graphs; ++g) {
-      for_each_run(layer, header, words_of_row(graph), b, g,
+      for_each_run(layer, header, words_of_row(graph), state.extent(g), b, g,
                    [&](const auto* values, std::int64_t count) { writer.put(values, count); });
     }
   }
@@ -188,28 +198,33 @@ std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig&
 }
 
 LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::int64_t capacity,
-                       std::span<const std::uint8_t> saved) {
+                       std::span<const std::int64_t> rooms, std::span<const std::uint8_t> saved) {
   Reader reader(saved);
   Header header;
   constexpr auto kHeaderBytes = static_cast<std::int64_t>(sizeof(Header));
-  if (reader.left() < kHeaderBytes) {
-    throw_invalid(kOperation, "the bytes", std::to_string(kHeaderBytes) + " at least",
-                  std::to_string(reader.left()));
-  }
+  check_bytes("the bytes", kHeaderBytes, reader.left(), true);
   reader.get(&header, 1);
   check_header(header, header_of(graph, walk), capacity);
   const std::int64_t row_words = words_of_row(graph);
-  if (reader.left() != bytes_of(header, row_words)) {
-    throw_invalid(kOperation, "the bytes behind the header",
-                  std::to_string(bytes_of(header, row_words)), std::to_string(reader.left()));
+  check_bytes("the bytes behind the header", 8 * header.graphs, reader.left(), true);
+  std::vector<std::int64_t> slots(static_cast<std::size_t>(header.graphs));
+  reader.get(slots.data(), header.graphs);
+  for (std::size_t g = 0; g < slots.size(); ++g) {
+    check_range(kOperation, "the slots of a graph", slots[g], 0,
+                std::min(header.length, rooms.empty() ? capacity : rooms[g]));
   }
+  check_bytes(
+      "the bytes behind the numbers of slots",
+      bytes_of(header, row_words, std::accumulate(slots.begin(), slots.end(), std::int64_t{0})),
+      reader.left(), false);
 
-  LoadedLayer loaded{.layer = CpuLayer(graph, walk, header.batch, capacity), .state = {}};
+  LoadedLayer loaded{.layer = CpuLayer(graph, walk, header.batch, capacity, rooms), .state = {}};
   LayerState& state = loaded.state;
   state.batch = header.batch;
   state.capacity = capacity;
+  state.rooms.assign(rooms.begin(), rooms.end());
   state.length = header.length;
-  state.ordered = header.ordered != 0;
+  state.ordered = header.ordered != 0 && !state.divided();
   state.has_novelty = header.has_novelty != 0;
   for (std::int64_t b = 0; b < header.batch; ++b) {
     Sequence sequence;
@@ -221,26 +236,28 @@ LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::in
   }
   for (std::int64_t b = 0; b < header.batch; ++b) {
     for (std::int64_t g = 0; g < header.graphs; ++g) {
-      for_each_run(loaded.layer, header, row_words, b, g,
+      const std::int64_t n = slots[static_cast<std::size_t>(g)];
+      for_each_run(loaded.layer, header, row_words, n, b, g,
                    [&](auto* values, std::int64_t count) { reader.get(values, count); });
-      const std::int64_t held = check_positions(loaded.layer.positions(b, g), header,
-                                                state.seen[static_cast<std::size_t>(b)]);
-      if (g == 0) state.held.push_back(held);
-      if (held != state.held.back()) {
-        throw_invalid(kOperation, "the number of tokens of each graph of a sequence",
-                      std::to_string(state.held.back()), std::to_string(held));
-      }
-      for (std::int64_t slot = 0; slot < header.length; ++slot) {
-        check_row(loaded.layer.row(b, g, slot), header);
+      const std::int32_t* positions = loaded.layer.positions(b, g);
+      const std::int64_t held =
+          check_positions(positions, header, n, state.seen[static_cast<std::size_t>(b)]);
+      state.held.push_back(held);
+      for (std::int64_t slot = 0; slot < n; ++slot) {
+        check_row(loaded.layer.row(b, g, slot), header, n);
       }
       for (int p = 0; p < header.populations; ++p) {
         const float* scores = loaded.layer.scores(b, g, p);
-        if (!std::all_of(scores, scores + header.length,
+        if (!std::all_of(scores, scores + n,
                          [](float score) { return std::isfinite(score) && score >= 0.0F; })) {
           throw_invalid(kOperation, "scores", "finite and non-negative", "others");
         }
       }
     }
+  }
+  if (header.ordered != 0 && !state.holds_alike()) {
+    throw_invalid(kOperation, "the number of tokens of each graph of a sequence",
+                  "the same where slots follow the text", "others");
   }
   return loaded;
 }

@@ -80,7 +80,8 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
                                .keys = args.keys,
                                .first = first,
                                .count = std::min(at_once, layer.batch() - first),
-                               .length = length};
+                               .length = length,
+                               .layer = &layer};
     score_keys(context, round, queries, scores);
 
     const int threads = context.threads_for(round.operations(graph));
@@ -103,20 +104,21 @@ UpdateCounts update_single(const CpuContext& context, CpuLayer& layer, const Upd
       const std::int64_t first_query = (b - first) * graph.num_query_heads + first_head * group;
       bool finite = all_finite(queries + first_query * dim, query_heads * dim);
       for (std::int64_t h = first_head; h < first_head + context.head_count(); ++h) {
-        context.simd.load_row(head_pointer(args.keys, b, h) + slot * key_bytes, args.keys.dtype,
-                              dim, key);
+        context.simd.load_row(layer.slots(args.keys, b, h) + slot * key_bytes, args.keys.dtype, dim,
+                              key);
         finite = finite && all_finite(key, dim);
       }
       if (!finite) ++nonfinite;
       if (!finite && !args.attends()) return;
 
-      float* const sums = mine.sums.at_least(length);
-      std::fill_n(sums, length, 0.0F);
+      const std::int64_t slots = layer.extent(g, length);
+      float* const sums = mine.sums.at_least(slots);
+      std::fill_n(sums, slots, 0.0F);
       for (std::int64_t q = first_query; q < first_query + query_heads; ++q) {
-        totals[q] = add_softmax(context, softmax_args(args), scores + q * length, length, positions,
+        totals[q] = add_softmax(context, softmax_args(args), scores + q * length, slots, positions,
                                 1.0F / static_cast<float>(query_heads), sums);
       }
-      if (finite) draw_row(context, layer, b, g, slot, sums, length);
+      if (finite) draw_row(context, layer, b, g, slot, sums, slots);
     });
 
     if (args.attends()) {

@@ -40,15 +40,15 @@ bool is_protected(std::int32_t position, std::int64_t seen, const EvictionConfig
   return position < eviction.sinks || position >= seen - eviction.window;
 }
 
-/// The slots of one graph of a sequence that is cut, ascending.
+/// The slots of one graph of a sequence that is cut, ascending; `budget` is less than it holds.
 std::vector<std::int32_t> kept_slots(const CpuContext& context, const CpuLayer& layer,
                                      const LayerState& state, const EvictionConfig& eviction,
-                                     std::int64_t b, std::int64_t g) {
+                                     std::int64_t budget, std::int64_t b, std::int64_t g) {
   const std::int32_t* positions = layer.positions(b, g);
   const std::int64_t seen = state.seen[static_cast<std::size_t>(b)];
   std::vector<std::int32_t> kept;
   std::vector<std::int32_t> candidates;
-  for (std::int64_t slot = 0; slot < state.length; ++slot) {
+  for (std::int64_t slot = 0; slot < state.extent(g); ++slot) {
     if (positions[slot] < 0) continue;
     const bool stays = is_protected(positions[slot], seen, eviction);
     (stays ? kept : candidates).push_back(static_cast<std::int32_t>(slot));
@@ -56,7 +56,7 @@ std::vector<std::int32_t> kept_slots(const CpuContext& context, const CpuLayer& 
 
   // Every population takes its share of the places from what the ones before it left; the first one
   // takes what rounding leaves over.
-  const std::int64_t places = eviction.budget - static_cast<std::int64_t>(kept.size());
+  const std::int64_t places = budget - static_cast<std::int64_t>(kept.size());
   const auto& populations = context.walk.populations;
   std::vector<std::int64_t> quotas;
   std::int64_t given = 0;
@@ -79,7 +79,7 @@ std::vector<std::int32_t> kept_slots(const CpuContext& context, const CpuLayer& 
 std::vector<std::int32_t> held_slots(const CpuLayer& layer, const LayerState& state, std::int64_t b,
                                      std::int64_t g) {
   std::vector<std::int32_t> held;
-  for (std::int64_t slot = 0; slot < state.length; ++slot) {
+  for (std::int64_t slot = 0; slot < state.extent(g); ++slot) {
     if (layer.positions(b, g)[slot] >= 0) held.push_back(static_cast<std::int32_t>(slot));
   }
   return held;
@@ -93,15 +93,19 @@ void select(const CpuContext& context, const CpuLayer& layer, const LayerState& 
   parallel_for(layer.batch() * layer.graphs(), threads, [&](std::int64_t task, int) {
     const std::int64_t b = task / layer.graphs();
     const std::int64_t g = task % layer.graphs();
-    const bool cut = args.cut[static_cast<std::size_t>(b)] != 0;
+    const std::int64_t budget = args.budgets[static_cast<std::size_t>(g)];
+    // With budgets of their own heads are cut together, those that hold less as well.
+    const bool cut = args.cut[static_cast<std::size_t>(b)] != 0 &&
+                     state.held_by(b)[static_cast<std::size_t>(g)] > budget;
     const std::vector<std::int32_t> kept =
-        cut ? kept_slots(context, layer, state, args.eviction, b, g)
+        cut ? kept_slots(context, layer, state, args.eviction, budget, b, g)
             : held_slots(layer, state, b, g);
-    const std::int64_t empty = args.kept_length - static_cast<std::int64_t>(kept.size());
+    const std::int64_t empty =
+        args.left_aligned ? 0 : args.kept_length - static_cast<std::int64_t>(kept.size());
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {
       auto* slots = element_pointer<std::int32_t>(out, b * out.stride(0) + h * out.stride(1));
-      std::fill_n(slots, empty, -1);
+      std::fill_n(slots, args.kept_length, -1);
       std::copy(kept.begin(), kept.end(), slots + empty);
     }
   });
@@ -118,7 +122,7 @@ void safety_mask(const CpuContext& context, const CpuLayer& layer, const LayerSt
     std::vector<std::int32_t> slots = held_slots(layer, state, b, g);
     const auto safe = static_cast<std::int64_t>(
         std::ceil(top_fraction * static_cast<double>(slots.size()) - 1e-9));
-    const std::vector<float> scores = scores_of(context, layer, b, g, -1, state.length);
+    const std::vector<float> scores = scores_of(context, layer, b, g, -1, state.extent(g));
     best_first(slots, safe, scores.data(), positions);
     for (std::int64_t h = context.first_head(g); h < context.first_head(g) + context.head_count();
          ++h) {

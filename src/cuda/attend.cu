@@ -36,10 +36,12 @@ using WidestDots = TensorDots<__nv_bfloat16, 4, kMostColumns, 1>;
 
 /// How a launch is spread, and what it sees besides its arguments.
 struct AttendPlan {
-  int cluster;                              ///< thread blocks a KV head
-  int slots;                                ///< most of a block
-  bool draws_row;                           ///< scores stay, and the row is drawn from them
-  TableView<const std::int32_t> positions;  ///< of each KV head's slots; data null: all are seen
+  int cluster;     ///< thread blocks a KV head
+  int slots;       ///< most of a block
+  bool draws_row;  ///< scores stay, and the row is drawn from them
+  /// Of each KV head's slots, where the layer is divided at its first_slots; data null: all are
+  /// seen.
+  TableView<const std::int32_t> positions;
 };
 
 /// Where a block keeps what in shared memory, in bytes: behind a RowLayout.
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   int end = 0;
   const auto find_slots = [&](auto& task) {
     if (layer.counters != nullptr) slot = slot_at(update, b, h, length);
-    const int visible = visible_slots(layer, slot, length, extent);
+    const int visible = visible_slots(layer, h, slot, length, extent);
     const int part = part_of(visible, cluster);
     begin = min(rank * part, visible);
     end = min(begin + part, visible);
@@ -172,10 +174,12 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
     task.end = end;
     task.own_slot = static_cast<int>(slot);
   };
-  const std::int32_t* const positions =
-      plan.positions.data == nullptr ? nullptr
-                                     : plan.positions.data + b * plan.positions.sequence_stride +
-                                           h * plan.positions.head_stride;
+  const std::int32_t* positions = plan.positions.data;
+  if (positions != nullptr) {
+    positions += b * plan.positions.sequence_stride + (layer.first_slots == nullptr
+                                                           ? h * plan.positions.head_stride
+                                                           : __ldg(layer.first_slots + h));
+  }
   const float scale = update.scale * kLog2E;
 #pragma unroll 1
   for (int first = 0; first < query_heads; first += kColumns) {
@@ -442,10 +446,12 @@ bool attend_fits(std::int64_t group, std::int64_t head_dim) {
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
                    cudaStream_t stream) {
   const bool shared_graph = layer.heads_per_graph > 1;
-  const TableView<const std::int32_t> positions{.data = layer.positions,
-                                                .sequence_stride = layer.graphs * layer.capacity,
-                                                .head_stride = shared_graph ? 0 : layer.capacity,
-                                                .slot_stride = 1};
+  const bool divided = layer.first_slots != nullptr;
+  const TableView<const std::int32_t> positions{
+      .data = layer.positions,
+      .sequence_stride = divided ? layer.pool : layer.graphs * layer.capacity,
+      .head_stride = shared_graph ? 0 : layer.capacity,
+      .slot_stride = 1};
   const bool drawn = launch_any(layer, args, extent, !shared_graph, positions, stream);
   if (!drawn) launch_update(layer, args.update, extent, stream);
 }

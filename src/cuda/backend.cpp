@@ -44,12 +44,14 @@ using cuda::TokensView;
 
 cudaStream_t handle_of(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
 
-TokensView tokens_of(const ConstTensorView& view) {
+/// `first_slots`: of a LayerView, where the view has the slots of the layer's heads.
+TokensView tokens_of(const ConstTensorView& view, const std::int32_t* first_slots = nullptr) {
   return {.data = view.data,
           .dtype = view.dtype,
           .sequence_stride = view.stride(0),
-          .head_stride = view.stride(1),
-          .token_stride = view.rank > 3 ? view.stride(2) : 0};
+          .head_stride = first_slots == nullptr ? view.stride(1) : 0,
+          .token_stride = view.rank > 3 ? view.stride(2) : 0,
+          .first_slots = first_slots};
 }
 
 template <class T, class Pointer>
@@ -61,8 +63,9 @@ TableView<T> table_of(const BasicTensorView<Pointer>& view) {
 }
 
 cuda::AttendArgs attend_args(const cuda::UpdateArgs& update, const AttendedViews& attended) {
-  return {
-      .update = update, .values = tokens_of(attended.values), .out = table_of<void>(attended.out)};
+  return {.update = update,
+          .values = tokens_of(attended.values, update.keys.first_slots),
+          .out = table_of<void>(attended.out)};
 }
 
 /// Whether the current device can attend with these shapes.
@@ -156,7 +159,7 @@ class CudaBackend final : public Backend {
     layers_.reserve(states.size());
     for (std::size_t l = 0; l < states.size(); ++l) {
       layers_.emplace_back(graph_, walk_, shared(), static_cast<std::int64_t>(l), states[l].batch,
-                           states[l].capacity, own);
+                           states[l].capacity, states[l].rooms, own);
       upload_counters(layers_.back().view(), states[l], own);
     }
     scratch_ = missing_scratch(all_views(), own);
@@ -175,13 +178,13 @@ class CudaBackend final : public Backend {
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
-  void resize(std::int64_t layer, std::int64_t capacity,
+  void resize(std::int64_t layer, std::int64_t capacity, std::span<const std::int64_t> rooms,
               std::span<const std::int64_t> sequences) override {
     const DeviceGuard guard(graph_.device.index);
     raise_reported("resize");
     const cudaStream_t own = order_.own();
     LayerMemory next(graph_, walk_, shared(), layer, static_cast<std::int64_t>(sequences.size()),
-                     capacity, own);
+                     capacity, rooms, own);
     const LayerMemory& old = layers_[static_cast<std::size_t>(layer)];
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       next.copy_sequence(static_cast<std::int64_t>(b), old, sequences[b], state(layer).length, own);
@@ -189,6 +192,10 @@ class CudaBackend final : public Backend {
     check(cudaMemcpyAsync(next.view().counters, old.view().counters, sizeof(LayerCounters),
                           cudaMemcpyDeviceToDevice, own),
           "cudaMemcpyAsync");
+    if (!rooms.empty()) {
+      std::int32_t& ordered = next.view().counters->ordered;
+      check(cudaMemsetAsync(&ordered, 0, sizeof(ordered), own), "cudaMemsetAsync");
+    }
     check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
     replace_layer(layer, next, own);
     change(own, [&] { refresh_restart_tables(layer, capacity, own); });
@@ -237,7 +244,7 @@ class CudaBackend final : public Backend {
       change(queue, [&] {
         if (args.length > args.first_slot + 1) leave_gap(layer, args.length - 1, queue);
         const cuda::UpdateArgs update{.queries = tokens_of(args.queries),
-                                      .keys = tokens_of(args.keys),
+                                      .keys = tokens_of(args.keys, view(layer).first_slots),
                                       .slots = args.slots.empty()
                                                    ? TableView<const std::int32_t>{}
                                                    : table_of<const std::int32_t>(args.slots),
@@ -274,8 +281,8 @@ class CudaBackend final : public Backend {
           .revolutions = revolutions_.as<double>(),
           .pairs = static_cast<std::int32_t>(graph_.rotary.inv_freq.size()),
           .interleaved = graph_.rotary.interleaved};
-      cuda::launch_novelty(view(layer), tokens_of(keys), rotary, walk_.novelty_width,
-                           scratch_.novelty.as<float>(), extent, queue);
+      cuda::launch_novelty(view(layer), tokens_of(keys, view(layer).first_slots), rotary,
+                           walk_.novelty_width, scratch_.novelty.as<float>(), extent, queue);
       refresh_restart_tables(layer, extent, queue);
     });
   }
@@ -347,19 +354,19 @@ class CudaBackend final : public Backend {
   void select(std::int64_t layer, const CutArgs& args, const TensorView& out,
               Stream stream) const override {
     if (args.kept_length == 0) return;
-    cuda::SelectArgs select{.budget = args.eviction.budget,
-                            .window = args.eviction.window,
+    cuda::SelectArgs select{.window = args.eviction.window,
                             .sinks = args.eviction.sinks,
                             .kept_length = args.kept_length,
+                            .left_aligned = args.left_aligned,
                             .shares = {}};
     for (std::size_t p = 0; p < walk_.populations.size(); ++p) {
       select.shares[p] = walk_.populations[p].share;
     }
     read("select", layer, stream, [&](cudaStream_t queue, std::int64_t extent) {
       for (std::int64_t b = 0; b < view(layer).batch; b += SequenceMarks::kMost) {
-        cuda::launch_select(view(layer), select, b, marks_of(args.cut, b, view(layer).batch),
-                            table_of<std::int32_t>(out), scratch_.marks.as<std::int32_t>(), extent,
-                            queue);
+        cuda::launch_select(view(layer), select, args.budgets.data(), b,
+                            marks_of(args.cut, b, view(layer).batch), table_of<std::int32_t>(out),
+                            scratch_.marks.as<std::int32_t>(), extent, queue);
       }
     });
   }
@@ -383,15 +390,16 @@ class CudaBackend final : public Backend {
   }
 
   void place(std::int64_t layer, const PlaceArgs& args, Stream stream) const override {
-    require_free_slots("place", layer, args.keys.size(2));
+    const LayerState& host = state(layer);
+    require_free_slots("place", layer, host.divided() ? host.capacity : args.keys.size(2));
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t queue = begin_beside_walk("place", stream);
     look(queue, [&] {
       cuda::launch_place(view(layer),
                          {.new_keys = tokens_of(args.new_keys),
                           .new_values = tokens_of(args.new_values),
-                          .keys = tokens_of(args.keys),
-                          .values = tokens_of(args.values),
+                          .keys = tokens_of(args.keys, view(layer).first_slots),
+                          .values = tokens_of(args.values, view(layer).first_slots),
                           .slots = table_of<std::int32_t>(args.slots),
                           .num_slots = args.keys.size(2),
                           .key_dim = args.keys.size(3),
@@ -407,7 +415,7 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(graph_.device.index);
     const cudaStream_t queue = begin(operation, stream);
     const TableView<const std::int32_t> table = table_of<const std::int32_t>(keep);
-    const auto batch = static_cast<std::size_t>(view(layer).batch);
+    const auto graphs = std::int64_t{view(layer).batch} * view(layer).graphs;
     const bool recording = is_recording(stream);
     const auto admit = [&](const std::int64_t* expected) {
       cuda::launch_admit_keep(view(layer), table, keep.size(2), expected,
@@ -421,7 +429,7 @@ class CudaBackend final : public Backend {
     auto* counts = scratch_.results.as<std::int64_t>(kResultTable);
     std::int64_t* expected = nullptr;
     if (!kept.empty()) {
-      expected = counts + batch;
+      expected = counts + graphs;
       std::copy(kept.begin(), kept.end(), expected);
     }
     look(queue, [&] {
@@ -430,7 +438,7 @@ class CudaBackend final : public Backend {
     order_.synchronize();
     if (checked()->fault != 0U) cuda::throw_fault(operation, *checked());
     look(queue, [&] { admit(nullptr); });
-    return {counts, counts + batch};
+    return {counts, counts + graphs};
   }
 
   void compact(std::int64_t layer, const ConstTensorView& keep, const TensorView& keys,
@@ -511,18 +519,28 @@ class CudaBackend final : public Backend {
     });
   }
 
+  std::vector<std::int64_t> taken_slots(std::int64_t layer) const override {
+    const DeviceGuard guard(graph_.device.index);
+    raise_reported("taken_slots");
+    const cudaStream_t own = order_.own();
+    auto* taken = scratch_.results.as<std::int64_t>(kResultTable);
+    look(own, [&] { cuda::launch_taken_slots(view(layer), taken, own); });
+    order_.synchronize();
+    return {taken, taken + view(layer).graphs};
+  }
+
   void reset(std::int64_t layer, std::int64_t sequence) override {
     const DeviceGuard guard(graph_.device.index);
     raise_reported("reset");
     const cudaStream_t own = order_.own();
     const LayerState& host = state(layer);
     bool others = false;
-    for (std::size_t b = 0; b < host.held.size(); ++b) {
-      others = others || (std::cmp_not_equal(b, sequence) && host.held[b] != 0);
+    for (std::int64_t b = 0; b < host.batch; ++b) {
+      others = others || (b != sequence && host.most_held(b) != 0);
     }
     change(own, [&] {
-      cuda::launch_reset(view(layer), sequence, others ? host.length : 0, !others || host.ordered,
-                         view(layer).capacity, own);
+      cuda::launch_reset(view(layer), sequence, others ? host.length : 0,
+                         others ? host.ordered : !host.divided(), view(layer).capacity, own);
       refresh_restart_tables(layer, view(layer).capacity, own);
     });
   }
@@ -602,10 +620,10 @@ class CudaBackend final : public Backend {
     host.ordered = counters.ordered != 0;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       host.seen[b] = sequences[b].seen;
-      host.held[b] = sequences[b].held;
       host.walked_at[b] = sequences[b].walked_at;
       host.walk_block[b] = sequences[b].walk_block;
     }
+    host.held = held_by_graphs(layer, sequences, host.ordered);
   }
 
   BackendStatistics statistics() const override {
@@ -686,19 +704,22 @@ class CudaBackend final : public Backend {
     return handle_of(stream);
   }
 
-  /// For calls of which a walk under way notices nothing.
-  /// As far as the host knows: while replays go on, the device may hold more.
+  /// Each graph has a free one below `slots`, as far as the host knows: while replays go on, the
+  /// device may hold more.
   void require_free_slots(std::string_view operation, std::int64_t layer,
                           std::int64_t slots) const {
     const LayerState& host = state(layer);
-    const std::int64_t limit = std::min(host.capacity, slots);
-    for (std::size_t b = 0; b < host.held.size(); ++b) {
-      if (host.held[b] < limit) continue;
-      throw_invalid(
-          operation, "sequence " + std::to_string(b), "one with a free slot",
-          std::to_string(host.held[b]) + " tokens in " + std::to_string(limit) + " slots");
+    for (std::int64_t b = 0; b < host.batch; ++b) {
+      const auto held = host.held_by(b);
+      for (std::size_t g = 0; g < held.size(); ++g) {
+        const std::int64_t limit = std::min(host.room(static_cast<std::int64_t>(g)), slots);
+        if (held[g] < limit) continue;
+        throw_invalid(operation, "sequence " + std::to_string(b), "one with a free slot",
+                      std::to_string(held[g]) + " tokens in " + std::to_string(limit) + " slots");
+      }
     }
   }
+  /// For calls of which a walk under way notices nothing.
   cudaStream_t begin_beside_walk(std::string_view operation, Stream stream) const {
     raise_reported(operation);
     order_.enter_beside_walk(handle_of(stream), operation);
@@ -877,7 +898,7 @@ class CudaBackend final : public Backend {
     std::vector<SequenceCounters> sequences;
     for (std::size_t b = 0; b < host.seen.size(); ++b) {
       sequences.push_back({.seen = host.seen[b],
-                           .held = host.held[b],
+                           .held = host.held_by(static_cast<std::int64_t>(b))[0],
                            .walked_at = host.walked_at[b],
                            .walk_block = host.walk_block[b]});
     }
@@ -903,6 +924,25 @@ class CudaBackend final : public Backend {
     return sequences;
   }
 
+  /// (B, G)
+  std::vector<std::int64_t> held_by_graphs(std::int64_t layer,
+                                           const std::vector<SequenceCounters>& sequences,
+                                           bool ordered) const {
+    const std::int64_t graphs = view(layer).graphs;
+    if (ordered) {  // those of a sequence hold the same tokens
+      std::vector<std::int64_t> held;
+      for (const SequenceCounters& sequence : sequences) {
+        held.insert(held.end(), static_cast<std::size_t>(graphs), sequence.held);
+      }
+      return held;
+    }
+    const cudaStream_t own = order_.own();
+    auto* counts = scratch_.results.as<std::int64_t>(kResultTable);
+    look(own, [&] { cuda::launch_count_held(view(layer), counts, own); });
+    order_.synchronize();
+    return {counts, counts + view(layer).batch * graphs};
+  }
+
   /// Slots up to `length` are in use from now on, empty: a checked slot of a new token lies there.
   void leave_gap(std::int64_t layer, std::int64_t length, cudaStream_t queue) {
     const LayerCounters counters{.length = length, .ordered = 0, .ticket = 0};
@@ -912,10 +952,11 @@ class CudaBackend final : public Backend {
   }
 
   /// Copies all arrays of a layer between the device and a layer of the same shape in host memory.
-  static void copy_layer(const LayerView& device, CpuLayer& host, cudaMemcpyKind kind,
+  static void copy_layer(const LayerMemory& memory, CpuLayer& host, cudaMemcpyKind kind,
                          cudaStream_t queue) {
     constexpr std::int64_t kWord = 4;
-    const std::int64_t slots = std::int64_t{device.batch} * device.graphs * device.capacity;
+    const LayerView& device = memory.view();
+    const std::int64_t slots = memory.slots();
     if (slots == 0) return;
     const auto copy = [&](void* on_device, void* on_host, std::int64_t words) {
       const bool upload = kind == cudaMemcpyHostToDevice;
@@ -1023,8 +1064,8 @@ LoadResult CudaBackend::load_rows(std::int64_t layer, const ConstTensorView& pos
   CpuLayer loaded(graph_, walk_, memory.batch, memory.capacity);
   LoadResult result = load_graphs(graph_, loaded, host_positions.view(), host_neighbors.view(),
                                   host_probabilities.view());
-  LayerMemory next(graph_, walk_, shared(), layer, memory.batch, memory.capacity, queue);
-  copy_layer(next.view(), loaded, cudaMemcpyHostToDevice, queue);
+  LayerMemory next(graph_, walk_, shared(), layer, memory.batch, memory.capacity, {}, queue);
+  copy_layer(next, loaded, cudaMemcpyHostToDevice, queue);
   LayerState host = state(layer);
   host.length = positions.size(2);
   host.ordered = result.ordered;
@@ -1040,20 +1081,23 @@ std::vector<std::uint8_t> CudaBackend::save_layer(std::int64_t layer) const {
   const DeviceGuard guard(graph_.device.index);
   raise_reported("save_layer");
   const cudaStream_t own = order_.own();
-  const LayerView& memory = view(layer);
-  CpuLayer copy(graph_, walk_, memory.batch, memory.capacity);
+  const LayerMemory& memory = layers_[static_cast<std::size_t>(layer)];
+  const LayerState& host = state(layer);
+  CpuLayer copy(graph_, walk_, host.batch, host.capacity, host.rooms);
   copy_layer(memory, copy, cudaMemcpyDeviceToHost, own);
   check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
-  return detail::save_layer(graph_, walk_, copy, state(layer));
+  return detail::save_layer(graph_, walk_, copy, host);
 }
 
 LayerState CudaBackend::load_layer(std::int64_t layer, std::span<const std::uint8_t> saved) {
   const DeviceGuard guard(graph_.device.index);
   raise_reported("load_layer");
-  LoadedLayer loaded = detail::load_layer(graph_, walk_, state(layer).capacity, saved);
+  const LayerState& host = state(layer);
+  LoadedLayer loaded = detail::load_layer(graph_, walk_, host.capacity, host.rooms, saved);
   const cudaStream_t own = order_.own();
-  LayerMemory next(graph_, walk_, shared(), layer, loaded.state.batch, loaded.state.capacity, own);
-  copy_layer(next.view(), loaded.layer, cudaMemcpyHostToDevice, own);
+  LayerMemory next(graph_, walk_, shared(), layer, loaded.state.batch, loaded.state.capacity,
+                   loaded.state.rooms, own);
+  copy_layer(next, loaded.layer, cudaMemcpyHostToDevice, own);
   upload_counters(next.view(), loaded.state, own);
   replace_layer(layer, next, own);
   change(own, [&] { refresh_restart_tables(layer, loaded.state.length, own); });

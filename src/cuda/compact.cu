@@ -1,11 +1,12 @@
 // Moves kept slots to the front, in place: of the caller's tensors and, at the same time, of the
 // graph.
 //
-// keep[i] - i never falls along a list, so all moves to the right come before all moves to the
-// left, and the two kinds never touch each other's slots. Moves to the left are done in ascending
-// chunks: what a later chunk reads lies behind everything that an earlier one writes, so its loads
-// may be under way already. Only within a chunk all loads must be done before any store. Moves to
-// the right mirror this.
+// keep[i] - i never falls along the slots of a list, so all moves to the right come before all
+// moves to the left, and the two kinds never touch each other's slots. Moves to the left are done
+// in ascending chunks: what a later chunk reads lies behind everything that an earlier one writes,
+// so its loads may be under way already. Only within a chunk all loads must be done before any
+// store. Moves to the right mirror this. Where the slots stand in front of every -1, there are no
+// moves to the right.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -191,9 +192,11 @@ __device__ void move_slots(const RowMove& row, bool left, std::int32_t begin, st
   }
 }
 
-/// First index i of the list with keep[i] >= (from_itself ? i : 0); what holds for one holds for
-/// all behind it. All threads of the block take part and get the same.
-__device__ std::int32_t first_index(const RowMove& row, std::int32_t length, bool from_itself) {
+/// First index i of the list for which is_in_front(i, keep[i]) does not hold, as for none behind
+/// it. All threads of the block take part and get the same.
+template <class IsInFront>
+__device__ std::int32_t first_index(const RowMove& row, std::int32_t length,
+                                    IsInFront&& is_in_front) {
   std::int32_t low = 0;
   std::int32_t high = length;  // the answer lies in [low, high]
   while (low < high) {
@@ -202,7 +205,7 @@ __device__ std::int32_t first_index(const RowMove& row, std::int32_t length, boo
         min(low + static_cast<std::int32_t>(threadIdx.x) * step, std::int32_t{high - 1});
     const std::int32_t slot = row.keep[i * row.keep_stride];
     // Samples ascend with the thread, so those in front of the answer are counted.
-    const int in_front = __syncthreads_count(static_cast<int>(slot < (from_itself ? i : 0)));
+    const int in_front = __syncthreads_count(static_cast<int>(is_in_front(i, slot)));
     if (in_front == 0) return low;
     const std::int32_t last = min(low + (in_front - 1) * step, std::int32_t{high - 1});
     if (in_front < kMoveThreads) high = min(low + in_front * step, std::int32_t{high});
@@ -216,9 +219,14 @@ __device__ void move_row(const RowMove& row, std::int32_t length, int cluster, i
                          char* shared) {
   auto* const staged = reinterpret_cast<Vector*>(shared);
   std::int32_t stays = 0;  // slots from here on stay or come from behind
-  if (row.keep[0] < 0) {
-    const std::int32_t full = first_index(row, length, false);
-    stays = first_index(row, length, true);
+  const bool begins_with_slot = row.keep[0] >= 0;
+  const bool ends_with_slot = row.keep[(length - 1) * row.keep_stride] >= 0;
+  if (begins_with_slot && !ends_with_slot) {
+    length = first_index(row, length, [](std::int32_t, std::int32_t slot) { return slot >= 0; });
+  } else if (!begins_with_slot) {
+    const std::int32_t full =
+        first_index(row, length, [](std::int32_t, std::int32_t slot) { return slot < 0; });
+    stays = first_index(row, length, [](std::int32_t i, std::int32_t slot) { return slot < i; });
     if (full < stays) move_slots(row, false, full, stays, cluster, rank, staged);
   }
   if (stays < length) move_slots(row, true, stays, length, cluster, rank, staged);
@@ -314,8 +322,11 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
 struct GraphMove {
   std::int64_t b;
   std::int64_t g;
-  std::int32_t empty;  ///< slots in front of the kept ones, of a sequence with fewer than others
-  RowMove move;        ///< one word a slot
+  RowMove move;  ///< one word a slot
+  /// The kept slots in the list, of a graph that keeps fewer than others: behind or before the rest
+  /// of it, which is empty afterwards.
+  std::int32_t begin;
+  std::int32_t end;
   int cluster;
   int rank;
   int thread;  ///< of the cluster
@@ -325,61 +336,70 @@ struct GraphMove {
                        int graph, int its_rank)
       : b(graph / layer.graphs),
         g(graph % layer.graphs),
-        empty(static_cast<std::int32_t>(args.kept_length - kept[b])),
         move{.base = nullptr,
              .slot_stride = 4,
              .vectors = 1,
              .keep = args.keep.data + b * args.keep.sequence_stride +
                      g * layer.heads_per_graph * args.keep.head_stride,
              .keep_stride = args.keep.slot_stride},
+        begin(0),
+        end(static_cast<std::int32_t>(kept[graph])),
         cluster(args.cluster),
         rank(its_rank),
         thread(its_rank * kMoveThreads + static_cast<int>(threadIdx.x)),
-        threads(args.cluster * kMoveThreads) {}
+        threads(args.cluster * kMoveThreads) {
+    if (end < args.kept_length && !(end > 0 && move.keep[0] >= 0)) {
+      begin = args.kept_length - end;
+      end = args.kept_length;
+    }
+  }
 };
 
 /// One number a slot: they move, then those in front of the kept slots and behind them become
 /// `nothing`.
-__device__ void rearrange(GraphMove graph, void* data, std::int32_t nothing,
-                          std::int32_t kept_length, std::int32_t length, char* shared) {
-  if (kept_length > graph.empty) {
+__device__ void rearrange(GraphMove graph, void* data, std::int32_t nothing, std::int32_t length,
+                          char* shared) {
+  if (graph.begin < graph.end) {
     graph.move.base = static_cast<char*>(data);
-    move_row<unsigned>(graph.move, kept_length, graph.cluster, graph.rank, shared);
+    move_row<unsigned>(graph.move, graph.end, graph.cluster, graph.rank, shared);
   }
   auto* const words = static_cast<std::int32_t*>(data);
-  for (std::int32_t i = graph.thread; i < graph.empty; i += graph.threads) words[i] = nothing;
-  for (std::int32_t i = kept_length + graph.thread; i < length; i += graph.threads) {
+  for (std::int32_t i = graph.thread; i < graph.begin; i += graph.threads) words[i] = nothing;
+  for (std::int32_t i = graph.end + graph.thread; i < length; i += graph.threads) {
     words[i] = nothing;
   }
 }
 
-/// Rows are rewritten, which reads all positions; then both move. Rows behind the kept ones are
+/// Rows are rewritten, which reads all positions; then both move. Rows behind those of the list are
 /// written when a token takes their place.
 __device__ void move_rows_of_graph(const LayerView& layer, const MoveArgs& args,
                                    const GraphMove& graph, const std::int32_t* new_slots,
                                    std::int32_t length, char* shared) {
   std::int32_t* const positions = positions_of(layer, graph.b, graph.g);
   std::int32_t* const rows = row_of(layer, graph.b, graph.g, 0);
+  const std::int64_t row_words = layer.row_words;
   RowMove move = graph.move;
   new_slots += graph_index(layer, graph.b, graph.g) * layer.capacity;
-  for (std::int32_t i = graph.empty + graph.thread; i < args.kept_length; i += graph.threads) {
+  for (std::int32_t i = graph.begin + graph.thread; i < graph.end; i += graph.threads) {
     const std::int32_t slot = move.keep[i * move.keep_stride];
     remap_row(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
               positions[slot], rows + std::int64_t{slot} * layer.row_words);
   }
   cluster_sync(graph.cluster);
 
-  if (args.kept_length > graph.empty) {
+  if (graph.begin < graph.end) {
     move.base = reinterpret_cast<char*>(rows);
     move.slot_stride = std::int64_t{4} * layer.row_words;
     move.vectors = layer.row_words / 4;
-    move_row<uint4>(move, args.kept_length, graph.cluster, graph.rank, shared);
+    move_row<uint4>(move, graph.end, graph.cluster, graph.rank, shared);
     __syncthreads();  // words are staged elsewhere than vectors
   }
-  for (int w = graph.thread; w < graph.empty * layer.row_words; w += graph.threads) {
-    rows[w] = w % layer.row_words < layer.top_k ? -1 : 0;
+  std::int32_t* const empty = rows + (graph.begin == 0 ? graph.end * row_words : 0);
+  const std::int32_t empty_slots = args.kept_length - (graph.end - graph.begin);
+  for (std::int64_t w = graph.thread; w < empty_slots * row_words; w += graph.threads) {
+    empty[w] = w % row_words < layer.top_k ? -1 : 0;
   }
-  rearrange(graph, positions, -1, args.kept_length, length, shared);
+  rearrange(graph, positions, -1, length, shared);
 }
 
 /// What a graph has one number a slot of besides positions: scores and visits of each population,
@@ -405,14 +425,17 @@ __device__ void move_graph(const LayerView& layer, const MoveArgs& args,
   if (part == 0) {
     move_rows_of_graph(layer, args, graph, new_slots, length, shared);
   } else {
-    rearrange(graph, array_of(layer, graph.b, graph.g, part - 1), 0, args.kept_length, length,
-              shared);
+    rearrange(graph, array_of(layer, graph.b, graph.g, part - 1), 0, length, shared);
   }
   cluster_sync(graph.cluster);
   if (graph.thread != 0) return;
+  const std::int64_t first_graph = graph_index(layer, graph.b, 0);
+  if (part == 0 && kept[first_graph + graph.g] != kept[first_graph]) layer.counters->ordered = 0;
   const auto last = static_cast<std::uint32_t>(args.graph_tasks - 1);
   if (atomicInc(&layer.counters->ticket, last) != last) return;
-  for (std::int64_t i = 0; i < layer.batch; ++i) layer.sequences[i].held = kept[i];
+  for (std::int64_t i = 0; i < layer.batch; ++i) {
+    layer.sequences[i].held = kept[i * layer.graphs];
+  }
   layer.counters->length = args.kept_length;
 }
 

@@ -25,7 +25,8 @@ void throw_fault(std::string_view operation, const FaultRecord& record) {
                             value);
     case Fault::keep_order:
       detail::throw_invalid(operation, "the kept slots" + where,
-                            "ascending slots in use behind any -1", value + " after " + limit);
+                            "ascending slots in use, with every -1 before or every -1 behind them",
+                            value + " after " + limit);
     case Fault::keep_empty:
       detail::throw_invalid(operation, "the kept slots" + where, "slots that hold a token",
                             value + ", which is empty");

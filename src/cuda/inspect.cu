@@ -1,4 +1,5 @@
-// What a layer holds, copied out: scores, visits, positions, rows.
+// What a layer holds, copied out: scores, visits, positions, rows. Slots that the layer has and a
+// graph has no room for are empty.
 #include <cstdint>
 
 #include "cuda/cuda_check.h"
@@ -28,8 +29,9 @@ __global__ void __launch_bounds__(kThreads)
     scores_kernel(LayerView layer, int population, TableView<float> out, std::int64_t runs) {
   for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
     const std::int64_t g = h / layer.heads_per_graph;
+    const bool has_slot = slot < room_of(layer, g);
     float sum = 0.0F;
-    for (int p = 0; p < layer.populations; ++p) {
+    for (int p = 0; has_slot && p < layer.populations; ++p) {
       if (population < 0 || population == p) sum += scores_of(layer, b, g, p)[slot];
     }
     at(out, b, h, slot) = sum;
@@ -41,17 +43,21 @@ __global__ void __launch_bounds__(kThreads)
                   std::int64_t runs) {
   for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
     const std::int64_t g = h / layer.heads_per_graph;
-    at(out, b, h, slot) =
-        layer.visits != nullptr
-            ? visits_of(layer, b, g, population)[slot]
-            : static_cast<std::uint32_t>(lroundf(scores_of(layer, b, g, population)[slot]));
+    std::uint32_t visits = 0;
+    if (slot < room_of(layer, g)) {
+      visits = layer.visits != nullptr
+                   ? visits_of(layer, b, g, population)[slot]
+                   : static_cast<std::uint32_t>(lroundf(scores_of(layer, b, g, population)[slot]));
+    }
+    at(out, b, h, slot) = visits;
   });
 }
 
 __global__ void __launch_bounds__(kThreads)
     positions_kernel(LayerView layer, TableView<std::int32_t> out, std::int64_t runs) {
   for_slot(layer, layer.heads, runs, [&](std::int64_t b, std::int64_t h, std::int64_t slot) {
-    at(out, b, h, slot) = positions_of(layer, b, h / layer.heads_per_graph)[slot];
+    const std::int64_t g = h / layer.heads_per_graph;
+    at(out, b, h, slot) = slot < room_of(layer, g) ? positions_of(layer, b, g)[slot] : -1;
   });
 }
 
@@ -69,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     };
     std::int32_t* const to = &at(neighbors, b, g, slot);
     float* const weight = &at(probabilities, b, g, slot);
-    const std::int32_t position = positions[slot];
+    const std::int32_t position = slot < room_of(layer, g) ? positions[slot] : -1;
     int count = 0;
     if (position >= 0) {
       std::uint64_t total = std::uint64_t{1} << 32U;

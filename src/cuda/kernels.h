@@ -117,7 +117,7 @@ struct PlaceArgs {
   TokensView keys;  ///< written
   TokensView values;
   TableView<std::int32_t> slots;
-  std::int64_t num_slots;  ///< of keys and values
+  std::int64_t num_slots;  ///< of keys and values, where the layer is even
   std::int64_t key_dim;
   std::int64_t value_dim;
 };
@@ -125,19 +125,19 @@ struct PlaceArgs {
 /// reported to the manager, and gets -1.
 void launch_place(const LayerView& layer, const PlaceArgs& args, cudaStream_t stream);
 
-/// Checks kept slots (B, Hkv, count) and writes to `kept` (B) how many head 0 of each sequence
-/// keeps, or a fault to `result`. Where `expected` (B) is not null a sequence must keep that many.
+/// Checks kept slots (B, Hkv, count) and writes to `kept` (B, G) how many each graph keeps, or a
+/// fault to `result`. Where `expected` (B, G) is not null a graph must keep that many.
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
                        std::int64_t count, const std::int64_t* expected, std::int64_t* kept,
                        FaultRecord* result, cudaStream_t stream);
 /// Before a list of kept slots is used: checks it as launch_check_keep does and reports a fault to
-/// the manager. Writes how many each sequence keeps to `kept` (B) and, for the entry e of a graph's
+/// the manager. Writes how many each graph keeps to `kept` (B, G) and, for the entry e of a graph's
 /// list, new_slots[keep[e]] = e; other entries of `new_slots` (B, G, capacity) mean nothing.
-/// `expected`: B numbers of the host, or null.
+/// `expected`: B * G numbers of the host, or null.
 void launch_admit_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,
                        std::int64_t count, const std::int64_t* expected, std::int32_t* new_slots,
                        std::int64_t* kept, cudaStream_t stream);
-/// Clears every slot that is not kept; books what each sequence holds. Behind launch_admit_keep.
+/// Clears every slot that is not kept; books what is held. Behind launch_admit_keep.
 void launch_release(const LayerView& layer, const TableView<const std::int32_t>& keep,
                     std::int64_t count, const std::int32_t* new_slots, const std::int64_t* kept,
                     std::int64_t extent, cudaStream_t stream);
@@ -146,6 +146,10 @@ void launch_release(const LayerView& layer, const TableView<const std::int32_t>&
 void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
                           std::int64_t* found, std::int64_t* oldest, std::int64_t* last,
                           std::int64_t extent, cudaStream_t stream);
+/// For each graph of a sequence, one behind its last slot with a token in any sequence: (G).
+void launch_taken_slots(const LayerView& layer, std::int64_t* taken, cudaStream_t stream);
+/// Tokens that each graph holds: (B, G).
+void launch_count_held(const LayerView& layer, std::int64_t* held, cudaStream_t stream);
 /// dropped (B) on the device.
 void launch_truncate(const LayerView& layer, std::int64_t length, const std::int64_t* dropped,
                      std::int64_t extent, cudaStream_t stream);
@@ -208,9 +212,9 @@ void launch_begin_walk(const LayerView* layers, const LayerView* copies, int cou
                        std::uint64_t blocks, std::int64_t most_batch, std::int64_t first_sequence,
                        const SequenceMarks& marks, cudaStream_t stream);
 /// Walks the populations listed, of `count` layers at once. `layers` is on the device; `shape` is
-/// one of them (all share what is not a pointer, batch or capacity); `most_batch` and `most_extent`
-/// are over them. Sequences [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is
-/// set take part. The tables by novelty must be there, see launch_restart_tables.
+/// one of them (all share what is not a pointer, batch, capacity or pool); `most_batch` and
+/// `most_extent` are over them. Sequences [first_sequence, first_sequence + SequenceMarks::kMost)
+/// whose bit is set take part. The tables by novelty must be there, see launch_restart_tables.
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  const PopulationList& populations, std::int64_t most_batch,
                  std::int64_t most_extent, std::int64_t first_sequence, const SequenceMarks& marks,
@@ -246,18 +250,19 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
 // ---- select.cu
 
 struct SelectArgs {
-  std::int64_t budget;
   std::int64_t window;
   std::int64_t sinks;
   std::int64_t kept_length;
+  bool left_aligned;  ///< -1 stand behind the kept slots, not before them
   double shares[kMaxPopulations];
 };
 
-/// Writes i32 (B, Hkv, kept_length); marked sequences are cut, the others keep what they hold.
-/// `marks_scratch` is (B, G, capacity).
-void launch_select(const LayerView& layer, const SelectArgs& args, std::int64_t first_sequence,
-                   const SequenceMarks& cut, const TableView<std::int32_t>& out,
-                   std::int32_t* marks_scratch, std::int64_t extent, cudaStream_t stream);
+/// Writes i32 (B, Hkv, kept_length); graphs of marked sequences are cut to their `budgets` (G, of
+/// the host), the others keep what they hold. `marks_scratch` is (B, G, capacity).
+void launch_select(const LayerView& layer, const SelectArgs& args, const std::int64_t* budgets,
+                   std::int64_t first_sequence, const SequenceMarks& cut,
+                   const TableView<std::int32_t>& out, std::int32_t* marks_scratch,
+                   std::int64_t extent, cudaStream_t stream);
 void launch_safety_mask(const LayerView& layer, std::int64_t window, std::int64_t sinks,
                         double top_fraction, const TableView<std::uint8_t>& out,
                         std::int32_t* marks_scratch, std::int64_t extent, cudaStream_t stream);
@@ -275,12 +280,13 @@ struct MoveJob {
 };
 inline constexpr int kMostMoveJobs = 2;
 
-/// Moves the kept slots keep[e ...] to e ..., in place; what lies behind keeps its bytes.
+/// Moves the kept slots keep[e ...] to e ..., in place; every -1 of a list stands before them or
+/// every -1 behind them. What lies behind keeps its bytes.
 void launch_move(const MoveJob* jobs, int count, std::int64_t batch,
                  const TableView<const std::int32_t>& keep, std::int64_t kept_length,
                  const FaultRecord* fault, cudaStream_t stream);
-/// The same, and the layer's graphs with it; books lengths. Behind launch_admit_keep, whose results
-/// `new_slots` and `kept` are.
+/// The same, and the graphs of an even layer with it; books lengths. Behind launch_admit_keep,
+/// whose results `new_slots` and `kept` are.
 void launch_compact(const LayerView& layer, const MoveJob* jobs, int count,
                     const TableView<const std::int32_t>& keep, std::int64_t kept_length,
                     const std::int32_t* new_slots, const std::int64_t* kept, cudaStream_t stream);

@@ -1,6 +1,9 @@
 // What the kernels see of a layer: device pointers and counts, handed over by value.
 //
-// Every array's leading axes are (sequence, graph of the sequence), as on the CPU. The counters
+// Every array's leading axes are (sequence, graph of the sequence), as on the CPU. Graphs have as
+// many slots each, or, in a divided layer, rooms of different size in one pool a sequence: then
+// `capacity` in the shape of an array stands for the room of its graph, and `length`, which is one
+// number a layer, for what of it a graph has room for. The counters
 // live on the device and are advanced there, so that a captured step goes on where the last replay
 // ended; the host keeps its own copy (LayerState) for checks that need no device.
 #pragma once
@@ -14,7 +17,7 @@ namespace spectralkv::cuda {
 
 struct SequenceCounters {
   std::int64_t seen;
-  std::int64_t held;
+  std::int64_t held;  ///< by graph 0; by each of them while the layer is `ordered`
   std::int64_t walked_at;
   std::uint64_t walk_block;  ///< Philox block at which the next walk starts
 };
@@ -71,7 +74,9 @@ struct LayerView {
   std::int32_t populations;
   std::int32_t num_sinks;
   EdgeLaw law;
-  std::int64_t capacity;
+  std::int64_t capacity;            ///< of a divided layer: the largest room
+  std::int64_t pool;                ///< of a divided layer: slots of a sequence
+  const std::int32_t* first_slots;  ///< (G + 1), of a divided layer: where rooms begin; null: even
 
   std::int32_t* positions;  ///< (B, G, capacity), -1: empty
   std::int32_t* rows;       ///< (B, G, capacity, row_words), a row starts at a multiple of its size
@@ -93,13 +98,15 @@ struct LayerView {
   std::uint32_t* walk_tickets;    ///< (B): thread blocks that have begun a walk, 0 between walks
 };
 
-/// (B, H, S or Q, D) of the caller; strides count elements, the last axis is contiguous.
+/// (B, H, S or Q, D) of the caller; strides count elements, the last axis is contiguous. Of a
+/// divided layer: (B, 1, pool, D), where a head's slots begin at first_slots[head].
 struct TokensView {
   const void* data;
   DType dtype;
   std::int64_t sequence_stride;
   std::int64_t head_stride;
   std::int64_t token_stride;
+  const std::int32_t* first_slots = nullptr;  ///< as in LayerView
 };
 
 /// (B, H, n) or (B, H) of the caller.

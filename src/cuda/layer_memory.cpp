@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <span>
 
 #include "backend.h"
 #include "cuda/cuda_check.h"
@@ -35,7 +37,8 @@ void copy_runs(void* to, std::int64_t to_stride, const void* from, std::int64_t 
 
 LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
                          const SharedMemory& shared, std::int64_t index, std::int64_t batch,
-                         std::int64_t capacity, cudaStream_t stream) {
+                         std::int64_t capacity, std::span<const std::int64_t> rooms,
+                         cudaStream_t stream) {
   const std::int64_t graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1;
   const auto populations = static_cast<std::int64_t>(walk.populations.size());
   view_.index = static_cast<std::int32_t>(index);
@@ -51,6 +54,13 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.num_sinks = static_cast<std::int32_t>(graph.num_sinks);
   view_.law = graph.edge_law;
   view_.capacity = capacity;
+  if (!rooms.empty()) {
+    for (const std::int64_t room : rooms) {
+      first_slots_.push_back(static_cast<std::int32_t>(view_.pool));
+      view_.pool += room;
+    }
+    first_slots_.push_back(static_cast<std::int32_t>(view_.pool));
+  }
   const std::int64_t restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
   view_.restart_group = 1;
   while (kMostCoarseSums * view_.restart_group < restart_blocks) view_.restart_group *= 2;
@@ -60,7 +70,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.reported = shared.reported;
   view_.statistics = shared.statistics;
 
-  const std::int64_t slots = batch * graphs * capacity;
+  const std::int64_t slots = this->slots();
   const bool has_visits = needs_visits(walk);
   std::int64_t size = 0;
   const auto take = [&size](std::int64_t bytes) {
@@ -82,6 +92,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   const std::int64_t tables = batch * graphs * populations;
   const std::int64_t restart_tables = take(tables * view_.restart_stride * 8);
   const std::int64_t walk_tickets = take(batch * 4);
+  const std::int64_t first_slots = take(std::ssize(first_slots_) * 4);
   const std::int64_t update = take(update_scratch(view_));
 
   memory_ = Memory(size, Memory::Kind::device);
@@ -95,11 +106,18 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.restart_tables = memory_.as<std::uint64_t>(restart_tables);
   view_.walk_tickets = memory_.as<std::uint32_t>(walk_tickets);
   view_.update_scratch = memory_.as<void>(update);
+  if (is_divided()) view_.first_slots = memory_.as<std::int32_t>(first_slots);
   walk_view_ = view_;
   walk_view_.counters = memory_.as<LayerCounters>(walk_counters);
   walk_view_.sequences = memory_.as<SequenceCounters>(walk_sequences);
   check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
         "cudaMemsetAsync");
+  if (is_divided()) {
+    check(
+        cudaMemcpyAsync(memory_.as<std::int32_t>(first_slots), first_slots_.data(),
+                        first_slots_.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream),
+        "cudaMemcpyAsync");
+  }
   if (slots > 0) {
     check(cudaMemsetAsync(view_.positions, 0xff, static_cast<std::size_t>(slots * 4), stream),
           "cudaMemsetAsync");
@@ -110,19 +128,23 @@ void LayerMemory::copy_sequence(std::int64_t to, const LayerMemory& other, std::
                                 std::int64_t length, cudaStream_t stream) {
   const LayerView& mine = view_;
   const LayerView& its = other.view_;
-  const std::int64_t graphs = mine.graphs;
-  const std::int64_t values = graphs * mine.populations;
-  const auto copy = [&](auto* own, const auto* others, std::int64_t runs, std::int64_t words) {
-    if (own == nullptr) return;
-    copy_runs(own + to * runs * mine.capacity * words, mine.capacity * words,
-              others + from * runs * its.capacity * words, its.capacity * words, length * words,
-              runs, stream);
-  };
-  copy(mine.positions, its.positions, graphs, 1);
-  copy(mine.rows, its.rows, graphs, mine.row_words);
-  copy(mine.scores, its.scores, values, 1);
-  copy(mine.visits, its.visits, values, 1);
-  copy(mine.novelty, its.novelty, graphs, 1);
+  // Even layers have all graphs at equal distances: one copy an array.
+  const std::int64_t at_once = is_divided() || other.is_divided() ? 1 : mine.graphs;
+  for (std::int64_t g = 0; g < mine.graphs; g += at_once) {
+    const std::int64_t own_slots = to * slots_before(mine.graphs) + slots_before(g);
+    const std::int64_t its_slots = from * other.slots_before(mine.graphs) + other.slots_before(g);
+    const std::int64_t count = std::min({length, room(g), other.room(g)});
+    const auto copy = [&](auto* own, const auto* others, std::int64_t runs, std::int64_t words) {
+      if (own == nullptr) return;
+      copy_runs(own + own_slots * runs * words, room(g) * words, others + its_slots * runs * words,
+                other.room(g) * words, count * words, at_once * runs, stream);
+    };
+    copy(mine.positions, its.positions, 1, 1);
+    copy(mine.rows, its.rows, 1, mine.row_words);
+    copy(mine.scores, its.scores, mine.populations, 1);
+    copy(mine.visits, its.visits, mine.populations, 1);
+    copy(mine.novelty, its.novelty, 1, 1);
+  }
   check(cudaMemcpyAsync(mine.sequences + to, its.sequences + from, sizeof(SequenceCounters),
                         cudaMemcpyDeviceToDevice, stream),
         "cudaMemcpyAsync");

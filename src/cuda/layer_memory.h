@@ -3,7 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "backend.h"
 #include "cuda/device_memory.h"
@@ -20,9 +23,11 @@ struct SharedMemory {
 
 class LayerMemory {
  public:
-  /// Empty arrays for `batch` sequences of `capacity` slots; queued on `stream`.
+  /// Empty arrays for `batch` sequences whose graphs have `rooms` slots (empty: `capacity` each);
+  /// queued on `stream`.
   LayerMemory(const GraphConfig& graph, const WalkConfig& walk, const SharedMemory& shared,
-              std::int64_t index, std::int64_t batch, std::int64_t capacity, cudaStream_t stream);
+              std::int64_t index, std::int64_t batch, std::int64_t capacity,
+              std::span<const std::int64_t> rooms, cudaStream_t stream);
 
   const LayerView& view() const { return view_; }
   /// The same with counters of its own: those of the beginning of a walk, see launch_begin_walk.
@@ -30,15 +35,26 @@ class LayerMemory {
   std::int64_t graph_bytes() const { return graph_bytes_; }
   std::int64_t scratch_bytes() const { return memory_.bytes() - graph_bytes_; }
 
-  /// Takes over sequence `from` of a layer of the same shape but for batch and capacity, of which
-  /// `length` slots are in use.
+  /// Slots of all graphs of all sequences.
+  std::int64_t slots() const { return view_.batch * slots_before(view_.graphs); }
+
+  /// Takes over sequence `from` of a layer of the same shape but for batch and rooms: of the first
+  /// `length` slots those that both have.
   void copy_sequence(std::int64_t to, const LayerMemory& other, std::int64_t from,
                      std::int64_t length, cudaStream_t stream);
 
  private:
+  bool is_divided() const { return !first_slots_.empty(); }
+  /// Of a sequence, before those of graph g.
+  std::int64_t slots_before(std::int64_t g) const {
+    return is_divided() ? first_slots_[static_cast<std::size_t>(g)] : g * view_.capacity;
+  }
+  std::int64_t room(std::int64_t g) const { return slots_before(g + 1) - slots_before(g); }
+
   LayerView view_{};
   LayerView walk_view_{};
   Memory memory_;
+  std::vector<std::int32_t> first_slots_;  ///< of a LayerView
   std::int64_t graph_bytes_ = 0;
 };
 

@@ -276,7 +276,7 @@ struct Part {
     head = blockIdx.x / static_cast<unsigned>(splits);
     b = head / layer.heads;
     h = head % layer.heads;
-    const int length = static_cast<int>(layer.counters->length);
+    const int length = static_cast<int>(length_of(layer, h / layer.heads_per_graph));
     const int slots = (length + splits - 1) / splits;
     begin = min(static_cast<int>(blockIdx.x % static_cast<unsigned>(splits)) * slots, length);
     end = min(begin + slots, length);
@@ -693,7 +693,7 @@ __device__ void for_each_z_score(const LayerView& layer, const Scratch& scratch,
   const std::int64_t b = graph / layer.graphs;
   const std::int64_t g = graph % layer.graphs;
   const std::int64_t first_head = b * layer.heads + g * layer.heads_per_graph;
-  const int length = static_cast<int>(layer.counters->length);
+  const int length = static_cast<int>(length_of(layer, g));
   const std::int32_t* const positions = positions_of(layer, b, g);
   constexpr int kEach = kWeightSlots / kThreads;
   double z[kEach] = {};
@@ -808,7 +808,7 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint32_t* const own = scratch.own + graph * layer.capacity;
   const std::int32_t* const places = scratch.places + (graph << scratch.place_bits);
   std::uint32_t* const weights = novelty_of(layer, b, g);
-  const int end = min((block + 1) * kWeightSlots, static_cast<int>(layer.counters->length));
+  const int end = min((block + 1) * kWeightSlots, static_cast<int>(length_of(layer, g)));
   for (int j = block * kWeightSlots + static_cast<int>(threadIdx.x); j < end; j += kThreads) {
     const std::int32_t position = positions[j];
     std::uint64_t sum = 0;

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t b = task.sequence;
     const std::int64_t g = task.graph;
     const int p = task.population;
-    const std::int64_t length = layer.counters->length;
+    const std::int64_t length = length_of(layer, g);
     const bool ordered = layer.counters->ordered != 0;
     const std::int64_t seen = layer.sequences[b].seen;
     const std::int32_t* const positions = positions_of(layer, b, g);

@@ -86,7 +86,7 @@ __device__ void fill_restart_table(const LayerView& layer, const WalkRules& rule
                                    std::int64_t g, int p) {
   __shared__ std::uint64_t warp_sums[kTableThreads / 32];
   __shared__ std::uint64_t totals[2];  // by turns: the other one may still be read
-  const std::int64_t length = layer.counters->length;
+  const std::int64_t length = length_of(layer, g);
   const RestartWeights weights = restart_weights(layer, rules, b, g, p);
   const RestartTable table = restart_table_of(layer, b, g, p);
   const int cluster = cluster_size();
@@ -105,7 +105,8 @@ __device__ void fill_restart_table(const LayerView& layer, const WalkRules& rule
     return;
   }
 
-  const bool aligned = layer.capacity % 4 == 0;
+  const bool aligned = has_quads(layer, g);
+  const std::int64_t room = room_of(layer, g);
   const std::int64_t group = layer.restart_group;
   const std::int64_t coarse = (length + group * kRestartBlock - 1) / (group * kRestartBlock);
   const std::int64_t blocks = coarse * group;
@@ -118,9 +119,9 @@ __device__ void fill_restart_table(const LayerView& layer, const WalkRules& rule
     if (slot < length) {
       std::int32_t positions[kRestartBlock];
       std::uint32_t novelty[kRestartBlock] = {};
-      load_block(weights.positions, slot, layer.capacity, aligned, positions);
+      load_block(weights.positions, slot, room, aligned, positions);
       if (weights.novelty != nullptr) {
-        load_block(weights.novelty, slot, layer.capacity, aligned, novelty);
+        load_block(weights.novelty, slot, room, aligned, novelty);
       }
 #pragma unroll
       for (int i = 0; i < kRestartBlock; ++i) {
@@ -192,11 +193,11 @@ __global__ void __launch_bounds__(kTableThreads)
   if (!find<kOne>(launch, shape, static_cast<unsigned>(cluster_index()), task)) return;
   const LayerView& layer = layer_of<kOne>(launch, shape, task);
   const std::int64_t b = task.sequence;
-  const std::int64_t length = layer.counters->length;
+  const std::int64_t length = length_of(layer, task.graph);
   const bool dense = has_dense_slots(layer, b);
   if (has_fault(layer)) return;
   if (walks) {
-    const bool aligned = layer.capacity % 4 == 0;
+    const bool aligned = has_quads(layer, task.graph);
     if (layer.visits != nullptr) {
       clear(visits_of(layer, b, task.graph, task.population), length, aligned);
     } else {
@@ -423,8 +424,8 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
   restarts.coarse_step = 0;
   restarts.fine = table.fine;
   restarts.group = layer.restart_group;
-  restarts.aligned = layer.capacity % 4 == 0;
-  restarts.capacity = static_cast<std::int32_t>(layer.capacity);
+  restarts.aligned = has_quads(layer, g);
+  restarts.room = static_cast<std::int32_t>(room_of(layer, g));
   restarts.weights = {walk.edges.positions, nullptr, 0, static_cast<std::int32_t>(seen)};
   const auto read_table = [&] {
     const uint4 header = __ldcg(reinterpret_cast<const uint4*>(table.header));
@@ -624,7 +625,7 @@ __global__ void __launch_bounds__(kAddThreads)
   if (!find<false>(launch, shape, blockIdx.x / blocks_a_graph, task)) return;
   const LayerView& layer = layer_of<false>(launch, shape, task);
   const std::int64_t j = std::int64_t{blockIdx.x % blocks_a_graph} * kAddThreads + threadIdx.x;
-  if (j >= layer.counters->length || has_fault(layer)) return;
+  if (j >= length_of(layer, task.graph) || has_fault(layer)) return;
   float* const scores = scores_of(layer, task.sequence, task.graph, task.population);
   const auto visits =
       static_cast<float>(visits_of(layer, task.sequence, task.graph, task.population)[j]);
@@ -642,7 +643,8 @@ __global__ void __launch_bounds__(kAddThreads)
   const std::int64_t j = std::int64_t{blockIdx.x % blocks_a_graph} * kAddThreads + threadIdx.x;
   if (j >= layer.counters->length) return;
   const std::uint64_t total = restart_table_of(layer, b, g, population).header->total;
-  const std::uint32_t weight = restart_weights(layer, rules, b, g, population)(j);
+  const std::uint32_t weight =
+      j < room_of(layer, g) ? restart_weights(layer, rules, b, g, population)(j) : 0U;
   out.data[b * out.sequence_stride + g * out.head_stride + j * out.slot_stride] =
       total == 0 ? 0.0F
                  : static_cast<float>(static_cast<double>(weight) / static_cast<double>(total));

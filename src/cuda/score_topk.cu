@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   int end = 0;
   const auto find_slots = [&](auto& task) {
     slot = slot_at(args, b, std::int64_t{g} * layer.heads_per_graph, length);
-    const int visible = visible_slots(layer, slot, length, extent);
+    const int visible = visible_slots(layer, g, slot, length, extent);
     const int part = part_of(visible, cluster);
     begin = min(rank * part, visible);
     end = min(begin + part, visible);
@@ -205,7 +205,7 @@ struct SplitPart {
       : b(graph / layer.graphs), g(graph % layer.graphs) {
     const std::int64_t length = layer.counters->length;
     slot = slot_at(args, b, g * layer.heads_per_graph, length);
-    const int visible = visible_slots(layer, slot, length, extent);
+    const int visible = visible_slots(layer, g, slot, length, extent);
     const int part = part_of(visible, splits);
     begin = min(split * part, visible);
     end = min(begin + part, visible);

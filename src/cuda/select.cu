@@ -3,6 +3,7 @@
 // exchange.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_rows.cuh"
@@ -27,6 +28,13 @@ constexpr int kMostKeys = 24 * 1024;
 
 enum Mark : std::int32_t { kFree, kKept, kEmpty };
 
+/// Of a round of graphs of each sequence.
+struct Budgets {
+  static constexpr std::int64_t kMost = 256;
+  std::int64_t first_graph;
+  std::int32_t values[kMost];
+};
+
 struct alignas(16) Shared {
   /// Of this block; two, so that a pass may fill one while others still read that before it.
   std::uint32_t bins[2][kBins];
@@ -41,10 +49,10 @@ struct alignas(16) Shared {
 struct Graph {
   const std::int32_t* positions;
   std::int32_t* marks;
-  const float* scores;    ///< of the first population to count
-  int populations;        ///< whose scores are summed
-  std::int64_t capacity;  ///< from one population to the next
-  int begin;              ///< slots [begin, end)
+  const float* scores;  ///< of the first population to count
+  int populations;      ///< whose scores are summed
+  std::int64_t room;    ///< from one population to the next
+  int begin;            ///< slots [begin, end)
   int end;
   std::uint64_t* keys;  ///< of these slots, 0 where a slot is not free; null: there is no room
 };
@@ -116,7 +124,7 @@ __device__ ClusterSums cluster_sums(int first, int second, int cluster, int rank
 __device__ float score_of(const Graph& graph, int slot) {
   if (graph.populations == 1) return graph.scores[slot];
   float sum = 0.0F;
-  for (int p = 0; p < graph.populations; ++p) sum += graph.scores[p * graph.capacity + slot];
+  for (int p = 0; p < graph.populations; ++p) sum += graph.scores[p * graph.room + slot];
   return sum;
 }
 
@@ -235,14 +243,14 @@ __device__ bool is_protected(std::int32_t position, std::int64_t seen, std::int6
 __device__ Graph graph_of(const LayerView& layer, std::int64_t b, std::int64_t g,
                           std::int32_t* marks_scratch, int cluster, int rank, int most_keys) {
   extern __shared__ std::uint64_t keys[];
-  const auto length = static_cast<int>(layer.counters->length);
+  const auto length = static_cast<int>(length_of(layer, g));
   const int part = (length + cluster - 1) / cluster;
   const int begin = min(rank * part, length);
   return {.positions = positions_of(layer, b, g),
           .marks = marks_scratch + graph_index(layer, b, g) * layer.capacity,
           .scores = scores_of(layer, b, g, 0),
           .populations = 1,
-          .capacity = layer.capacity,
+          .room = room_of(layer, g),
           .begin = begin,
           .end = min(begin + part, length),
           .keys = part <= most_keys ? keys : nullptr};
@@ -250,13 +258,15 @@ __device__ Graph graph_of(const LayerView& layer, std::int64_t b, std::int64_t g
 
 __global__ void __launch_bounds__(kThreads)
     select_kernel(LayerView layer, const __grid_constant__ SelectArgs args,
-                  std::int64_t first_sequence, const __grid_constant__ SequenceMarks cut,
-                  TableView<std::int32_t> out, std::int32_t* marks_scratch, int most_keys) {
+                  const __grid_constant__ Budgets budgets, std::int64_t first_sequence,
+                  const __grid_constant__ SequenceMarks cut, TableView<std::int32_t> out,
+                  std::int32_t* marks_scratch, int most_keys) {
   __shared__ Shared shared;
   const int cluster = cluster_size();
   const int rank = cluster_rank();
   const std::int64_t b = first_sequence + blockIdx.y;
-  const std::int64_t g = static_cast<int>(blockIdx.x) / cluster;
+  const int of_round = static_cast<int>(blockIdx.x) / cluster;
+  const std::int64_t g = budgets.first_graph + of_round;
   const bool is_cut = is_marked(cut, blockIdx.y);
   Graph graph = graph_of(layer, b, g, marks_scratch, cluster, rank, most_keys);
   const std::int64_t seen = layer.sequences[b].seen;
@@ -279,7 +289,8 @@ __global__ void __launch_bounds__(kThreads)
   if (is_cut) {
     // Every population takes its share of the places from what the ones before it left; the first
     // one takes what rounding leaves over.
-    const std::int64_t places = args.budget - kept;
+    const std::int64_t places = budgets.values[of_round] - kept;
+    const bool all_stay = free <= places;
     const auto quota_of = [&](int p) {
       return static_cast<std::int64_t>(
           floor(__dadd_rn(__dmul_rn(args.shares[p], static_cast<double>(places)), 1e-9)));
@@ -288,7 +299,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int p = 0; p < layer.populations; ++p) given += quota_of(p);
     for (int p = 0; p < layer.populations; ++p) {
       std::int64_t quota = quota_of(p) + (p == 0 ? places - given : 0);
-      quota = max(std::int64_t{0}, min(quota, std::int64_t{free}));
+      quota = all_stay ? free : max(std::int64_t{0}, min(quota, std::int64_t{free}));
       graph.scores = scores_of(layer, b, g, p);
       keep_best(graph, static_cast<int>(quota), free, cluster, shared);
       free -= static_cast<int>(quota);
@@ -297,22 +308,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // A replay may hold more than was planned for: then the oldest slots find no room.
-  const std::int64_t empty = args.kept_length - kept;
+  const std::int64_t none = args.kept_length - kept;
+  const std::int64_t begin = args.left_aligned ? min(none, std::int64_t{0}) : none;
+  const std::int64_t first_none = args.left_aligned ? kept : 0;
   const auto write = [&](std::int64_t i, std::int32_t slot) {
     std::int32_t* to = out.data + b * out.sequence_stride +
                        g * layer.heads_per_graph * out.head_stride + i * out.slot_stride;
     for (int h = 0; h < layer.heads_per_graph; ++h, to += out.head_stride) *to = slot;
   };
-  for (std::int64_t i = rank * kThreads + static_cast<int>(threadIdx.x); i < empty;
+  for (std::int64_t i = rank * kThreads + static_cast<int>(threadIdx.x); i < none;
        i += std::int64_t{cluster} * kThreads) {
-    write(i, -1);
+    write(first_none + i, -1);
   }
   int mine = 0;
 #pragma unroll 4
   for (int slot = graph.begin + static_cast<int>(threadIdx.x); slot < graph.end; slot += kThreads) {
     mine += graph.marks[slot] == kKept ? 1 : 0;
   }
-  std::int64_t next = empty + cluster_sums(mine, 0, cluster, rank, shared).first_before;
+  std::int64_t next = begin + cluster_sums(mine, 0, cluster, rank, shared).first_before;
   for (int base = graph.begin; base < graph.end; base += kThreads) {
     const int slot = base + static_cast<int>(threadIdx.x);
     const bool stays = slot < graph.end && graph.marks[slot] == kKept;
@@ -353,6 +366,12 @@ __global__ void __launch_bounds__(kThreads)
     std::uint8_t* to = out.data + b * out.sequence_stride +
                        g * layer.heads_per_graph * out.head_stride + slot * out.slot_stride;
     for (int h = 0; h < layer.heads_per_graph; ++h, to += out.head_stride) *to = may_go ? 1 : 0;
+  }
+  // What the table has and the graph has no room for; the graphs of such layers have a head each.
+  const std::int64_t length = layer.counters->length;
+  for (std::int64_t slot = length_of(layer, g) + rank * kThreads + static_cast<int>(threadIdx.x);
+       slot < length; slot += std::int64_t{cluster} * kThreads) {
+    out.data[b * out.sequence_stride + g * out.head_stride + slot * out.slot_stride] = 0;
   }
 }
 
@@ -409,15 +428,24 @@ void launch(void (*kernel)(Parameters...), const char* name, const Shape& shape,
 
 }  // namespace
 
-void launch_select(const LayerView& layer, const SelectArgs& args, std::int64_t first_sequence,
-                   const SequenceMarks& cut, const TableView<std::int32_t>& out,
-                   std::int32_t* marks_scratch, std::int64_t extent, cudaStream_t stream) {
+void launch_select(const LayerView& layer, const SelectArgs& args, const std::int64_t* budgets,
+                   std::int64_t first_sequence, const SequenceMarks& cut,
+                   const TableView<std::int32_t>& out, std::int32_t* marks_scratch,
+                   std::int64_t extent, cudaStream_t stream) {
   const std::int64_t sequences =
       std::min<std::int64_t>(layer.batch - first_sequence, SequenceMarks::kMost);
   if (sequences <= 0 || layer.graphs == 0) return;
   const Shape shape = shape_of(layer.graphs * sequences, extent);
-  launch(select_kernel, "select_kernel", shape, layer.graphs, sequences, stream, layer, args,
-         first_sequence, cut, out, marks_scratch, shape.keys);
+  for (std::int64_t first = 0; first < layer.graphs; first += Budgets::kMost) {
+    const std::int64_t graphs = std::min(layer.graphs - first, Budgets::kMost);
+    Budgets round{.first_graph = first, .values = {}};
+    std::transform(budgets + first, budgets + first + graphs, round.values, [](std::int64_t slots) {
+      constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
+      return static_cast<std::int32_t>(std::min(slots, kLargest));
+    });
+    launch(select_kernel, "select_kernel", shape, graphs, sequences, stream, layer, args, round,
+           first_sequence, cut, out, marks_scratch, shape.keys);
+  }
 }
 
 void launch_safety_mask(const LayerView& layer, std::int64_t window, std::int64_t sinks,

@@ -164,9 +164,10 @@ __device__ FaultRecord check_slot(const LayerView& layer,
                      .head = static_cast<std::int32_t>(h),
                      .value = slot,
                      .limit = 0};
-  if (slot < 0 || slot >= layer.capacity) {
+  const std::int64_t room = room_of(layer, g);
+  if (slot < 0 || slot >= room) {
     record.fault = static_cast<std::uint32_t>(Fault::slot_range);
-    record.limit = layer.capacity - 1;
+    record.limit = room - 1;
   } else if (slot < length && positions_of(layer, b, g)[slot] >= 0) {
     record.fault = static_cast<std::uint32_t>(Fault::slot_taken);
   } else if (slot != first) {
@@ -212,11 +213,12 @@ __global__ void __launch_bounds__(kThreads)
   *result = check_slot(layer, slots, length, i / layer.heads, i % layer.heads);
 }
 
-/// The lowest free slot of a graph, `length` if none below is; by a block of kWideThreads.
+/// The lowest free slot of a graph, the end of those in use if none below is; by a block of
+/// kWideThreads.
 __device__ std::int64_t lowest_free_slot(const LayerView& layer, std::int64_t b, std::int64_t g) {
   __shared__ unsigned long long lowest;
   const std::int32_t* const positions = positions_of(layer, b, g);
-  const std::int64_t length = layer.counters->length;
+  const std::int64_t length = length_of(layer, g);
   if (threadIdx.x == 0) lowest = static_cast<unsigned long long>(length);
   __syncthreads();
   // All loads of a round are under way at once.
@@ -253,11 +255,9 @@ __global__ void __launch_bounds__(kWideThreads)
 template <class T>
 __device__ void copy_row(const TokensView& from, const TokensView& to, std::int64_t b,
                          std::int64_t h, std::int64_t slot, std::int64_t dim) {
-  const T* const source =
-      static_cast<const T*>(from.data) + b * from.sequence_stride + h * from.head_stride;
+  const T* const source = static_cast<const T*>(from.data) + token_offset(from, b, h, 0);
   // A view of the caller's that launch_place was given to write.
-  T* const target = static_cast<T*>(const_cast<void*>(to.data)) + b * to.sequence_stride +
-                    h * to.head_stride + slot * to.token_stride;
+  T* const target = static_cast<T*>(const_cast<void*>(to.data)) + token_offset(to, b, h, slot);
   for (std::int64_t d = threadIdx.x; d < dim; d += kWideThreads) target[d] = source[d];
 }
 
@@ -267,7 +267,8 @@ __global__ void __launch_bounds__(kWideThreads) place_kernel(LayerView layer, Pl
   const std::int64_t b = blockIdx.x / layer.graphs;
   const std::int64_t g = blockIdx.x % layer.graphs;
   const std::int64_t slot = lowest_free_slot(layer, b, g);
-  const std::int64_t limit = min(layer.capacity, args.num_slots);
+  std::int64_t limit = room_of(layer, g);
+  if (layer.first_slots == nullptr) limit = min(limit, args.num_slots);
   const bool fits = slot < limit;
   if (!fits && threadIdx.x == 0) report(layer, Fault::layer_full, b, g, slot + 1, limit);
   for (int k = 0; k < layer.heads_per_graph; ++k) {
@@ -297,13 +298,15 @@ void with_size_of(DType dtype, Use&& use) {
 
 // ---- kept slots
 
-/// Checks entry i of a head's list, provided that those before it are right.
+/// Checks entry i of a head's list, provided that those before it are right. Every -1 stands before
+/// the slots, or every -1 behind them.
 __device__ FaultRecord check_entry(const LayerView& layer,
                                    const TableView<const std::int32_t>& keep, std::int64_t length,
                                    std::int64_t b, std::int64_t h, std::int64_t i) {
   const std::int64_t g = h / layer.heads_per_graph;
   const std::int64_t first = g * layer.heads_per_graph;
   const std::int32_t slot = at(keep, b, h, i);
+  const bool begins_with_slot = at(keep, b, h, 0) >= 0;
   // Where the entry before is out of range it is the one to report; this one must only not be
   // followed to a wrong address.
   const std::int32_t before = i == 0 ? -1 : max(at(keep, b, h, i - 1), -1);
@@ -313,11 +316,12 @@ __device__ FaultRecord check_entry(const LayerView& layer,
                      .head = static_cast<std::int32_t>(h),
                      .value = slot,
                      .limit = 0};
-  if (slot == -1 && before == -1) return record;
-  if (slot <= before || slot >= length) {
+  const bool is_none = slot == -1 && (before == -1 || begins_with_slot);
+  const bool is_behind_none = begins_with_slot && i > 0 && before == -1;
+  if (!is_none && (slot <= before || slot >= extent_of(layer, g, length) || is_behind_none)) {
     record.fault = static_cast<std::uint32_t>(Fault::keep_order);
     record.limit = before;
-  } else if (positions_of(layer, b, g)[slot] < 0) {
+  } else if (!is_none && positions_of(layer, b, g)[slot] < 0) {
     record.fault = static_cast<std::uint32_t>(Fault::keep_empty);
   } else if (h != first && slot != at(keep, b, first, i)) {
     record.fault = static_cast<std::uint32_t>(Fault::keep_differ);
@@ -334,27 +338,22 @@ __global__ void __launch_bounds__(kWideThreads)
   const std::int64_t length = layer.counters->length;
   bool bad = false;
   std::int64_t own = 0;
-  std::int64_t of_first = 0;
 #pragma unroll 4
   for (std::int64_t i = threadIdx.x; i < count; i += kWideThreads) {
     bad |= check_entry(layer, keep, length, b, h, i).fault != 0U;
     own += at(keep, b, h, i) >= 0 ? 1 : 0;
-    of_first += at(keep, b, 0, i) >= 0 ? 1 : 0;
   }
-  __shared__ unsigned long long sums[2];
-  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+  __shared__ unsigned long long sum;
+  if (threadIdx.x == 0) sum = 0;
   __syncthreads();
-  const unsigned own_warp = warp_add(static_cast<unsigned>(own));
-  const unsigned first_warp = warp_add(static_cast<unsigned>(of_first));
-  if (threadIdx.x % 32 == 0) {
-    atomicAdd(&sums[0], static_cast<unsigned long long>(own_warp));
-    atomicAdd(&sums[1], static_cast<unsigned long long>(first_warp));
-  }
+  const unsigned of_warp = warp_add(static_cast<unsigned>(own));
+  if (threadIdx.x % 32 == 0) atomicAdd(&sum, static_cast<unsigned long long>(of_warp));
   bad = __syncthreads_or(static_cast<int>(bad)) != 0;
   if (threadIdx.x != 0) return;
-  const auto counted = static_cast<std::int64_t>(sums[0]);
-  bad = bad || sums[0] != sums[1] || (expected != nullptr && expected[b] != counted);
-  if (h == 0) kept[b] = counted;
+  const auto counted = static_cast<std::int64_t>(sum);
+  const std::int64_t graph = graph_index(layer, b, h / layer.heads_per_graph);
+  bad = bad || (expected != nullptr && expected[graph] != counted);
+  if (h % layer.heads_per_graph == 0) kept[graph] = counted;
   if (bad) result->fault = static_cast<std::uint32_t>(Fault::keep_order);
 }
 
@@ -366,7 +365,6 @@ __global__ void __launch_bounds__(kWideThreads)
   __shared__ unsigned long long first_bad;
   const std::int64_t length = layer.counters->length;
   for (std::int64_t b = 0; b < layer.batch; ++b) {
-    std::int64_t of_first = 0;
     for (std::int64_t h = 0; h < layer.heads; ++h) {
       __syncthreads();
       if (threadIdx.x == 0) first_bad = kNowhere;
@@ -380,11 +378,10 @@ __global__ void __launch_bounds__(kWideThreads)
         own += __syncthreads_count(static_cast<int>(i < count && at(keep, b, h, i) >= 0));
       }
       __syncthreads();
-      if (h == 0) of_first = own;
       const unsigned long long found = first_bad;
-      const bool differs = own != of_first;
-      const bool unexpected = expected != nullptr && own != expected[b];
-      if (found == kNowhere && !differs && !unexpected) continue;
+      const std::int64_t graph = graph_index(layer, b, h / layer.heads_per_graph);
+      const bool unexpected = expected != nullptr && own != expected[graph];
+      if (found == kNowhere && !unexpected) continue;
       if (threadIdx.x != 0) return;
       if (found != kNowhere) {
         *result = check_entry(layer, keep, length, b, h, static_cast<std::int64_t>(found));
@@ -394,35 +391,36 @@ __global__ void __launch_bounds__(kWideThreads)
                    .sequence = static_cast<std::int32_t>(b),
                    .head = static_cast<std::int32_t>(h),
                    .value = own,
-                   .limit = differs ? of_first : expected[b]};
+                   .limit = expected[graph]};
       }
       return;
     }
   }
 }
 
-/// Kept slots of a round of sequences, where the host knows them.
+/// Kept slots of a round of graphs, where the host knows them.
 struct KeptCounts {
-  static constexpr int kMost = 128;
+  static constexpr int kMost = 512;
   bool known;
-  std::int64_t values[kMost];
+  std::int32_t values[kMost];
 };
 
-/// A thread an entry. The entry with which a head's kept slots begin knows how many there are.
+/// A thread an entry, graphs of the round along y. One entry of a head's list knows how many slots
+/// are kept: the first of them, or the last where they stand in front.
 __global__ void __launch_bounds__(kThreads)
     admit_keep_kernel(LayerView layer, TableView<const std::int32_t> keep, std::int64_t count,
-                      std::int64_t runs, std::int64_t first_sequence,
+                      std::int64_t runs, std::int64_t first_graph,
                       const __grid_constant__ KeptCounts expected, std::int32_t* new_slots,
                       std::int64_t* kept) {
   if (has_fault(layer)) return;
-  const std::int64_t b = first_sequence + blockIdx.y;
-  const std::int64_t h = std::int64_t{blockIdx.x} / runs;
+  const std::int64_t graph = first_graph + blockIdx.y;
+  const std::int64_t b = graph / layer.graphs;
+  const std::int64_t g = graph % layer.graphs;
+  const std::int64_t head_of_graph = std::int64_t{blockIdx.x} / runs;
+  const std::int64_t h = g * layer.heads_per_graph + head_of_graph;
   const std::int64_t i = (std::int64_t{blockIdx.x} % runs) * kThreads + threadIdx.x;
-  const std::int64_t g = h / layer.heads_per_graph;
   if (i > 0 && i >= count) return;
   std::int64_t own = 0;
-  bool begins = count == 0;
-  bool as_first = true;
   if (count > 0) {
     const FaultRecord record = check_entry(layer, keep, layer.counters->length, b, h, i);
     if (record.fault != 0U) {
@@ -430,23 +428,23 @@ __global__ void __launch_bounds__(kThreads)
       return;
     }
     const std::int32_t slot = record.value;
-    if (slot >= 0 && h == g * layer.heads_per_graph) {
-      new_slots[graph_index(layer, b, g) * layer.capacity + slot] = static_cast<std::int32_t>(i);
+    if (slot >= 0 && head_of_graph == 0) {
+      new_slots[graph * layer.capacity + slot] = static_cast<std::int32_t>(i);
     }
-    const bool at_first_slot = slot >= 0 && (i == 0 || at(keep, b, h, i - 1) < 0);
-    begins = at_first_slot || (slot < 0 && i == count - 1);
-    if (!begins) return;
-    own = at_first_slot ? count - i : 0;
-    as_first = at_first_slot ? at(keep, b, 0, i) >= 0 && (i == 0 || at(keep, b, 0, i - 1) < 0)
-                             : at(keep, b, 0, i) < 0;
+    const bool is_last = i == count - 1;
+    if (at(keep, b, h, 0) >= 0) {
+      if (slot < 0 || (!is_last && at(keep, b, h, i + 1) >= 0)) return;
+      own = i + 1;
+    } else if (slot >= 0) {
+      if (at(keep, b, h, i - 1) >= 0) return;
+      own = count - i;
+    } else if (!is_last) {
+      return;
+    }
   }
-  if (h == 0) kept[b] = own;
+  if (head_of_graph == 0) kept[graph] = own;
   if (expected.known && expected.values[blockIdx.y] != own) {
     report(layer, Fault::keep_count, b, h, own, expected.values[blockIdx.y]);
-  } else if (!as_first) {
-    std::int64_t of_first = 0;
-    for (std::int64_t e = 0; e < count; ++e) of_first += at(keep, b, 0, e) >= 0 ? 1 : 0;
-    report(layer, Fault::keep_count, b, h, own, of_first);
   }
 }
 
@@ -456,13 +454,13 @@ __global__ void __launch_bounds__(kThreads)
   if (has_fault(layer)) return;
   if (blockIdx.x == 0) {
     for (std::int64_t b = threadIdx.x; b < layer.batch; b += kThreads) {
-      layer.sequences[b].held = kept[b];
+      layer.sequences[b].held = kept[b * layer.graphs];
     }
     if (threadIdx.x == 0) layer.counters->ordered = 0;
   }
   if (runs == 0) return;
   const Run run = run_of(layer.graphs, runs);
-  const std::int64_t length = layer.counters->length;
+  const std::int64_t length = length_of(layer, run.g);
   const std::int64_t slot = run.begin + threadIdx.x;
   bool goes = false;
   if (slot < length) {
@@ -488,8 +486,9 @@ __global__ void __launch_bounds__(kWideThreads)
   __shared__ unsigned found_in_block;
   __shared__ unsigned oldest_in_block;
   const std::int64_t b = blockIdx.x / layer.graphs;
-  const std::int32_t* const positions = positions_of(layer, b, blockIdx.x % layer.graphs);
-  const std::int64_t length = layer.counters->length;
+  const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  const std::int64_t length = length_of(layer, g);
   const auto seen = static_cast<unsigned>(layer.sequences[b].seen);
   if (threadIdx.x == 0) {
     found_in_block = 0;
@@ -517,29 +516,66 @@ __global__ void __launch_bounds__(kWideThreads)
   oldest[blockIdx.x] = oldest_in_block;
 }
 
-/// One block looks at the graphs one after the other, from the end: most have a token there.
+/// Raises `highest` to the last of a graph's slots in use for which counts(slot, position) holds.
+/// By a block of kWideThreads, from the end: most graphs have a token there.
+template <class Counts>
+__device__ void raise_to_last(const LayerView& layer, std::int64_t b, std::int64_t g,
+                              long long& highest, Counts&& counts) {
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  for (std::int64_t end = length_of(layer, g); end > highest + 1; end -= kWideThreads) {
+    const std::int64_t slot = end - 1 - threadIdx.x;
+    const bool found = slot >= 0 && positions[slot] >= 0 && counts(slot, positions[slot]);
+    // Everyone has read `highest` before it changes, and sees the change before the next round.
+    const bool any = __syncthreads_or(static_cast<int>(found)) != 0;
+    if (found) atomicMax(&highest, static_cast<long long>(slot));
+    __syncthreads();
+    if (any) break;
+  }
+}
+
+/// One block looks at the graphs one after the other.
 __global__ void __launch_bounds__(kWideThreads)
     last_staying_kernel(LayerView layer, std::int64_t count, bool ordered, std::int64_t* last) {
   __shared__ long long highest;
-  const std::int64_t length = layer.counters->length;
   if (threadIdx.x == 0) highest = -1;
   __syncthreads();
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
   for (std::int64_t graph = 0; graph < graphs; ++graph) {
     const std::int64_t b = graph / layer.graphs;
-    const std::int32_t* const positions = layer.positions + graph * layer.capacity;
-    for (std::int64_t end = length; end > highest + 1; end -= kWideThreads) {
-      const std::int64_t slot = end - 1 - threadIdx.x;
-      const bool stays = slot >= 0 && positions[slot] >= 0 &&
-                         !is_newest(layer, b, slot, positions[slot], length, count, ordered);
-      // Everyone has read `highest` before it changes, and sees the change before the next round.
-      const bool any = __syncthreads_or(static_cast<int>(stays)) != 0;
-      if (stays) atomicMax(&highest, static_cast<long long>(slot));
-      __syncthreads();
-      if (any) break;
-    }
+    const std::int64_t g = graph % layer.graphs;
+    const std::int64_t length = length_of(layer, g);
+    raise_to_last(layer, b, g, highest, [&](std::int64_t slot, std::int32_t position) {
+      return !is_newest(layer, b, slot, position, length, count, ordered);
+    });
   }
   if (threadIdx.x == 0) *last = highest;
+}
+
+/// A block a graph of all sequences.
+__global__ void __launch_bounds__(kWideThreads)
+    taken_slots_kernel(LayerView layer, std::int64_t* taken) {
+  __shared__ long long highest;
+  if (threadIdx.x == 0) highest = -1;
+  __syncthreads();
+  for (std::int64_t b = 0; b < layer.batch; ++b) {
+    raise_to_last(layer, b, blockIdx.x, highest, [](std::int64_t, std::int32_t) { return true; });
+  }
+  if (threadIdx.x == 0) taken[blockIdx.x] = highest + 1;
+}
+
+/// A block a graph.
+__global__ void __launch_bounds__(kWideThreads)
+    count_held_kernel(LayerView layer, std::int64_t* held) {
+  const std::int64_t b = blockIdx.x / layer.graphs;
+  const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int32_t* const positions = positions_of(layer, b, g);
+  const std::int64_t length = length_of(layer, g);
+  std::int64_t sum = 0;
+  for (std::int64_t base = 0; base < length; base += kWideThreads) {
+    const std::int64_t slot = base + threadIdx.x;
+    sum += __syncthreads_count(static_cast<int>(slot < length && positions[slot] >= 0));
+  }
+  if (threadIdx.x == 0) held[blockIdx.x] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -547,7 +583,7 @@ __global__ void __launch_bounds__(kThreads)
                     std::int64_t runs) {
   if (has_fault(layer)) return;
   const Run run = run_of(layer.graphs, runs);
-  const std::int64_t old_length = layer.counters->length;
+  const std::int64_t old_length = length_of(layer, run.g);
   const std::int64_t first = layer.sequences[run.b].seen - dropped[run.b];
   const std::int64_t slot = run.begin + threadIdx.x;
   std::int32_t* const positions = positions_of(layer, run.b, run.g);
@@ -586,8 +622,9 @@ __global__ void __launch_bounds__(kThreads)
   if (runs == 0) return;
   const Run run = run_of(layer.graphs, runs);
   const std::int64_t slot = run.begin + threadIdx.x;
-  clear_marked(layer, sequence, run.g, run.begin, extent - run.begin, slot < extent);
-  if (slot < extent) positions_of(layer, sequence, run.g)[slot] = -1;
+  const std::int64_t end = extent_of(layer, run.g, extent);
+  clear_marked(layer, sequence, run.g, run.begin, end - run.begin, slot < end);
+  if (slot < end) positions_of(layer, sequence, run.g)[slot] = -1;
 }
 
 }  // namespace
@@ -656,12 +693,17 @@ void launch_admit_keep(const LayerView& layer, const TableView<const std::int32_
                        std::int64_t count, const std::int64_t* expected, std::int32_t* new_slots,
                        std::int64_t* kept, cudaStream_t stream) {
   const std::int64_t runs = std::max<std::int64_t>(1, runs_of(count));
-  for (std::int64_t first = 0; first < layer.batch; first += KeptCounts::kMost) {
-    const std::int64_t part = std::min<std::int64_t>(KeptCounts::kMost, layer.batch - first);
+  const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
+  for (std::int64_t first = 0; first < graphs; first += KeptCounts::kMost) {
+    const std::int64_t part = std::min<std::int64_t>(KeptCounts::kMost, graphs - first);
     KeptCounts counts{};
     counts.known = expected != nullptr;
-    if (counts.known) std::copy_n(expected + first, part, counts.values);
-    const dim3 grid(static_cast<unsigned>(runs * layer.heads), static_cast<unsigned>(part));
+    if (counts.known) {
+      std::transform(expected + first, expected + first + part, counts.values,
+                     [](std::int64_t slots) { return static_cast<std::int32_t>(slots); });
+    }
+    const dim3 grid(static_cast<unsigned>(runs * layer.heads_per_graph),
+                    static_cast<unsigned>(part));
     admit_keep_kernel<<<grid, kThreads, 0, stream>>>(layer, keep, count, runs, first, counts,
                                                      new_slots, kept);
     check(cudaGetLastError(), "admit_keep_kernel");
@@ -688,6 +730,20 @@ void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool order
   }
   last_staying_kernel<<<1, kWideThreads, 0, stream>>>(layer, count, ordered, last);
   check(cudaGetLastError(), "last_staying_kernel");
+}
+
+void launch_taken_slots(const LayerView& layer, std::int64_t* taken, cudaStream_t stream) {
+  if (layer.graphs == 0) return;
+  taken_slots_kernel<<<static_cast<unsigned>(layer.graphs), kWideThreads, 0, stream>>>(layer,
+                                                                                       taken);
+  check(cudaGetLastError(), "taken_slots_kernel");
+}
+
+void launch_count_held(const LayerView& layer, std::int64_t* held, cudaStream_t stream) {
+  const auto graphs = static_cast<unsigned>(layer.batch * layer.graphs);
+  if (graphs == 0) return;
+  count_held_kernel<<<graphs, kWideThreads, 0, stream>>>(layer, held);
+  check(cudaGetLastError(), "count_held_kernel");
 }
 
 void launch_truncate(const LayerView& layer, std::int64_t length, const std::int64_t* dropped,

@@ -45,7 +45,16 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == spectralkv.__version__
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "generate", "chat", "evaluate", "inspect", "bench", "info"):
+    for command in (
+        "demo",
+        "generate",
+        "chat",
+        "evaluate",
+        "inspect",
+        "calibrate",
+        "bench",
+        "info",
+    ):
         assert command in shown
     assert main(["evaluate", "perplexity", "--help"]) == 0
     assert "--policy" in capsys.readouterr().out
@@ -311,6 +320,33 @@ def test_inspect_writes_both_heat_maps(
     assert "each head kept 90" in capsys.readouterr().out
     assert (output / "heatmap.png").stat().st_size > 1000
     assert "snapkv" in (output / "heatmap.html").read_text(encoding="utf-8")
+
+
+def test_calibrated_shares_serve_every_command(
+    device: str,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shares = tmp_path / "shares.json"
+    common = ["-m", str(model_folder), "--device", device]
+    command = ["calibrate", str(text_file), *common, "--output", str(shares)]
+    assert main([*command, "--length", "200", "--sequences", "1", "--budget", "0.4"]) == 0
+    assert "2 layers x 2 KV heads, 1 sequences of 200 tokens" in capsys.readouterr().out
+    policy = ["--policy", f"spectral:head_shares={shares}"]
+    output = ["--output", str(tmp_path / "seen")]
+    command = ["inspect", str(text_file), *common, *output, *policy, "--budget", "0.3"]
+    assert main([*command, *SMALL]) == 0
+    assert (tmp_path / "seen" / "heatmap.png").stat().st_size > 1000
+    command = ["evaluate", "perplexity", str(text_file), *common, *output, *policy]
+    assert main([*command, "--budget", "0.4", *SMALL]) == 0
+    assert "head_shares" in capsys.readouterr().out
+    command = ["generate", *common, *policy, "--prompt-file", str(text_file), "--budget", "80"]
+    assert main([*command, "--max-new-tokens", "5"]) == 0
+    wrong = ["--policy", f"spectral:head_shares={text_file}", "--budget", "0.3"]
+    assert main(["inspect", str(text_file), *common, *output, *wrong]) == 2
+    assert "must be a JSON file" in capsys.readouterr().err
 
 
 def test_demo_prints_what_run_demo_found(

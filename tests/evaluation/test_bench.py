@@ -29,12 +29,14 @@ from spectralkv.evaluation.bench import (
     FlatRun,
     random_model,
     run_bench,
+    spread_head_shares,
 )
 from spectralkv.evaluation.bench_caches import GROUPS, CacheKind, Setting, Subject
 from spectralkv.evaluation.bench_prompt import PromptCost, PromptRow, prompt_cost
 from spectralkv.hf import EvictingCache
 from spectralkv.hf.layer import EvictingLayer
 from spectralkv.policies import Spectral
+from spectralkv.policies.head_shares import check_head_shares
 
 OURS = ("dynamic", "static", "fused", "loop", "policy", "model")
 SMALL = BenchConfig(
@@ -598,3 +600,26 @@ def test_on_cuda_a_run_goes_on_where_something_does_not_fit() -> None:
     assert {row.failure for row in result.rows} == {"does not fit"}
     (row,) = run_bench(loaded, replace(SMALL, contexts=(100,), caches=("fused",))).rows
     assert row.failure == ""
+
+
+def test_shares_are_spread_over_a_model_of_another_shape() -> None:
+    shares = ((0.5, 1.5), (0.8, 1.2))
+    spread = spread_head_shares(shares, 3, 4)
+    assert [len(layer) for layer in spread] == [4] * 3
+    assert check_head_shares(spread) is None
+    values = sorted(share for layer in spread for share in layer)
+    assert 0.5 <= values[0] < 0.7
+    assert 1.3 < values[-1] <= 1.5
+    assert spread != tuple(sorted(spread))
+    assert spread_head_shares(shares, 3, 4) == spread
+
+
+def test_heads_of_different_budgets_are_full_when_steps_begin() -> None:
+    config = replace(SMALL, caches=("loop",), head_shares=((1.4, 0.8), (0.7, 1.1)))
+    result = run_bench(random_model("tiny"), config)
+    rows = [row for row in result.rows if row.kind == "Spectral loop"]
+    assert rows
+    assert not any(row.failure for row in rows)
+    even = run_bench(random_model("tiny"), replace(config, head_shares=None))
+    for row, other in zip(rows, even.rows, strict=True):
+        assert 0.9 * other.kv_bytes < row.kv_bytes <= other.kv_bytes

@@ -337,6 +337,9 @@ def test_memory_that_torch_keeps_is_given_back_where_the_graph_needs_it(
         def capacity(self, layer: int) -> int:  # noqa: ARG002
             return 0
 
+        def rooms(self, layer: int) -> list[int]:  # noqa: ARG002
+            return []
+
         def reserve(self, layer: int, capacity: int) -> None:
             asked.append((layer, capacity))
             if not events:
@@ -364,6 +367,9 @@ def test_memory_of_a_prompt_is_given_back_for_all_layers_together(
 
         def capacity(self, layer: int) -> int:
             return capacities[layer]
+
+        def rooms(self, layer: int) -> list[int]:  # noqa: ARG002
+            return []
 
         def reserve(self, layer: int, capacity: int) -> None:
             capacities[layer] = capacity

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from spectralkv.cli.bench import bench
+from spectralkv.cli.calibrate import calibrate
 from spectralkv.cli.chat import chat
 from spectralkv.cli.demo import demo
 from spectralkv.cli.evaluate.ablations import ablations
@@ -35,6 +36,7 @@ app.add_typer(evaluate, name="evaluate")
 for study in (perplexity, needle, story, ruler, oracle, ablations, report):
     evaluate.command()(study)
 app.command()(inspect)
+app.command()(calibrate)
 app.command()(bench)
 app.command()(info)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from spectralkv.evaluation.bench import BenchResult
+    from spectralkv.policies.head_shares import HeadShares
 
 Number = TypeVar("Number", int, float)
 # Columns of the tables where they do not go to a terminal.
@@ -82,6 +83,13 @@ def bench(
     flat: Annotated[
         int, typer.Option(help="Time so many tokens of one generation, 500 at a time; 0: none.")
     ] = 0,
+    head_shares: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `spectralkv calibrate`: heads get such shares, in random order where "
+            "the model is of another shape."
+        ),
+    ] = None,
     interval: shared.IntervalOption = 32,
     window: Annotated[int, typer.Option(help="Most recent tokens that always stay.")] = 50,
     gguf_file: shared.GgufFileOption = "",
@@ -101,6 +109,8 @@ def bench(
     read from random tokens, all of one in a forward pass; the cut is to the middle one of
     --budgets.
     """
+    from dataclasses import replace
+
     from spectralkv.evaluation.bench import BenchConfig, random_model, run_bench
     from spectralkv.evaluation.bench_caches import GROUPS
     from spectralkv.evaluation.bench_report import markdown as as_markdown
@@ -133,6 +143,8 @@ def bench(
     else:
         with shared.working(f"making random weights of shape {shape}"):
             loaded = random_model(shape, dtype=dtype, device=device)
+    if head_shares is not None:
+        config = replace(config, head_shares=_shares_for(head_shares, loaded.model))
     environment = shared.environment(device, loaded.dtype)
     written = [output / "bench.json"]
 
@@ -154,6 +166,23 @@ def bench(
         write_text(markdown, as_markdown(result, where=where, command=environment["command"]))
     for path in written:
         typer.echo(path)
+
+
+def _shares_for(path: Path, model: Any) -> HeadShares:
+    """Return the shares of a file, for each KV head of the model."""
+    from spectralkv.evaluation import EvaluationError
+    from spectralkv.evaluation.bench import spread_head_shares
+    from spectralkv.policies.head_shares import load_head_shares
+
+    try:
+        shares = load_head_shares(path)
+    except (ValueError, OSError) as error:
+        raise EvaluationError(str(error)) from error
+    config = model.config.get_text_config(decoder=True)
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    if len(shares) == layers and len(shares[0]) == heads:
+        return shares
+    return spread_head_shares(shares, layers, heads)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:

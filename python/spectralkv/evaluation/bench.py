@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import linear_regression, median, quantiles
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from spectralkv.evaluation import bench_clock
 from spectralkv.evaluation.bench_caches import (
     FULL_GROUPS,
@@ -29,6 +31,7 @@ from spectralkv.evaluation.models import LoadedModel, resolve_device
 if TYPE_CHECKING:
     from spectralkv.evaluation.progress import Progress
     from spectralkv.policies import Spectral
+    from spectralkv.policies.head_shares import HeadShares
 
 #: Models by shape, for random weights: Llama 3.1 8B, SmolLM2 135M, and one for tests.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -109,6 +112,9 @@ class BenchConfig:
         Find the largest batch that fits, of captured caches; on CUDA.
     flat : int
         Tokens of one long generation, see :class:`FlatRun`; 0: none.
+    head_shares : HeadShares or None
+        Parts of the budget that heads get, (L, Hkv); None: all the same. See
+        :func:`spread_head_shares`.
 
     Raises
     ------
@@ -132,6 +138,7 @@ class BenchConfig:
     split: bool = False
     largest_batch: bool = False
     flat: int = 0
+    head_shares: HeadShares | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "repeats", "interval", "chunk"):
@@ -189,9 +196,23 @@ class BenchConfig:
                 budget=budget,
                 interval=self.interval,
                 window=self.window,
+                head_shares=self.head_shares,
             )
         except ValueError as error:
             raise EvaluationError(f"{share:.0%} of a context of {context}: {error}") from None
+
+
+def spread_head_shares(shares: HeadShares, layers: int, heads: int) -> HeadShares:
+    """Return shares that are spread as these are, in random order, for a model of another shape.
+
+    Of a model with random weights no head needs more than another; how long its steps take depends
+    on how much heads differ.
+    """
+    generator = np.random.default_rng(0)
+    quantiles = (np.arange(layers * heads) + 0.5) / (layers * heads)
+    values = np.quantile([share for layer in shares for share in layer], quantiles)
+    spread = generator.permutation(values / values.mean()).reshape(layers, heads)
+    return tuple(tuple(float(share) for share in layer) for layer in spread)
 
 
 @dataclass(frozen=True, kw_only=True)

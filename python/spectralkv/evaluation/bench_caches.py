@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from spectralkv.hf import EvictingCache
     from spectralkv.policies.base import Policy
+    from spectralkv.policies.head_shares import HeadBudgets
 
 #: Groups of caches, as they are chosen by name.
 GROUPS = ("dynamic", "static", "fused", "loop", "policy", "model", "quantized", "kvpress")
@@ -63,6 +64,11 @@ class Setting:
         if self.policy is None or self.policy.budget is None:
             raise ValueError("[bench] expected a policy with a budget, got none")
         return self.policy.budget
+
+    @property
+    def head_budgets(self) -> HeadBudgets:
+        """Tokens that each head keeps, (L, Hkv); empty: all keep the budget."""
+        return getattr(self.policy, "head_budgets", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +353,8 @@ def _loop(setting: Setting) -> Iterator[Subject]:
     cache = _watched(setting, "auto")
     # The first cut takes memory, the second one is captured.
     warm_up = _STEPS_BEFORE_CUT + setting.interval + 1
+    if setting.head_budgets:
+        warm_up += setting.interval  # the cut behind the filling is another
     config = model.config.get_text_config(decoder=True)
     loop = DecodeLoop(
         model,
@@ -381,6 +389,10 @@ def _watched(setting: Setting, attention: Any) -> EvictingCache:
         layer.lazy_initialization(nothing, nothing)
         layer.start_steps(1)
         layer.end_steps(is_whole=True)
+    if setting.head_budgets:  # the first cut, behind the filling, divides the layers
+        count = max(map(max, setting.head_budgets)) + setting.interval
+        fill(model, cache, batch=setting.batch, count=count, chunk=count)
+        return cache
     cuts_at = setting.budget + setting.interval
     count = max(1, cuts_at - min(_STEPS_BEFORE_CUT, setting.interval))
     fill(model, cache, batch=setting.batch, count=count, chunk=setting.chunk)

@@ -64,16 +64,20 @@ def create_policy(spec: PolicySpec, budget: int | None, settings: CacheSettings)
         The policy refuses an option or the budget.
     """
     from spectralkv import policies
+    from spectralkv.policies.head_shares import load_head_shares
 
     if spec.name == FULL:
         return policies.create(FULL)
     if budget is None:
         raise EvaluationError(f"policy {spec.name!r} needs a budget")
     shared = {"interval": settings.interval, "window": settings.window, "sinks": settings.sinks}
-    options = {name: value for name, value in shared.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in shared.items() if value is not None}
+    options |= dict(spec.options)
     try:
-        return policies.create(spec.name, budget=budget, **(options | dict(spec.options)))
-    except ValueError as error:
+        if isinstance(options.get("head_shares"), str):
+            options["head_shares"] = load_head_shares(options["head_shares"])
+        return policies.create(spec.name, budget=budget, **options)
+    except (ValueError, OSError) as error:
         raise EvaluationError(str(error)) from error
 
 

@@ -379,6 +379,8 @@ class BudgetCheck:
     """An eviction callback that refuses a policy which keeps more or less than its budget.
 
     A tie that lets one policy keep a token more than the others would pass for a better policy.
+    Where heads keep different numbers of tokens, the heads of all layers that were cut at once must
+    keep the budget at most, on average.
 
     Parameters
     ----------
@@ -396,6 +398,8 @@ class BudgetCheck:
         self._budget = budget
         self._wait = wait
         self._ordered: list[Any] = []  # bool tensors, where the device is not waited for
+        # Of heads that keep different numbers: by tokens seen, what each layer keeps, (B, Hkv).
+        self._kept: dict[int, list[Any]] = {}
 
     def __call__(self, event: EvictionEvent) -> None:
         """Check one eviction.
@@ -406,6 +410,12 @@ class BudgetCheck:
             The policy keeps something else.
         """
         keep = event.keep
+        if self._budget is not None and event.is_divided:
+            held = keep >= 0
+            ordered = ((keep[..., 1:] > keep[..., :-1]) | ~held[..., 1:]).all()
+            self._ordered.append(ordered & (held[..., :-1] | ~held[..., 1:]).all())
+            self._kept.setdefault(event.tokens_seen, []).append(held.sum(-1))
+            return
         ordered = (keep[..., 1:] > keep[..., :-1]).all() & (keep[..., :1] >= 0).all()
         if self._wait or keep.device.type == "cpu" or keep.shape[-1] != self._budget:
             self._require(int(keep.shape[-1]), bool(ordered), f"layer {event.layer}")
@@ -422,6 +432,14 @@ class BudgetCheck:
         """
         import torch
 
+        kept, self._kept = self._kept, {}
+        for layers in kept.values():
+            mean = float(torch.stack(layers).double().mean((0, 2)).max())
+            if self._budget is None or mean > self._budget:
+                raise RuntimeError(
+                    f"[perplexity] policy {self._label!r} must keep {self._budget} slots a head "
+                    f"on average, kept {mean:g}; this is a bug in the policy or the cache"
+                )
         pending, self._ordered = self._ordered, []
         if pending:
             self._require(self._budget, bool(torch.stack(pending).all()), "some layer")

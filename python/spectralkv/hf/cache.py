@@ -30,7 +30,8 @@ class CacheStats:
     tokens_seen: int
     """Tokens of a sequence that were fed, padding included."""
     tokens_kept: int
-    """Slots that each head of an evicting layer uses (of any layer, if none evicts)."""
+    """Slots that each head of an evicting layer uses (of any layer, if none evicts); on average,
+    where heads keep different numbers of tokens."""
     kv_bytes: int
     """Bytes of the tensors that hold keys and values, of all layers."""
     graph_bytes: int
@@ -69,7 +70,8 @@ class EvictingCache(Cache):
         and in a :class:`spectralkv.hf.DecodeLoop`, which needs it; the model on a CPU and where
         the policy cannot. "policy": the policy, or an error that says what is in its way.
         "model": the model, always. A policy with `scan_interval` above 1 leaves attention to the
-        model: "auto" is then "model", and "policy" an error. Random walks draw where they restart
+        model: "auto" is then "model", and "policy" an error. One with `head_shares` attends on a
+        CPU as well, and "model" is an error. Random walks draw where they restart
         in the order of slots: what they keep is another sample of the same distribution than with
         "model", and, since tokens take the slots of padding, than without padding.
 
@@ -149,6 +151,13 @@ class EvictingCache(Cache):
         trackers = policy.trackers(len(ours))
         if attention == "policy":
             _check_attends(policy, trackers, len(ours))
+        if attention == "model" and any(
+            isinstance(one, AttendingTracker) and one.rooms is not None for one in trackers
+        ):
+            raise ValueError(
+                f"[EvictingCache] {policy.name} with heads that keep different numbers of tokens "
+                "expected attention='auto' or 'policy', got 'model'"
+            )
         reader = masks.MaskReader()
         for order, index in enumerate(ours):
             tracker = trackers[order] if trackers else None

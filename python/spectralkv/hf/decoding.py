@@ -284,6 +284,8 @@ class DecodeLoop:
         """Cut the sequences that are due, in all layers."""
         cache, layers = self._cache, self._cache.evicting_layers
         kind = layers[0].lengths  # says who is due and how much the others hold
+        if layers[0].divides:  # and how far heads have filled their rooms
+            kind = tuple(number for layer in layers for number in layer.cut_kind)
         graph = self._cut_graphs.get(kind)
         if graph is None:
             cache.settle()
@@ -293,6 +295,7 @@ class DecodeLoop:
                 self._cut_graphs[kind] = None
                 for layer, keep in zip(layers, cache.choose(), strict=True):
                     layer.cut_by(keep)
+                self._forget_old_graphs()  # the first cut may have laid the slabs anew
                 return
         graph.replay()
         for layer in layers:

@@ -13,13 +13,14 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from spectralkv.config import Rotary
-from spectralkv.hf import masks, tap
+from spectralkv.hf import by_head, masks, tap
 from spectralkv.policies.base import (
     AttendingTracker,
     DecodeStep,
     Observation,
     Policy,
     Tracker,
+    check_divided_keep,
     check_keep,
     host_numbers,
     live_slots,
@@ -63,7 +64,10 @@ class EvictionEvent:
     scores: torch.Tensor
     """float32 (B, Hkv, S): what the policy ranked by; without meaning in empty slots."""
     keep: torch.Tensor
-    """int32 (B, Hkv, M): the slots that stay, ascending, right-aligned behind -1."""
+    """int32 (B, Hkv, M): the slots that stay, ascending, right-aligned behind -1; where heads keep
+    different numbers, left-aligned before them."""
+    is_divided: bool = False
+    """Whether heads keep different numbers of tokens."""
 
 
 class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -77,6 +81,11 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     the policy attends at decode steps, a cut frees slots, new tokens take them, and nothing
     moves; what then needs slots in a row (several new tokens, the model's own attention) closes
     the gaps first.
+
+    Where heads keep different numbers of tokens (`AttendingTracker.rooms`) the first cut lays them
+    one behind the other in one slab, each with its room; there the policy attends at decode steps.
+    For other forward passes heads are put side by side, and attention is computed head by head; the
+    cut behind such a pass lays them one behind the other again.
 
     Parameters
     ----------
@@ -126,7 +135,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized = False
-        self._key_slab: torch.Tensor | None = None  # (B, Hkv, capacity, D)
+        # (B, Hkv, capacity, D), or (B, 1, pool, D) where heads have rooms of their own
+        self._key_slab: torch.Tensor | None = None
         self._value_slab: torch.Tensor | None = None  # (B, Hkv, capacity, Dv)
         self._valid_slab: torch.Tensor | None = None  # bool (B, capacity); None: no empty slots
         self._size = 0  # slots in use
@@ -139,6 +149,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._awaits_attention = False
         self._compacted = False  # slots no longer follow the text
         self._scattered = False  # they have gaps, others for each head; the tracker knows them
+        self._heads = 0
+        self._rooms: tuple[int, ...] | None = None  # slots of each head; None: `capacity` each
+        self._uneven = False  # heads are side by side and hold different numbers of tokens
+        self._most = 0  # tokens of the head that held most behind the last cut
         self._ordered = True  # positions ascend with slots
         self._newest = 0  # newest columns that no cut can have taken
         # Key and value of a decode step, which wait to see whether the policy can attend.
@@ -159,7 +173,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take over shapes, dtype and device of the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch = key_states.shape[0]
+        batch, self._heads = key_states.shape[:2]
         self._lengths = self._tokens = self._base_seen = (0,) * batch
         # Normal tensors, so that a cache can be used inside and outside of inference mode.
         with torch.inference_mode(False):
@@ -214,7 +228,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._may_attend(count):
             self._pending = key_states, value_states
             columns = self._columns(count)
-            self._make_room(columns)
+            if self._rooms is None:
+                self._make_room(columns)
             shown = self._show(columns)
         else:
             shown = self._append(key_states, value_states)
@@ -256,16 +271,23 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             and self._attention != "model"
             and self._obstacle is None
             and isinstance(self._tracker, AttendingTracker)
-            and (self._attention == "policy" or self.device.type in _ATTENDS_BY_DEFAULT)
+            and (
+                self._attention == "policy"
+                or self.device.type in _ATTENDS_BY_DEFAULT
+                or self._tracker.rooms is not None
+            )
         )
 
     def _append(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens behind all others."""
-        if self._scattered:
+        count = key_states.shape[2]
+        if self._rooms is not None:
+            self._put_side_by_side(self._rooms, count)
+        elif self._scattered and not self._uneven:
             self._close_up()
-        start, count = self._size, key_states.shape[2]
+        start = self._size
         end = start + count
         if end > self._capacity:
             self._grow(end)
@@ -300,6 +322,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         RuntimeError
             The policy was to attend and cannot.
         """
+        if self._uneven and self._pending is None:
+            return self._attend_by_head(query, mask, options)
         if self._pending is None or not isinstance(self._tracker, AttendingTracker):
             if query.shape[2] == 1 and self._obstacle is None:
                 self._attended_by = "model"
@@ -314,8 +338,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 raise RuntimeError(
                     f"[cache] layer {self.index}: attention='policy' expected {obstacle}"
                 )
-            self._attended_by = f"model (the policy expected {obstacle})"
             self._append(new_keys, new_values)
+            if self._uneven:
+                return self._attend_by_head(query, mask, options, why=obstacle)
+            self._attended_by = f"model (the policy expected {obstacle})"
             return None
         self._attended_by = "policy"
         self._awaits_attention = False
@@ -351,6 +377,47 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         return attended[:, None]
 
+    def _attend_by_head(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+        why: str | None = None,
+    ) -> torch.Tensor:
+        """Return the attention (B, Q, Hq, Dv) over heads that hold different tokens.
+
+        Raises
+        ------
+        RuntimeError
+            The model asks for more than attention.
+        """
+        wrong = _unusual_option(options)
+        if wrong is None and query.requires_grad and torch.is_grad_enabled():
+            wrong = "no gradients, got queries that require them"
+        if wrong is not None:
+            raise RuntimeError(
+                f"[cache] layer {self.index}: heads that hold different tokens expected {wrong}"
+            )
+        if self.keys is None or self.values is None:
+            raise RuntimeError(f"[cache] layer {self.index}: attention without an update")
+        scaling, softcap = options.get("scaling"), options.get("softcap")
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        count = query.shape[2]
+        live = self.positions() >= 0  # of the slots before the new tokens
+        new = self._learn_new(query, mask)
+        attended = by_head.attend(
+            query,
+            self.keys,
+            self.values,
+            live=live[:, :, : self._size - count],
+            new=masks.among_new(mask, new.valid, query),
+            scaling=scaling,
+            softcap=softcap,
+        )
+        self._attended_by = "cache, head by head" + (f" (the policy expected {why})" if why else "")
+        self.after_attention(query, scaling, softcap)
+        return attended
+
     def _take_in(self, tracker: AttendingTracker) -> None:
         """Count a token that the policy attended with, and cut the sequences that are due."""
         self._count_attended()
@@ -367,24 +434,28 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._size = max(self._size, longest + 1)
 
     def _release(self, tracker: AttendingTracker, keep: torch.Tensor) -> None:
+        if tracker.rooms is not None and self._rooms is None:
+            self._show()
+            self._cut(keep)
+            return
         kept = self._check_cut(keep)
         tracker.release(keep)
         self._book_release(kept)
 
     def _book_release(self, kept: tuple[int, ...]) -> None:
         self._lengths, self._newest = kept, min(self._newest, self._policy.protected_window)
+        if self._rooms is not None:
+            interval = self._policy.interval
+            self._most = min(self._most + interval, max(self._rooms) - interval)
         self._scatter()
 
     def _obstacle_of_step(
         self, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> str | None:
         """Return what this step asks for that a policy does not do, as what was expected."""
-        for name, value in options.items():
-            # Numbers only: to ask a tensor is to wait for the device.
-            if name in _FREE_OPTIONS or value is None or value is False:
-                continue
-            if not (isinstance(value, (int, float)) and value == 0):
-                return f"no {name} in the model's attention, got {type(value).__name__}"
+        wrong = _unusual_option(options)
+        if wrong is not None:
+            return wrong
         if query.requires_grad and torch.is_grad_enabled():
             return "no gradients, got queries that require them"
         new = self._reader.new_tokens(mask, query.shape[0], 1, self._seen)
@@ -401,10 +472,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, query: torch.Tensor, mask: torch.Tensor | None, implementation: str
     ) -> torch.Tensor | None:
         """Learn which new tokens are real, and return the mask for the slots as they are."""
-        batch, count = query.shape[0], query.shape[2]
-        new = self._new = self._reader.new_tokens(mask, batch, count, self._seen)
-        self._lengths = tuple(map(operator.add, self._lengths, new.counts))
-        self._tokens = tuple(map(operator.add, self._tokens, new.counts))
+        count = query.shape[2]
+        new = self._learn_new(query, mask)
         if new.valid is not None and self._valid_slab is None:
             self._valid_slab = self._all_valid()
         valid = None
@@ -421,6 +490,14 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if mask is None and valid is None and (count == 1 or implementation != "sdpa"):
             return mask
         return masks.rebuild(mask, valid, query, self._size, implementation)
+
+    def _learn_new(self, query: torch.Tensor, mask: torch.Tensor | None) -> masks.NewTokens:
+        """Count the new tokens that are real."""
+        batch, count = query.shape[0], query.shape[2]
+        new = self._new = self._reader.new_tokens(mask, batch, count, self._seen)
+        self._lengths = tuple(map(operator.add, self._lengths, new.counts))
+        self._tokens = tuple(map(operator.add, self._tokens, new.counts))
+        return new
 
     def after_attention(
         self, query: torch.Tensor, scaling: float | None, softcap: float | None
@@ -487,7 +564,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         query_heads = self._shown[0]
         batch, _, _, dim = self.keys.shape
         query = self.keys.new_empty(batch, query_heads, 1, dim)
-        obstacle = self._tracker.obstacle(query, self.keys, self.values)
+        keys = self.keys.new_empty(batch, self._heads, 0, dim)
+        values = self.values.new_empty(batch, self._heads, 0, self.values.shape[3])
+        obstacle = self._tracker.obstacle(query, keys, values)
         if obstacle is not None:
             raise ValueError(f"[decode] layer {self.index}: expected {obstacle}")
 
@@ -499,7 +578,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         with `count_step`, and cuts.
         """
         held = max(self._lengths) if self._scattered else self._size
-        self._make_room(held + (count if self._policy.budget is None else 1))
+        if self._rooms is None:
+            self._make_room(held + (count if self._policy.budget is None else 1))
         self._fixed = True
 
     def count_step(self) -> None:
@@ -528,6 +608,16 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 for held, is_due in zip(self._lengths, self.due(), strict=True)
             )
         )
+
+    @property
+    def divides(self) -> bool:
+        """Whether heads keep different numbers of tokens."""
+        return isinstance(self._tracker, AttendingTracker) and self._tracker.rooms is not None
+
+    @property
+    def cut_kind(self) -> tuple[int, ...]:
+        """Numbers that tell cuts apart which do not look the same to the device."""
+        return (*self._lengths, self._most)
 
     def end_steps(self, *, is_whole: bool) -> None:
         """Go back to forward passes of any kind; if a step broke off, to none before `reset`."""
@@ -669,7 +759,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"[save] layer {self.index}: expected a forward pass that has ended, got one that "
                 "is under way or was interrupted"
             )
-        if self._scattered:
+        if self._scattered and self._rooms is None:
             self._close_up()
         if self.keys is None or self.values is None:
             return {}, {}
@@ -691,6 +781,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             "attention": self._shown,
             "newest": self._newest,
             "ordered": self._ordered,
+            "rooms": self._rooms,
+            "most": self._most,
         }
         return tensors, numbers
 
@@ -706,6 +798,10 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         keys, values = tensors["keys"], tensors["values"]
         self.lazy_initialization(keys, values)
+        rooms = numbers["rooms"]
+        if rooms is not None:
+            self._rooms, self._heads = tuple(rooms), len(rooms)
+            self._most, self._scattered = numbers["most"], True
         self._key_slab, self._value_slab = keys, values
         self._valid_slab = tensors.get("valid")
         self._base_positions = tensors.get("positions")
@@ -727,15 +823,25 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             for name, tensor in tensors.items()
             if name.startswith("policy.")
         }
-        self._tracker.reserve(self._capacity)
         held = self._observation(no_queries, None, scaling, softcap)
+        if self._rooms is None:
+            self._tracker.reserve(self._capacity)
+        else:  # the policy sees shapes; what heads hold it knows itself
+            shape = keys.shape[0], self._heads, 0
+            held = held._replace(
+                keys=keys.new_empty(*shape, keys.shape[3]),
+                values=values.new_empty(*shape, values.shape[3]),
+            )
         self._tracker.load_state_dict(own, held)
 
     # -- inspection
 
     @property
     def num_slots(self) -> int:
-        """Slots in use: what the longest sequence holds, padding that takes slots included."""
+        """Slots in use: what the longest sequence holds, padding that takes slots included.
+
+        Where heads have rooms of their own: what each would hold if all held equally many.
+        """
         return max(self._lengths) if self._scattered else self._size
 
     @property
@@ -787,6 +893,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._key_slab is None or self._value_slab is None:
             raise RuntimeError(f"[cache] layer {self.index} holds nothing yet")
         shown = self._size if slots is None else slots
+        if self._rooms is not None:
+            shown = self._key_slab.shape[2]
         self.keys = self._key_slab.narrow(2, 0, shown)
         self.values = self._value_slab.narrow(2, 0, shown)
         return self.keys, self.values
@@ -804,14 +912,14 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             shape, held = new.shape, slab.shape  # type: ignore[union-attr]
             if (
                 shape[0] != held[0]
-                or shape[1] != held[1]
+                or shape[1] != self._heads
                 or shape[3] != held[3]
                 or new.dtype != slab.dtype  # type: ignore[union-attr]
                 or new.device != slab.device  # type: ignore[union-attr]
             ):
                 raise ValueError(
                     f"[cache] layer {self.index}: new {name} must be {self.dtype} "
-                    f"({held[0]}, {held[1]}, Q, {held[3]}) on {self.device} as the cache holds "
+                    f"({held[0]}, {self._heads}, Q, {held[3]}) on {self.device} as the cache holds "
                     f"them, got {new.dtype} {tuple(shape)} on {new.device}"
                 )
 
@@ -837,6 +945,40 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         with torch.inference_mode(False), torch.no_grad():
             self._show()
             self._compact(self._tracker.held(), self._lengths)
+
+    def _lay_in_a_row(self, tracker: AttendingTracker, rooms: tuple[int, ...]) -> None:
+        """Lay heads one behind the other, each with its room; they were compacted."""
+        if self._key_slab is None or self._value_slab is None:
+            raise RuntimeError(f"[cache] layer {self.index} holds nothing yet")
+        self.keys = self.values = None
+        self._key_slab = by_head.in_a_row(self._key_slab, rooms, self._size)
+        self._value_slab = by_head.in_a_row(self._value_slab, rooms, self._size)
+        tracker.divide()
+        self._rooms, self._most, self._uneven = rooms, self._size, False
+        self._capacity = max(rooms)
+        self._layout = next(_layouts)
+        self._base_positions = None
+        self._scatter()
+        self._show()
+
+    def _put_side_by_side(self, rooms: tuple[int, ...], count: int) -> None:
+        """Put heads side by side, with `count` slots in a row behind the longest of them."""
+        tracker = self._tracker
+        if (
+            not isinstance(tracker, AttendingTracker)
+            or self._key_slab is None
+            or self._value_slab is None
+        ):
+            raise RuntimeError(f"[cache] layer {self.index} has no heads to put side by side")
+        with torch.inference_mode(False), torch.no_grad():
+            used = tracker.num_slots
+            self.keys = self.values = None
+            self._key_slab = by_head.side_by_side(self._key_slab, rooms, used, used + count)
+            self._value_slab = by_head.side_by_side(self._value_slab, rooms, used, used + count)
+            tracker.reserve(used + count)
+            self._rooms, self._uneven = None, True
+            self._capacity, self._size = used + count, used
+            self._layout = next(_layouts)
 
     def _grow(self, needed: int) -> None:
         # An eighth more than needed, but no more than the policy lets come together.
@@ -870,10 +1012,14 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _check_cut(self, keep: torch.Tensor) -> tuple[int, ...]:
         """Check and announce what stays; return how many tokens each sequence keeps."""
         shape = self.keys.shape  # type: ignore[union-attr]
-        look = self._tracker is None or not self._tracker.checks_kept
-        kept = check_keep(
-            keep, self._lengths, self._policy, (shape[0], shape[1], shape[2]), look=look
-        )
+        rooms = self._tracker.rooms if isinstance(self._tracker, AttendingTracker) else None
+        if rooms is not None:
+            kept = check_divided_keep(keep, self._policy, (shape[0], self._heads), rooms)
+        else:
+            look = self._tracker is None or not self._tracker.checks_kept
+            kept = check_keep(
+                keep, self._lengths, self._policy, (shape[0], shape[1], shape[2]), look=look
+            )
         if self._on_evict is not None and self._tracker is not None:
             self._on_evict(
                 EvictionEvent(
@@ -882,6 +1028,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                     positions=self.positions(),
                     scores=self._tracker.scores().clone(),
                     keep=keep.clone(),
+                    is_divided=rooms is not None,
                 )
             )
         self.evictions += 1
@@ -890,6 +1037,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _cut(self, keep: torch.Tensor) -> None:
         self._compact(keep, self._check_cut(keep))
         self._newest = min(self._newest, self._policy.protected_window)
+        if isinstance(self._tracker, AttendingTracker) and self._tracker.rooms is not None:
+            self._lay_in_a_row(self._tracker, self._tracker.rooms)
+            return
         budget = self._policy.budget
         if budget is not None and self._capacity > budget + self._policy.interval:
             self._resize(budget + self._policy.interval, self._size)
@@ -925,6 +1075,17 @@ def _one_more(counts: tuple[int, ...]) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _span(counts: tuple[int, ...]) -> tuple[int, int]:
     return min(counts), max(counts)
+
+
+def _unusual_option(options: Mapping[str, Any]) -> str | None:
+    """Return what a model asks of its attention that it need not be, as what was expected."""
+    for name, value in options.items():
+        # Numbers only: to ask a tensor is to wait for the device.
+        if name in _FREE_OPTIONS or value is None or value is False:
+            continue
+        if not (isinstance(value, (int, float)) and value == 0):
+            return f"no {name} in the model's attention, got {type(value).__name__}"
+    return None
 
 
 def _with_size(tensor: torch.Tensor, size: int) -> tuple[int, ...]:

@@ -154,6 +154,27 @@ def rebuild(
     return torch.cat((seen.expand(shape), new.expand(shape[0], -1, -1, -1)), -1)
 
 
+def among_new(
+    mask: torch.Tensor | None, valid: torch.Tensor | None, query: torch.Tensor
+) -> torch.Tensor:
+    """Return what new tokens see of each other, (B or 1, ·, Q, Q), bool or additive as `mask` is.
+
+    Parameters
+    ----------
+    mask : torch.Tensor or None
+        The model's mask; None: causal.
+    valid : torch.Tensor or None
+        Bool (B, Q): False marks padding.
+    query : torch.Tensor
+        (B, Hq, Q, D).
+    """
+    count = query.shape[2]
+    if mask is not None and mask.dim() == 4:
+        return mask[..., mask.shape[3] - count :]
+    causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()[None, None]
+    return causal if valid is None else causal & valid[:, None, None]
+
+
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
         ~mask, torch.finfo(dtype).min

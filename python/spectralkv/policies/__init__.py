@@ -22,6 +22,7 @@ from spectralkv.policies.base import (
 )
 from spectralkv.policies.full import Full
 from spectralkv.policies.h2o import H2O
+from spectralkv.policies.head_shares import HeadShares, load_head_shares, save_head_shares
 from spectralkv.policies.keydiff import KeyDiff
 from spectralkv.policies.lazy_eviction import LazyEviction
 from spectralkv.policies.mix import Mix
@@ -39,6 +40,7 @@ __all__ = [
     "AttendingTracker",
     "DecodeStep",
     "Full",
+    "HeadShares",
     "KeyDiff",
     "LazyEviction",
     "Mix",
@@ -52,8 +54,10 @@ __all__ = [
     "Tracker",
     "available",
     "create",
+    "load_head_shares",
     "options_of",
     "plain_name",
+    "save_head_shares",
     "select_slots",
 ]
 

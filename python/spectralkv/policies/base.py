@@ -140,7 +140,9 @@ class Tracker(ABC):
         -------
         torch.Tensor or None
             int32 (B, Hkv, M): slots, ascending and unique, right-aligned behind -1 (an empty
-            slot). All heads of a sequence keep equally many. Empty slots never stay.
+            slot). All heads of a sequence keep equally many, unless the policy divides the cache
+            among heads (:attr:`AttendingTracker.rooms`): then lists stand before their -1. Empty
+            slots never stay.
         """
 
     @abstractmethod
@@ -221,9 +223,9 @@ class DecodeStep(NamedTuple):
     new_values: torch.Tensor
     """(B, Hkv, Dv)"""
     keys: torch.Tensor
-    """(B, Hkv, S, D), written."""
+    """(B, Hkv, S, D), written; (B, 1, pool, D) once heads have rooms of their own."""
     values: torch.Tensor
-    """(B, Hkv, S, Dv), written."""
+    """(B, Hkv, S, Dv) or (B, 1, pool, Dv), written."""
     scaling: float
     """Factor of the dot products."""
     softcap: float | None
@@ -234,8 +236,30 @@ class AttendingTracker(Tracker):
     """A tracker that can compute the attention of decode steps itself, over slots in any order.
 
     A cache may then leave tokens where they are: it frees slots by :meth:`release`, and each new
-    token takes a free one.
+    token takes a free one. And heads may keep different numbers of tokens: where the tracker names
+    `rooms`, the cache lays the heads of a layer one behind the other at its first cut, each with as
+    many slots as it needs.
     """
+
+    @property
+    def rooms(self) -> tuple[int, ...] | None:
+        """Slots that each KV head gets at a cut. None: all heads keep equally many tokens.
+
+        Sequences of a batch are then cut together.
+        """
+        return None
+
+    def divide(self) -> None:
+        """Lay heads one behind the other, each with its room, once they were compacted.
+
+        Raises
+        ------
+        RuntimeError
+            The tracker names no rooms.
+        """
+        raise RuntimeError(
+            f"[{type(self).__name__}] expected a tracker with rooms, got one without"
+        )
 
     @abstractmethod
     def standing_obstacle(self) -> str | None:
@@ -270,7 +294,10 @@ class AttendingTracker(Tracker):
     @classmethod
     @abstractmethod
     def keep_all(cls, trackers: Sequence[AttendingTracker]) -> list[torch.Tensor]:
-        """Return what `keep` returns for each layer of a cache, of which sequences are due."""
+        """Return what `keep` returns for each layer of a cache, of which sequences are due.
+
+        Where heads have rooms of their own, all sequences are.
+        """
 
     @classmethod
     @abstractmethod
@@ -447,6 +474,40 @@ def select_slots(
         empty = host_numbers([most - count for count in kept], scores.device)
         best = best.masked_fill(slot[:most] < empty[:, None, None], -1)
     return best.sort(dim=-1).values.to(torch.int32)
+
+
+def check_divided_keep(
+    keep: torch.Tensor, policy: Policy, shape: tuple[int, int], rooms: Sequence[int]
+) -> tuple[int, ...]:
+    """`check_keep` where heads keep different numbers of tokens, all sequences of a batch at once.
+
+    What stays of each is checked by the tracker that releases the others. Counted is what a head
+    would keep if all kept equally many.
+
+    Parameters
+    ----------
+    keep : torch.Tensor
+        What :meth:`Tracker.keep` returned.
+    policy : Policy
+        The policy.
+    shape : tuple of int
+        (B, Hkv).
+    rooms : sequence of int
+        :attr:`AttendingTracker.rooms`.
+
+    Raises
+    ------
+    RuntimeError
+        The policy broke its contract.
+    """
+    budget, most = policy.budget, max(rooms) - policy.interval
+    fits = keep.dtype == torch.int32 and keep.dim() == 3 and keep.shape[:2] == shape
+    if budget is None or not fits or keep.shape[2] > most:
+        raise RuntimeError(
+            f"[{policy.name}] kept slots must be int32 ({shape[0]}, {shape[1]}, M) with M of "
+            f"{most} at most, got {keep.dtype} {tuple(keep.shape)}"
+        )
+    return (budget,) * shape[0]
 
 
 def check_keep(

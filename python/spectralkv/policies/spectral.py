@@ -21,6 +21,12 @@ from spectralkv.config import (
 )
 from spectralkv.monitor import Monitor
 from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
+from spectralkv.policies.head_shares import (
+    HeadBudgets,
+    HeadShares,
+    budgets_of,
+    check_head_shares,
+)
 
 _T = TypeVar("_T")
 
@@ -94,6 +100,11 @@ class Spectral(Policy):
         Whether novelty compares keys as they were before the model turned them by their positions:
         distinctive for what they say, not for where. Without effect where the model does not turn
         them, or in a way that is not known.
+    head_shares : tuple of tuple of float or None
+        (L, Hkv): which part of an even budget each head of each evicting layer gets, 1 on average;
+        how much each model's heads need, ``spectralkv calibrate`` finds. None: all get the same.
+        With shares the policy attends at decode steps on a CPU, too, and sequences of a batch are
+        cut together.
     seed : int
         Seed of the walks.
 
@@ -128,6 +139,7 @@ class Spectral(Policy):
     prompt_rows: int = 1024
     scan_interval: int = 1
     unrotate: bool = True
+    head_shares: HeadShares | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +151,11 @@ class Spectral(Policy):
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
+        if self.head_shares is not None:
+            wrong = check_head_shares(self.head_shares)
+            self._require(wrong is None, "head_shares", wrong or "")
+            self._require(self.scope == "head", "scope", "'head' with head_shares")
+            self._require(self.scan_interval == 1, "scan_interval", "1 with head_shares")
         # The core checks what it is given; a policy with a bad option must not come to be.
         _, walk = self._graph_and_walk(GraphConfig())
         self._eviction()
@@ -151,8 +168,16 @@ class Spectral(Policy):
 
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; they share one monitor."""
+        if self.head_shares is not None and len(self.head_shares) != num_layers:
+            raise ValueError(
+                f"[{self.name}] head_shares must be those of {num_layers} layers that evict, got "
+                f"{len(self.head_shares)}"
+            )
         monitors = _Monitors(self, num_layers)
         return [_SpectralTracker(self, layer, monitors) for layer in range(num_layers)]
+
+    def _graph_and_walk_of_default(self) -> tuple[GraphConfig, WalkConfig]:
+        return self._graph_and_walk(GraphConfig())
 
     def _graph_and_walk(self, graph: GraphConfig) -> tuple[GraphConfig, WalkConfig]:
         graph, walk = apply_preset(self.preset, graph)
@@ -171,6 +196,13 @@ class Spectral(Policy):
         }
         given = {name: value for name, value in options.items() if value is not None}
         return graph, replace(walk, **given)
+
+    @property
+    def head_budgets(self) -> HeadBudgets:
+        """Tokens that each head keeps, (L, Hkv); empty: all keep the budget."""
+        if self.head_shares is None or self.budget is None:
+            return ()
+        return budgets_of(self.head_shares, self.budget, self.sinks + self.window + 1)
 
     def _eviction(self) -> EvictionConfig:
         never = _MOST_SLOTS - self.interval
@@ -245,7 +277,8 @@ class _Monitors:
         with self._lock:
             wanted |= {layer: n for (one, layer), n in self._capacities.items() if one is monitor}
         for layer, capacity in wanted.items():
-            if monitor.graph.capacity(layer) != capacity:
+            is_even = not monitor.graph.rooms(layer)
+            if is_even and monitor.graph.capacity(layer) != capacity:
                 _reserve(monitor, layer, capacity)
 
     def _make(
@@ -259,6 +292,12 @@ class _Monitors:
         capacity: int,
     ) -> Monitor:
         policy = self._policy
+        budgets = policy.head_budgets
+        if budgets and len(budgets[0]) != heads:
+            raise ValueError(
+                f"[{policy.name}] head_shares must be those of {heads} KV heads a layer, got "
+                f"{len(budgets[0])}"
+            )
         graph, walk = policy._graph_and_walk(
             GraphConfig(
                 num_layers=self._num_layers,
@@ -279,6 +318,7 @@ class _Monitors:
             walk_interval=policy.walk_interval,
             row_stride=policy.row_stride,
             prompt_rows=policy.prompt_rows,
+            head_budgets=budgets,
         )
 
 
@@ -309,7 +349,9 @@ class _SpectralTracker(AttendingTracker):
         self._keys: torch.Tensor | None = None
         self._steps = 0  # decode steps observed, of which every `scan_interval`-th draws a row
         self._chosen: torch.Tensor | None = None  # what `keep` returned last
-        self._kept: list[int] = []  # and how many of it each sequence keeps
+        self._kept: list[int] = []  # and how many of it each sequence, or each head, keeps
+        budgets = policy.head_budgets
+        self._rooms = tuple(kept + policy.interval for kept in budgets[layer]) if budgets else None
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
@@ -374,7 +416,8 @@ class _SpectralTracker(AttendingTracker):
     def attend(self, step: DecodeStep) -> torch.Tensor:
         monitor, graph = self._active(), self._active().graph
         capacity = step.keys.shape[2]
-        if graph.capacity(self._layer) != capacity:  # steps under capture are sized by it
+        # Steps under capture are sized by it.
+        if not graph.rooms(self._layer) and graph.capacity(self._layer) != capacity:
             self._monitors.ask(monitor, self._layer, capacity)
             self._monitors.fit(monitor)
         self._keys, self._capacity = step.keys, capacity
@@ -390,6 +433,19 @@ class _SpectralTracker(AttendingTracker):
         )
         return attended
 
+    @property
+    def rooms(self) -> tuple[int, ...] | None:
+        return self._rooms
+
+    def divide(self) -> None:
+        graph, rooms = self._active().graph, self._rooms
+        if rooms is None:
+            super().divide()
+            return
+        # A view of the former slab would keep all of it alive.
+        self._keys = None
+        _taken(lambda: graph.divide(self._layer, rooms))
+
     def release(self, keep: torch.Tensor) -> None:
         self._active().graph.release(self._layer, keep, kept=self._counts_of(keep))
         self._chosen = None
@@ -398,8 +454,9 @@ class _SpectralTracker(AttendingTracker):
     def keep_all(cls, trackers: Sequence[AttendingTracker]) -> list[torch.Tensor]:
         keeps: dict[tuple[Monitor, int], torch.Tensor] = {}
         for monitor, ours in _by_monitor(trackers).items():
-            kept = {one._layer: monitor.kept_counts(one._layer) for one in ours}
-            chosen = monitor.keep_all({one._layer: one._keys for one in ours})
+            force = ours[0]._rooms is not None
+            kept = {one._layer: monitor.kept_counts(one._layer, force=force) for one in ours}
+            chosen = monitor.keep_all({one._layer: one._keys for one in ours}, force=force)
             for one in ours:
                 one._kept, one._chosen = kept[one._layer], chosen[one._layer]
                 keeps[monitor, one._layer] = chosen[one._layer]
@@ -471,7 +528,12 @@ class _SpectralTracker(AttendingTracker):
         graph = self._monitor.graph
         # A prompt in chunks would wait for a CUDA device twice at each, and a cut in each layer:
         # what one chunk needed stays for the next, and what comes then gives back a lot.
-        if graph.graph_config.device != "cpu" and capacity <= graph.capacity(self._layer):
+        is_even = not graph.rooms(self._layer)
+        if (
+            is_even
+            and graph.graph_config.device != "cpu"
+            and capacity <= graph.capacity(self._layer)
+        ):
             return
         _reserve(self._monitor, self._layer, capacity)
 
@@ -487,6 +549,8 @@ class _SpectralTracker(AttendingTracker):
         state = {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
         if self._policy.scan_interval > 1:
             state["steps"] = torch.tensor(self._steps)
+        if self._monitor.graph.rooms(self._layer):
+            state["divided"] = torch.tensor(True)
         return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
@@ -494,10 +558,14 @@ class _SpectralTracker(AttendingTracker):
             return
         slots = held.keys.shape[2]
         self._monitor, self._counts_memory = self._monitors.get(held, slots)
-        self.reserve(slots)
+        is_divided = bool(state.get("divided", False))
+        if is_divided:
+            self.divide()
+        else:
+            self.reserve(slots)
         self._monitor.graph.load_layer(self._layer, state["graph"].cpu().numpy().tobytes())
         self._steps = int(state["steps"]) if "steps" in state else 0
-        self._keys = held.keys
+        self._keys = None if is_divided else held.keys
 
     def nbytes(self) -> int:
         if self._monitor is None or not self._counts_memory:
@@ -516,6 +584,17 @@ class _SpectralTracker(AttendingTracker):
         if self._monitor is None:
             raise RuntimeError("[spectral] there is nothing to rank: no token was observed")
         return self._monitor
+
+
+def renew(trackers: Sequence[Tracker | None]) -> None:
+    """Renew the scores of a cache's layers now, whether or not a cut is due."""
+    own = [tracker for tracker in trackers if isinstance(tracker, _SpectralTracker)]
+    for monitor, ours in _by_monitor(own).items():
+        if monitor.graph.walk_config.needs_novelty:
+            for one in ours:
+                monitor.graph.update_novelty(one._layer, one._keys)
+        for one in ours:
+            monitor.graph.walk(one._layer)
 
 
 def _own(trackers: Sequence[AttendingTracker]) -> list[_SpectralTracker]:

@@ -85,8 +85,7 @@ __device__ inline float score_of(const float* query, const T* key, int head_dim,
 template <class T>
 __device__ inline const T* key_at(const TokensView& keys, std::int64_t b, std::int64_t h,
                                   std::int64_t slot) {
-  return static_cast<const T*>(keys.data) + b * keys.sequence_stride + h * keys.head_stride +
-         slot * keys.token_stride;
+  return static_cast<const T*>(keys.data) + token_offset(keys, b, h, slot);
 }
 
 /// Draws a row into `row` (of an emptied slot). All threads of the block take part.

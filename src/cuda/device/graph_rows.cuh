@@ -13,24 +13,66 @@ inline constexpr std::uint32_t kAllOnes = 0xffffffffU;
 __device__ inline std::int64_t graph_index(const LayerView& layer, std::int64_t b, std::int64_t g) {
   return b * layer.graphs + g;
 }
+/// Slots that graph g has.
+__device__ inline std::int64_t room_of(const LayerView& layer, std::int64_t g) {
+  if (layer.first_slots == nullptr) return layer.capacity;
+  return __ldg(layer.first_slots + g + 1) - __ldg(layer.first_slots + g);
+}
+/// Of the slots [0, length) those that graph g has.
+__device__ inline std::int64_t extent_of(const LayerView& layer, std::int64_t g,
+                                         std::int64_t length) {
+  return layer.first_slots == nullptr ? length : min(length, room_of(layer, g));
+}
+/// Slots of graph g that may be in use.
+__device__ inline std::int64_t length_of(const LayerView& layer, std::int64_t g) {
+  return extent_of(layer, g, layer.counters->length);
+}
+/// Slots in front of those of a graph. What an even layer needs is asked for in any case, so that
+/// nothing waits for the pointer first.
+__device__ inline std::int64_t slots_before(const LayerView& layer, std::int64_t b,
+                                            std::int64_t g) {
+  std::int64_t slots = graph_index(layer, b, g) * layer.capacity;
+  if (layer.first_slots != nullptr) slots = b * layer.pool + __ldg(layer.first_slots + g);
+  return slots;
+}
+/// Whether the values of a graph, one a slot, can be read four at a time.
+__device__ inline bool has_quads(const LayerView& layer, std::int64_t g) {
+  if (layer.first_slots == nullptr) return layer.capacity % 4 == 0;
+  const std::int64_t bounds = __ldg(layer.first_slots + g) | __ldg(layer.first_slots + g + 1);
+  return (bounds | layer.pool) % 4 == 0;
+}
 __device__ inline std::int32_t* positions_of(const LayerView& layer, std::int64_t b,
                                              std::int64_t g) {
-  return layer.positions + graph_index(layer, b, g) * layer.capacity;
+  return layer.positions + slots_before(layer, b, g);
 }
 __device__ inline std::int32_t* row_of(const LayerView& layer, std::int64_t b, std::int64_t g,
                                        std::int64_t slot) {
-  return layer.rows + (graph_index(layer, b, g) * layer.capacity + slot) * layer.row_words;
+  return layer.rows + (slots_before(layer, b, g) + slot) * layer.row_words;
+}
+/// Where the values of a population begin, one a slot.
+__device__ inline std::int64_t values_before(const LayerView& layer, std::int64_t b, std::int64_t g,
+                                             int p) {
+  return slots_before(layer, b, g) * layer.populations + p * room_of(layer, g);
 }
 __device__ inline float* scores_of(const LayerView& layer, std::int64_t b, std::int64_t g, int p) {
-  return layer.scores + (graph_index(layer, b, g) * layer.populations + p) * layer.capacity;
+  return layer.scores + values_before(layer, b, g, p);
 }
 __device__ inline std::uint32_t* visits_of(const LayerView& layer, std::int64_t b, std::int64_t g,
                                            int p) {
-  return layer.visits + (graph_index(layer, b, g) * layer.populations + p) * layer.capacity;
+  return layer.visits + values_before(layer, b, g, p);
 }
 __device__ inline std::uint32_t* novelty_of(const LayerView& layer, std::int64_t b,
                                             std::int64_t g) {
-  return layer.novelty + graph_index(layer, b, g) * layer.capacity;
+  return layer.novelty + slots_before(layer, b, g);
+}
+/// Elements in front of those of a token.
+__device__ inline std::int64_t token_offset(const TokensView& tokens, std::int64_t b,
+                                            std::int64_t h, std::int64_t slot) {
+  const std::int64_t of_sequence = b * tokens.sequence_stride;
+  if (tokens.first_slots == nullptr) {
+    return of_sequence + h * tokens.head_stride + slot * tokens.token_stride;
+  }
+  return of_sequence + (__ldg(tokens.first_slots + h) + slot) * tokens.token_stride;
 }
 __device__ inline bool is_marked(const SequenceMarks& marks, std::int64_t i) {
   return (marks.bits[i >> 5] >> (i & 31) & 1U) != 0;

@@ -10,7 +10,7 @@
 namespace spectralkv::cuda {
 
 /// Graphs of `layers`, each with some of its populations. All layers share what is not a pointer,
-/// batch or capacity.
+/// batch, capacity or pool.
 struct Launch {
   const LayerView* layers;  ///< null: there is one, which is handed over by value
   std::int64_t sequences;

@@ -49,17 +49,19 @@ __device__ inline std::int64_t slot_at(const UpdateArgs& args, std::int64_t b, s
   return args.slots.data[b * args.slots.sequence_stride + h * args.slots.head_stride];
 }
 
-/// Slots that may be taken lie below this: the host has seen to it that so many keys are there.
-__device__ inline std::int64_t slot_limit(const LayerView& layer, std::int64_t extent) {
-  return min(layer.capacity, extent);
+/// Slots of a graph that may be taken lie below this: the host has seen to it that so many keys are
+/// there.
+__device__ inline std::int64_t slot_limit(const LayerView& layer, std::int64_t g,
+                                          std::int64_t extent) {
+  return min(room_of(layer, g), extent);
 }
 
 /// Whether the slots of all sequences can be taken; each thread of a block says whether those that
 /// it looked at can. Every graph looks at all of them, so that all decide alike before any writes.
 static __device__ __noinline__ bool check_slots(const LayerView& layer, const UpdateArgs& args,
                                                 std::int64_t length, std::int64_t extent) {
-  const std::int64_t limit = slot_limit(layer, extent);
-  if (args.slots.data == nullptr) {
+  if (args.slots.data == nullptr) {  // the layer is even
+    const std::int64_t limit = slot_limit(layer, 0, extent);
     if (length < limit) return true;
     if (threadIdx.x == 0) report(layer, Fault::layer_full, 0, 0, length + 1, limit);
     return false;
@@ -72,6 +74,7 @@ static __device__ __noinline__ bool check_slots(const LayerView& layer, const Up
     const std::int64_t h = i % layer.heads;
     const std::int64_t g = h / layer.heads_per_graph;
     const std::int64_t slot = slot_at(args, b, h, length);
+    const std::int64_t limit = slot_limit(layer, g, extent);
     Fault fault = Fault::none;
     std::int64_t other = 0;
     if (slot < 0 || slot >= limit) {
@@ -196,11 +199,12 @@ __device__ __noinline__ bool all_finite(const LayerView& layer, const UpdateArgs
   return __syncthreads_and(finite) != 0;
 }
 
-/// Slots that the new token sees: its own may lie behind all others.
-__device__ inline int visible_slots(const LayerView& layer, std::int64_t slot, std::int64_t length,
-                                    std::int64_t extent) {
-  const bool fits = slot >= 0 && slot < slot_limit(layer, extent);
-  return static_cast<int>(min(fits ? max(length, slot + 1) : length, extent));
+/// Slots of graph g that the new token sees: its own may lie behind all others.
+__device__ inline int visible_slots(const LayerView& layer, std::int64_t g, std::int64_t slot,
+                                    std::int64_t length, std::int64_t extent) {
+  const std::int64_t limit = slot_limit(layer, g, extent);
+  const bool fits = slot >= 0 && slot < limit;
+  return static_cast<int>(min(fits ? max(length, slot + 1) : length, limit));
 }
 /// Slots of each of `parts` blocks.
 __host__ __device__ inline int part_of(int slots, int parts) {

@@ -86,8 +86,7 @@ __device__ inline RestartTable restart_table_of(const LayerView& layer, std::int
           .fine = table + 2 + (coarse + 1) / 2 * 2};
 }
 
-/// Reads the kRestartBlock values of a block; those behind `end` are 0. `aligned`: `end` and the
-/// start of the array are multiples of four values.
+/// Reads the kRestartBlock values of a block; those behind `end` are 0. `aligned`: see has_quads.
 template <class T>
 __device__ inline void load_block(const T* values, std::int64_t first, std::int64_t end,
                                   bool aligned, T (&out)[kRestartBlock]) {
@@ -116,7 +115,7 @@ struct Restarts {
   std::int32_t group;
   std::int32_t coarse_step;  ///< highest power of two up to the number of coarse sums
   bool aligned;
-  std::int32_t capacity;
+  std::int32_t room;
   RestartWeights weights;
 
   __device__ std::int32_t draw(std::uint32_t random) const {
@@ -156,10 +155,10 @@ struct Restarts {
     auto slot = static_cast<std::int32_t>(first);
     std::uint32_t weight[kRestartBlock];
     if (weights.novelty != nullptr) {  // 0 where there is no token, see fill_restart_table
-      load_block(weights.novelty, first, capacity, aligned, weight);
+      load_block(weights.novelty, first, room, aligned, weight);
     } else {
       std::int32_t positions[kRestartBlock];
-      load_block(weights.positions, first, capacity, aligned, positions);
+      load_block(weights.positions, first, room, aligned, positions);
 #pragma unroll
       for (int i = 0; i < kRestartBlock; ++i) weight[i] = weights.of(positions[i], 0);
     }

@@ -1,0 +1,144 @@
+"""How many tokens each head of a model needs: measured once, on any text, and kept.
+
+Heads compete for the places that walks from recent tokens give: whoever's tokens are reached most
+gets them. Which heads win is mostly the model's, not the text's, so its mean over some texts says
+how a budget is best divided, and slots can stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from spectralkv.evaluation.errors import EvaluationError
+from spectralkv.hf import EvictingCache, cache_argument
+from spectralkv.policies import Spectral
+from spectralkv.policies.head_shares import HeadShares, shares_of
+from spectralkv.policies.spectral import renew
+
+
+def calibrate(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    policy: Spectral,
+    *,
+    floor: float = 0.8,
+    every: int = 32,
+    batch: int = 4,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> HeadShares:
+    """Find which part of a budget each head needs.
+
+    All heads of the model compete for the places of the policy's first population, apart from
+    `floor` of them, which each head has for sure. Nothing is evicted meanwhile.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model.
+    sequences : sequence of sequence of int
+        Token ids, of one length, longer than the budget.
+    policy : Spectral
+        With a budget. Its first population must not be "novelty".
+    floor : float
+        In [0, 1].
+    every : int
+        Tokens between two looks at who wins; so many are fed at a time.
+    batch : int
+        Sequences at a time.
+    on_progress : callable, optional
+        Called with tokens fed so far and in all.
+
+    Returns
+    -------
+    HeadShares
+        For ``Spectral(head_shares=...)``.
+
+    Raises
+    ------
+    EvaluationError
+        The policy or the texts do not allow it.
+    """
+    budget = policy.budget
+    if budget is None:
+        raise EvaluationError("to calibrate, the policy needs a budget")
+    lengths = sorted({len(sequence) for sequence in sequences})
+    if len(lengths) != 1 or lengths[0] < budget + every:
+        raise EvaluationError(
+            f"to calibrate, sequences must be of one length, {budget + every} at least (budget and "
+            f"step), got lengths {lengths}"
+        )
+    if not 0.0 <= floor <= 1.0:
+        raise EvaluationError(f"floor must be from 0 to 1, got {floor:g}")
+    _, walk = policy._graph_and_walk_of_default()
+    first, *others = walk.populations
+    if first.restart == "novelty":
+        raise EvaluationError("to calibrate, the first population must restart at recent tokens")
+    watching = replace(
+        policy, budget=None, populations=(replace(first, share=1.0, decay=None),), head_shares=None
+    )
+    free = budget - policy.sinks - policy.window
+    rest = sum(int(population.share * free + 1e-9) for population in others)
+    total = len(sequences) * lengths[0]
+    done, looks = 0, 0
+    wins: torch.Tensor | float = 0.0
+    for start in range(0, len(sequences), batch):
+        ids = torch.tensor([list(one) for one in sequences[start : start + batch]])
+        ids = ids.to(model.device)
+        cache = EvictingCache(model.config, watching, attention="model")
+        for begin in range(0, ids.shape[1], every):
+            with torch.no_grad():
+                model(ids[:, begin : begin + every], **cache_argument(cache), use_cache=True)
+            done += ids[:, begin : begin + every].numel()
+            if on_progress is not None:
+                on_progress(done, total)
+            if begin + every < budget + every:
+                continue
+            scores = _scores(cache)
+            protected = policy.sinks, policy.window
+            wins = wins + _places_won(scores, *protected, free - rest, floor).sum(1)
+            looks += ids.shape[0]
+    if isinstance(wins, float):
+        raise EvaluationError("to calibrate, there must be a text")
+    least = policy.sinks + policy.window + 1
+    kept = (wins / looks + (budget - (free - rest))).tolist()
+    return shares_of(kept, budget, least)
+
+
+def _scores(cache: EvictingCache) -> torch.Tensor:
+    """Return (L, B, Hkv, S), float32: anew, of all tokens."""
+    trackers = [layer.tracker for layer in cache.evicting_layers]
+    renew(trackers)
+    device = trackers[0].scores().device  # type: ignore[union-attr]
+    return torch.stack([one.scores().to(device) for one in trackers])  # type: ignore[union-attr]
+
+
+def _places_won(
+    scores: torch.Tensor, sinks: int, window: int, places: int, floor: float
+) -> torch.Tensor:
+    """Return float64 (L, B, Hkv): places that each head gets, of `places` a head.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        (L, B, Hkv, S); slots follow the text.
+    sinks, window : int
+        First and newest tokens, which need no place.
+    places, floor : int, float
+        See `calibrate`.
+    """
+    layers, batch, heads, _ = scores.shape
+    parts = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    parts = parts[..., sinks : scores.shape[3] - window]
+    sure = min(int(floor * places), parts.shape[3])
+    open_places = min(places, parts.shape[3]) - sure
+    ranked = parts.sort(-1, descending=True).values[..., sure:]
+    pooled = ranked.transpose(0, 1).reshape(batch, -1)  # (B, L x Hkv x rest)
+    best = pooled.topk(open_places * layers * heads, dim=1).indices
+    owner = best // ranked.shape[3]
+    won = torch.zeros(batch, layers * heads, dtype=torch.float64, device=scores.device)
+    won.scatter_add_(1, owner, torch.ones_like(owner, dtype=torch.float64))
+    return won.view(batch, layers, heads).transpose(0, 1) + sure
