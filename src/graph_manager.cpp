@@ -315,7 +315,7 @@ struct GraphManager::Impl {
       const auto held = state.held_by(b);
       bool cut = false;
       for (std::size_t g = 0; g < graphs; ++g) {
-        const std::int64_t own = state.divided() ? args.budgets[g] : eviction.budget;
+        const std::int64_t own = state.divided() || overdue ? args.budgets[g] : eviction.budget;
         cut = cut || held[g] >= own + above;
       }
       any = any || cut;

@@ -131,7 +131,7 @@ struct SPECTRALKV_API EvictionConfig {
   /// GraphScope::head. Sequences of a batch are then cut together, as soon as one is full: before
   /// the layer is divided (see GraphManager::divide) when a head holds budget + interval tokens;
   /// from then on when one holds its own budget + interval, or, once the layer was made even again,
-  /// as soon as one holds more than the budget. Empty: all keep `budget`, and each sequence has its
+  /// as soon as one holds more than its budget. Empty: all keep `budget`, and each sequence has its
   /// own schedule.
   std::vector<std::int64_t> head_budgets{};
 

@@ -135,6 +135,17 @@ def test_heads_keep_their_shares_and_no_more_memory(device: str) -> None:
     assert cache.stats().attention == "policy"
 
 
+def test_all_layers_are_cut_at_once(device: str) -> None:
+    # Also a layer whose heads all have less than an even part.
+    policy = dataclasses.replace(SPECTRAL, head_shares=((0.6, 0.7), (1.3, 1.4)))
+    model = model_of(device=device)
+    events: list[EvictionEvent] = []
+    cache = cache_of(model, policy, on_evict=events.append)
+    feed(model, cache, random_ids(2, 160, device=device), [40] + [8] * 10 + [1] * 40)
+    times = [[event.tokens_seen for event in events if event.layer == layer] for layer in (0, 1)]
+    assert times[0] == times[1] == [*range(40, 121, 8), *range(128, 161, 8)]
+
+
 def test_nothing_moves_between_cuts(device: str) -> None:
     model = model_of(device=device)
     cache = cache_of(model)
