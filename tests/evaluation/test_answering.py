@@ -32,6 +32,7 @@ from spectralkv.evaluation.answering import (
     context_passes,
     run_cases,
 )
+from spectralkv.evaluation.perplexity import BudgetCheck
 from spectralkv.hf import EvictionEvent
 from tiny_models import make_model
 from tiny_text import make_text, make_tokenizer
@@ -222,6 +223,45 @@ def test_the_audit_finds_what_keeps_other_than_its_budget(keep: Any, fine: bool)
     message = r"policy 'greedy' must keep 3 ascending, unique slots .* in layer 7 at 6 tokens"
     with pytest.raises(RuntimeError, match=message):
         audit.verify()
+
+
+@pytest.mark.parametrize(
+    ("keeps", "message"),
+    [
+        ([[[0, 2, 4, 5], [1, 3, -1, -1]], [[5, -1, -1, -1], [0, 1, 2, 3]]], ""),
+        ([[[0, 2, 4, 5], [1, 3, 4, -1]], [[5, -1, -1, -1], [0, 1, 2, 3]]], "kept 3"),
+        ([[[0, 4, 2, -1], [1, 3, -1, -1]], [[5, -1, -1, -1], [0, 1, 2, 3]]], "ascending"),
+        ([[[-1, 0, 2, 4], [1, 3, -1, -1]], [[5, -1, -1, -1], [0, 1, 2, 3]]], "ascending"),
+        ([[[0, -1, 2, 4], [1, 3, -1, -1]], [[5, -1, -1, -1], [0, 1, 2, 3]]], "ascending"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["audit", "check"])
+def test_heads_that_keep_different_numbers_keep_the_budget_on_average(
+    keeps: Any, message: str, kind: str
+) -> None:
+    # Two heads in each of two layers keep 11 of 2.75 x 4 tokens.
+    budget = 2.75
+    looks: Any = (
+        BudgetAudit("greedy", budget=budget, interval=2)  # type: ignore[arg-type]
+        if kind == "audit"
+        else BudgetCheck("greedy", budget, wait=False)  # type: ignore[arg-type]
+    )
+    for layer, keep in enumerate(keeps):
+        looks(
+            EvictionEvent(
+                layer=layer,
+                tokens_seen=6,
+                positions=torch.arange(6, dtype=torch.int32).expand(1, 2, 6),
+                scores=torch.zeros(1, 2, 6),
+                keep=torch.tensor([keep], dtype=torch.int32),
+                is_divided=True,
+            )
+        )
+    if not message:
+        looks.verify()
+        return
+    with pytest.raises(RuntimeError, match=message):
+        looks.verify()
 
 
 def test_the_audit_lets_a_sequence_that_is_not_due_keep_all() -> None:

@@ -203,10 +203,10 @@ def test_runs_at_other_budgets_score_the_same_tokens_if_told_where_to_begin() ->
 
 def test_a_policy_that_breaks_its_budget_is_a_bug() -> None:
     check = exact_budget_check("greedy", 3)
-    check(SimpleNamespace(layer=0, keep=torch.tensor([[[0, 2, 5]]])))
+    check(SimpleNamespace(layer=0, is_divided=False, keep=torch.tensor([[[0, 2, 5]]])))
     for keep in ([0, 1, 2, 3], [0, 1], [0, 0, 1], [2, 1, 3]):
         with pytest.raises(RuntimeError, match="'greedy' must keep 3"):
-            check(SimpleNamespace(layer=0, keep=torch.tensor([[keep]])))
+            check(SimpleNamespace(layer=0, is_divided=False, keep=torch.tensor([[keep]])))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_what_steps_alone_show_is_refused_in_chunks(tiny: LoadedModel) -> None:
 def test_order_is_looked_at_later_where_the_device_is_not_waited_for() -> None:
     def event(*keep: int) -> SimpleNamespace:
         # A tensor that says it is on a GPU: on the CPU there is nothing to wait for.
-        return SimpleNamespace(layer=0, keep=_OnGpu(torch.tensor([[keep]])))
+        return SimpleNamespace(layer=0, is_divided=False, keep=_OnGpu(torch.tensor([[keep]])))
 
     check = BudgetCheck("greedy", 3, wait=False)
     check(event(0, 2, 5))

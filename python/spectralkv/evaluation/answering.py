@@ -19,6 +19,7 @@ from spectralkv.evaluation.caches import CacheSettings, create_cache, create_pol
 from spectralkv.evaluation.errors import EvaluationError
 from spectralkv.evaluation.generation import eos_token_ids, last_logits_only
 from spectralkv.evaluation.haystack import encode
+from spectralkv.evaluation.perplexity import is_left_aligned, most_kept
 from spectralkv.evaluation.specs import FULL, Budget, PolicySpec
 
 if TYPE_CHECKING:
@@ -242,6 +243,8 @@ class BudgetAudit:
     """An eviction callback that looks whether each sequence that is due keeps exactly its budget.
 
     It asks the device once, at the end (`verify`), where a check at each cut would wait each time.
+    Where heads keep different numbers of tokens, those of all layers that were cut at once must
+    keep the budget at most, on average.
 
     Parameters
     ----------
@@ -254,6 +257,7 @@ class BudgetAudit:
     def __init__(self, label: str, budget: int, interval: int) -> None:
         self._label, self._budget, self._interval = label, budget, interval
         self._cuts: list[tuple[int, int, Any]] = []
+        self._kept: dict[int, list[Any]] = {}  # of heads that keep different numbers
 
     def __call__(self, event: EvictionEvent) -> None:
         """Take one eviction event."""
@@ -261,6 +265,11 @@ class BudgetAudit:
 
         held = (event.positions >= 0).sum(-1)
         kept = (event.keep >= 0).sum(-1)
+        if event.is_divided:
+            fine = is_left_aligned(event.keep) & (kept <= held).all()
+            self._cuts.append((event.layer, event.tokens_seen, fine))
+            self._kept.setdefault(event.tokens_seen, []).append(kept)
+            return
         due = held >= self._budget + self._interval
         expected = torch.where(due, self._budget, held)
         is_empty = event.keep[..., :-1] < 0
@@ -273,6 +282,12 @@ class BudgetAudit:
 
         if not self._cuts:
             return
+        mean = most_kept(self._kept)
+        if mean > self._budget:
+            raise RuntimeError(
+                f"[answering] policy {self._label!r} must keep {self._budget} slots a head on "
+                f"average, kept {mean:g}; this is a bug in the policy or the cache"
+            )
         fine = torch.stack([cut for _, _, cut in self._cuts]).tolist()
         for (layer, seen, _), is_fine in zip(self._cuts, fine, strict=True):
             if not is_fine:

@@ -23,7 +23,9 @@ from spectralkv.evaluation.specs import FULL, PolicySpec
 from spectralkv.evaluation.statistics import PairedDifference, paired_difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
 
     from spectralkv.evaluation.progress import Progress
     from spectralkv.hf import EvictingCache, EvictionEvent
@@ -411,10 +413,8 @@ class BudgetCheck:
         """
         keep = event.keep
         if self._budget is not None and event.is_divided:
-            held = keep >= 0
-            ordered = ((keep[..., 1:] > keep[..., :-1]) | ~held[..., 1:]).all()
-            self._ordered.append(ordered & (held[..., :-1] | ~held[..., 1:]).all())
-            self._kept.setdefault(event.tokens_seen, []).append(held.sum(-1))
+            self._ordered.append(is_left_aligned(keep))
+            self._kept.setdefault(event.tokens_seen, []).append((keep >= 0).sum(-1))
             return
         ordered = (keep[..., 1:] > keep[..., :-1]).all() & (keep[..., :1] >= 0).all()
         if self._wait or keep.device.type == "cpu" or keep.shape[-1] != self._budget:
@@ -433,13 +433,12 @@ class BudgetCheck:
         import torch
 
         kept, self._kept = self._kept, {}
-        for layers in kept.values():
-            mean = float(torch.stack(layers).double().mean((0, 2)).max())
-            if self._budget is None or mean > self._budget:
-                raise RuntimeError(
-                    f"[perplexity] policy {self._label!r} must keep {self._budget} slots a head "
-                    f"on average, kept {mean:g}; this is a bug in the policy or the cache"
-                )
+        mean = most_kept(kept)
+        if kept and (self._budget is None or mean > self._budget):
+            raise RuntimeError(
+                f"[perplexity] policy {self._label!r} must keep {self._budget} slots a head "
+                f"on average, kept {mean:g}; this is a bug in the policy or the cache"
+            )
         pending, self._ordered = self._ordered, []
         if pending:
             self._require(self._budget, bool(torch.stack(pending).all()), "some layer")
@@ -451,6 +450,27 @@ class BudgetCheck:
                 f"slots at {where}, kept {kept}{'' if ordered else ' out of order'}; "
                 "this is a bug in the policy or the cache"
             )
+
+
+def is_left_aligned(keep: torch.Tensor) -> torch.Tensor:
+    """Return whether lists (B, Hkv, M) are ascending, unique slots before their -1; a bool."""
+    held = keep >= 0
+    ordered = ((keep[..., 1:] > keep[..., :-1]) | ~held[..., 1:]).all()
+    return ordered & (held[..., :-1] | ~held[..., 1:]).all()
+
+
+def most_kept(cuts: Mapping[int, Sequence[torch.Tensor]]) -> float:
+    """Return the most that heads ever kept on average.
+
+    Parameters
+    ----------
+    cuts : mapping of int to sequence of torch.Tensor
+        By tokens seen: what heads keep, (B, Hkv), of each layer that was cut then.
+    """
+    import torch
+
+    means = [torch.stack(list(layers)).double().mean((0, 2)).max() for layers in cuts.values()]
+    return float(torch.stack(means).max()) if means else 0.0
 
 
 def exact_budget_check(label: str, budget: int | None) -> BudgetCheck:
