@@ -72,6 +72,8 @@ SANITIZER_FILTER = ":".join(
         "Reset.*",
         "LoadRows.*",
         "Nonfinite.MayLieInFreeSlots",
+        "HeadBudgets.C*",
+        "DividedLayer.F*:DividedLayer.MayBe*",
     )
 )
 #: Racecheck follows every access to shared memory and takes many times as long as the others. These
