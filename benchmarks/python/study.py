@@ -71,6 +71,9 @@ PROMPT_ROWS = [
     "spectral:prompt_rows=32",
     "spectral:row_stride=4",
 ]
+# Heads get what they need, as `spectralkv calibrate` found it on the first sequences:
+# calibrate wiki.test.raw essays --sequences 8 --length 2048 --dtype float32 --device cuda --batch 8
+HEAD_SHARES = ["spectral:head_shares=benchmarks/head_shares.json"]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
 TUNED = [
@@ -123,6 +126,8 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         perplexity("perplexity-published-2", PUBLISHED[4:], *low, *shares, *held),
         perplexity("perplexity-tuned", TUNED, *shares, *held),
         perplexity("perplexity-ours", CANDIDATES, *low, *shares, *held),
+        perplexity("perplexity-head-shares", HEAD_SHARES, *low, *shares, *held),
+        Job("needle-head-shares", [*needles, *many("--policy", HEAD_SHARES)]),
         perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
         perplexity("perplexity-exact", EXACT[:1], *low, *shares, *held),
         perplexity("perplexity-exact-2", EXACT[1:], *shares, *held),

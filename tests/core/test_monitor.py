@@ -231,3 +231,50 @@ def test_attending_walks_when_steps_would(arrays: Arrays) -> None:
                 0, sequence
             )
     assert steps.graph.statistics().walks == attends.graph.statistics().walks > 0
+
+
+def test_heads_in_rooms_of_their_own(arrays: Arrays, device: str) -> None:
+    budgets, rng = ((30, 50),), np.random.default_rng(0)
+    monitor = _monitor(2, 64, device, head_budgets=budgets)
+    slab = arrays(rng.standard_normal((2, HEADS, 64, DIM), dtype=np.float32))
+    query = arrays(rng.standard_normal((2, 2 * HEADS, 60, DIM), dtype=np.float32))
+    monitor.on_prefill(0, query, slab)
+    kept = monitor.kept_counts(0)
+    assert kept == [30, 50] * 2
+    keep = monitor.keep(0, slab)
+    monitor.graph.compact(0, keep, slab, slab, kept=kept)
+    rooms = [budget + 8 for budget in budgets[0]]
+    monitor.graph.divide(0, rooms)
+    assert monitor.graph.rooms(0) == rooms
+    pool = arrays(np.zeros((2, 1, sum(rooms), DIM), dtype=np.float32))
+    pool[:, 0, :30] = slab[:, 0, :30]
+    pool[:, 0, rooms[0] : rooms[0] + 50] = slab[:, 1, :50]
+    cuts = 0
+    for _ in range(40):
+        new = arrays(rng.standard_normal((2, HEADS, DIM), dtype=np.float32))
+        slots = monitor.graph.place(0, new, new, pool, pool)
+        out = monitor.attend(0, query[:, :, 0], pool, pool, slots=slots)
+        assert np.isfinite(arrays.host(out)).all()
+        if monitor.is_full(0):
+            kept = monitor.kept_counts(0)
+            monitor.graph.release(0, monitor.keep(0, pool), kept=kept)
+            cuts += 1
+    assert cuts == 5
+    held = (arrays.host(monitor.graph.positions(0, like=pool)) >= 0).sum(-1)
+    assert held.tolist() == [[30, 50]] * 2
+    with pytest.raises(spectralkv.InvalidArgument, match=r"update_rows.* must be an even layer"):
+        monitor.on_prefill(0, query, pool)
+    monitor.graph.reserve(0, 64)
+    assert monitor.graph.rooms(0) == []
+
+
+def test_head_budgets_are_checked() -> None:
+    with pytest.raises(spectralkv.InvalidArgument, match="a head's budget must be at least"):
+        _monitor(1, 64, head_budgets=((40, 5),))
+    with pytest.raises(spectralkv.InvalidArgument, match="layers with head budgets must be 1"):
+        _monitor(1, 64, head_budgets=((40, 40), (40, 40)))
+    monitor = _monitor(1, 64, head_budgets=((40, 40, 40),))
+    with pytest.raises(spectralkv.InvalidArgument, match="number of head budgets must be 2, got 3"):
+        monitor.is_full(0)
+    with pytest.raises(spectralkv.InvalidArgument, match="the room of head 1 must be"):
+        monitor.graph.divide(0, [10, -1])

@@ -38,6 +38,7 @@ _MOST_GRIDS = 7
 # Cells between two of them.
 _GAP = 0.25
 _POPULATIONS = re.compile(r"populations=([^,]+)")
+_HEAD_SHARES = re.compile(r"head_shares=[^,]+")
 #: Bars and titles that a picture of ablations has below each other; more are put in two columns.
 _ONE_COLUMN = 30
 
@@ -551,6 +552,7 @@ def _spoken(policy: str) -> str:
     name, _, ahead = policy.partition(":ahead=")
     if name == CLAIRVOYANT:
         return "limit: sees all that comes" if ahead == "all" else f"limit: sees {ahead} tokens"
+    policy = _HEAD_SHARES.sub("head shares", policy)
     found = _POPULATIONS.search(policy)
     if found is None:
         return policy
