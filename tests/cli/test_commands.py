@@ -332,8 +332,8 @@ def test_calibrated_shares_serve_every_command(
     shares = tmp_path / "shares.json"
     common = ["-m", str(model_folder), "--device", device]
     command = ["calibrate", str(text_file), *common, "--output", str(shares)]
-    assert main([*command, "--length", "200", "--sequences", "1", "--budget", "0.4"]) == 0
-    assert "2 layers x 2 KV heads, 1 sequences of 200 tokens" in capsys.readouterr().out
+    assert main([*command, "--length", "200", "--budget", "0.4"]) == 0  # it has no more
+    assert "2 layers x 2 KV heads, 1 x 200 tokens of text" in capsys.readouterr().out
     policy = ["--policy", f"spectral:head_shares={shares}"]
     output = ["--output", str(tmp_path / "seen")]
     command = ["inspect", str(text_file), *common, *output, *policy, "--budget", "0.3"]

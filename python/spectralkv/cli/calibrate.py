@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectralkv.cli import console as shared
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def calibrate(
@@ -19,7 +22,7 @@ def calibrate(
         ),
     ] = None,
     budget: shared.BudgetOption = "0.2",
-    sequences: Annotated[int, typer.Option(help="Sequences of each text.")] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences of each text, or what it has.")] = 8,
     skip: Annotated[int, typer.Option(help="Sequences of each text to leave out first.")] = 0,
     length: shared.LengthOption = 2048,
     floor: Annotated[
@@ -52,13 +55,16 @@ def calibrate(
     policy = Spectral(budget=tokens)
     device = resolve_device(device)
     loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    parts = [
-        sequence
-        for corpus in corpora
-        for sequence in evaluation.token_sequences(
-            loaded.tokenizer, corpus.text, length=length, count=sequences, skip=skip
+    parts: list[Sequence[int]] = []
+    for corpus in corpora:
+        whole = len(loaded.tokenizer.encode(corpus.text)) // length - skip
+        parts += evaluation.token_sequences(
+            loaded.tokenizer,
+            corpus.text,
+            length=length,
+            count=max(1, min(sequences, whole)),
+            skip=skip,
         )
-    ]
     with shared.progress_bar() as progress:
         shares = find(
             loaded.model,
@@ -74,14 +80,14 @@ def calibrate(
         model=loaded.name,
         texts=[corpus.name for corpus in corpora],
         sequences=len(parts),
-        length=length,
+        length=len(parts[0]),
         budget=tokens,
         floor=floor,
     )
     values = [share for layer in shares for share in layer]
     typer.echo(
-        f"{len(shares)} layers x {len(shares[0])} KV heads, {len(parts)} sequences of {length:,} "
-        f"tokens, {loaded.dtype} on {report.device_name(device)}: shares from {min(values):.2f} to "
-        f"{max(values):.2f} of an even budget"
+        f"{len(shares)} layers x {len(shares[0])} KV heads, {len(parts)} x {len(parts[0]):,} "
+        f"tokens of text, {loaded.dtype} on {report.device_name(device)}: shares from "
+        f"{min(values):.2f} to {max(values):.2f} of an even budget"
     )
     typer.echo(f"{output}: use it as --policy spectral:head_shares={output}")
