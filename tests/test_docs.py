@@ -69,7 +69,7 @@ def test_docstrings_become_markdown() -> None:
         "See :class:`~a.B`.\n\n    .. math::\n        x = y \\\\\n        z\n\n    More :mod:`c`."
     )
     assert docs_docstrings.to_markdown(text) == (
-        "See `a.B`.\n\n    $$\n    x = y\n    z\n    $$\n\n    More `c`."
+        "See `a.B`.\n\n    $$\n    x = y \\\\\n    z\n    $$\n\n    More `c`."
     )
 
 
