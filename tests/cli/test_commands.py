@@ -334,6 +334,7 @@ def test_calibrated_shares_serve_every_command(
     command = ["calibrate", str(text_file), *common, "--output", str(shares)]
     assert main([*command, "--length", "200", "--budget", "0.4"]) == 0  # it has no more
     assert "2 layers x 2 KV heads, 1 x 200 tokens of text" in capsys.readouterr().out
+    assert shares.with_suffix(".png").stat().st_size > 1000
     policy = ["--policy", f"spectral:head_shares={shares}"]
     output = ["--output", str(tmp_path / "seen")]
     command = ["inspect", str(text_file), *common, *output, *policy, "--budget", "0.3"]

@@ -37,11 +37,12 @@ def calibrate(
 ) -> None:
     """Find which part of a budget each head needs, for the policy spectral:head_shares=FILE.
 
-    All heads of the model compete for places while texts are read. Minutes once a model; any text
-    does, for which head needs much is the model's more than the text's.
+    Writes a picture beside it. All heads of the model compete for places while texts are read.
+    Minutes once a model; any text does, for which head needs much is the model's more than the
+    text's.
     """
     from spectralkv import evaluation
-    from spectralkv.evaluation import report
+    from spectralkv.evaluation import plots, report
     from spectralkv.evaluation.calibration import calibrate as find
     from spectralkv.evaluation.models import resolve_device
     from spectralkv.policies import Spectral
@@ -90,4 +91,7 @@ def calibrate(
         f"tokens of text, {loaded.dtype} on {report.device_name(device)}: shares from "
         f"{min(values):.2f} to {max(values):.2f} of an even budget"
     )
+    picture = output.with_suffix(".png")
+    plots.plot_head_shares(shares, picture, title=f"{loaded.name}: what each head needs")
     typer.echo(f"{output}: use it as --policy spectral:head_shares={output}")
+    typer.echo(str(picture))

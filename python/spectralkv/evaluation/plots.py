@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from spectralkv.evaluation.heatmap import HeatMap
     from spectralkv.evaluation.perplexity import PerplexityResult, PolicyRun
+    from spectralkv.policies import HeadShares
 
 # Okabe and Ito's palette: told apart with any colour vision. The full cache is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
@@ -120,6 +121,43 @@ def plot_running(result: PerplexityResult, path: Path) -> None:
     lower.set_xlabel("position in the document (tokens)")
     lower.set_xlim(positions[0], positions[-1])
     add_footnote(figure, sample_line(result))
+    save_figure(figure, path)
+
+
+def plot_head_shares(shares: HeadShares, path: Path, *, title: str) -> None:
+    """Draw which part of an even budget each head gets: KV heads against layers.
+
+    Parameters
+    ----------
+    shares : HeadShares
+        (L, Hkv), 1 on average.
+    path : pathlib.Path
+        The PNG to write.
+    title : str
+        Put above.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    """
+    import numpy as np
+    from matplotlib.colors import CenteredNorm
+
+    values = np.asarray(shares).T
+    heads, layers = values.shape
+    figure, axes = new_figure(2.6 + 0.26 * layers, 1.7 + 0.3 * heads)
+    axis = axes[0]
+    # White is an even part; as much more is as dark as so much less.
+    norm = CenteredNorm(1.0, max(float(abs(values - 1.0).max()), 0.01))
+    image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="PuOr_r", norm=norm)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("KV head")
+    axis.set_yticks(range(heads))
+    axis.set_title(title)
+    bar = figure.colorbar(image, ax=axis, pad=0.012, fraction=0.04)
+    bar.set_label("of an even part", fontsize=8.5)
+    bar.outline.set_visible(False)
     save_figure(figure, path)
 
 
