@@ -244,9 +244,12 @@ struct GraphManager::Impl {
     if (backend->is_recording(stream)) return;
     state.length = plan.length;
     state.ordered = state.ordered && plan.appended;
-    const auto graphs = static_cast<std::size_t>(state.graphs());
-    for (std::size_t i = 0; i < state.held.size(); ++i) state.held[i] += added[i / graphs];
-    for (std::size_t b = 0; b < added.size(); ++b) state.seen[b] += added[b];
+    const std::int64_t graphs = state.graphs();
+    auto held = state.held.begin();
+    for (std::size_t b = 0; b < added.size(); ++b) {
+      state.seen[b] += added[b];
+      for (std::int64_t g = 0; g < graphs; ++g) *held++ += added[b];
+    }
   }
 
   void check_walk(std::string_view operation, std::int64_t layer,

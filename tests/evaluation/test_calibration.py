@@ -76,6 +76,7 @@ def test_places_go_to_the_best_of_all_heads() -> None:
     [
         ({"budget": None}, {}, "the policy needs a budget"),
         ({"budget": 100}, {}, "132 at least"),
+        ({"budget": 11}, {}, "a budget must be above 11 tokens"),
         ({}, {"floor": 1.5}, "floor must be from 0 to 1, got 1.5"),
         (
             {"populations": (Population(restart="novelty"),)},

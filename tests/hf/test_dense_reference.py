@@ -37,9 +37,10 @@ def evicting_run(
     policy: policies.Policy,
     chunks: list[torch.Tensor],
     mask: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[list[torch.Tensor], list[EvictionEvent], EvictingCache]:
     events: list[EvictionEvent] = []
-    cache = make_cache(model.config, policy, on_evict=events.append)
+    cache = make_cache(model.config, policy, on_evict=events.append, **options)
     logits, seen = [], 0
     position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp_min(0)
     for chunk in chunks:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import feed, make_cache
-from test_dense_reference import CHUNKS, assert_same
+from test_dense_reference import CHUNKS, assert_same, evicting_run
 
 from reference import DENSE, dense_run
 from spectralkv import policies
@@ -52,11 +52,8 @@ def test_it_is_full_attention_to_what_stays(family: str, device: str) -> None:
     policy = dataclasses.replace(SPECTRAL, head_shares=shares)
     ids = random_ids(2, sum(CHUNKS), seed=5, device=device)
     chunks = list(ids.split(CHUNKS, dim=1))
-    events: list[EvictionEvent] = []
     model = model_of(family, device=device)
-    cache = cache_of(model, policy, on_evict=events.append)
-    with torch.no_grad():
-        got = [model(chunk, **cache_argument(cache)).logits for chunk in chunks]
+    got, events, _ = evicting_run(model, policy, chunks, attention="auto")
     dense = make_model(family, DENSE, torch.float32, device=device)
     expected = dense_run(dense, chunks, events)
     assert_same(got, expected, torch.ones_like(ids), "eager")
@@ -70,24 +67,9 @@ def test_a_mask_with_padding_at_later_turns(device: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
     mask[2, 42:47] = 0  # padding on the left of the second turn
-    policy = dataclasses.replace(SPECTRAL)
     model = model_of(device=device)
     chunks = list(ids.split(sizes, dim=1))
-    events: list[EvictionEvent] = []
-    cache = cache_of(model, policy, on_evict=events.append)
-    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-    got, seen = [], 0
-    for chunk in chunks:
-        end = seen + chunk.shape[1]
-        with torch.no_grad():
-            output = model(
-                chunk,
-                attention_mask=mask[:, :end],
-                position_ids=position_ids[:, seen:end],
-                **cache_argument(cache),
-            )
-        got.append(output.logits)
-        seen = end
+    got, events, _ = evicting_run(model, SPECTRAL, chunks, mask, attention="auto")
     dense = make_model("llama", DENSE, torch.float32, device=device)
     assert_same(got, dense_run(dense, chunks, events, mask), mask, "eager")
 

@@ -73,8 +73,13 @@ def calibrate(
         )
     if not 0.0 <= floor <= 1.0:
         raise EvaluationError(f"floor must be from 0 to 1, got {floor:g}")
-    _, walk = policy._graph_and_walk_of_default()
-    first, *others = walk.populations
+    least = policy.sinks + policy.window + 1
+    if budget == least:
+        raise EvaluationError(
+            f"to calibrate, a budget must be above {least} tokens (sinks, window and one), got "
+            f"{budget}"
+        )
+    first, *others = policy.walk_config.populations
     if first.restart == "novelty":
         raise EvaluationError("to calibrate, the first population must restart at recent tokens")
     watching = replace(
@@ -103,7 +108,6 @@ def calibrate(
             looks += ids.shape[0]
     if isinstance(wins, float):
         raise EvaluationError("to calibrate, there must be a text")
-    least = policy.sinks + policy.window + 1
     kept = (wins / looks + (budget - (free - rest))).tolist()
     return shares_of(kept, budget, least)
 

@@ -274,7 +274,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             and (
                 self._attention == "policy"
                 or self.device.type in _ATTENDS_BY_DEFAULT
-                or self._tracker.rooms is not None
+                or self.divides
             )
         )
 
@@ -434,7 +434,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._size = max(self._size, longest + 1)
 
     def _release(self, tracker: AttendingTracker, keep: torch.Tensor) -> None:
-        if tracker.rooms is not None and self._rooms is None:
+        if self.divides and self._rooms is None:
             self._show()
             self._cut(keep)
             return
@@ -612,7 +612,12 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def divides(self) -> bool:
         """Whether heads keep different numbers of tokens."""
-        return isinstance(self._tracker, AttendingTracker) and self._tracker.rooms is not None
+        return self._wanted_rooms is not None
+
+    @property
+    def _wanted_rooms(self) -> tuple[int, ...] | None:
+        """Slots that each head gets at a cut; None: all heads keep equally many tokens."""
+        return self._tracker.rooms if isinstance(self._tracker, AttendingTracker) else None
 
     @property
     def cut_kind(self) -> tuple[int, ...]:
@@ -1012,7 +1017,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _check_cut(self, keep: torch.Tensor) -> tuple[int, ...]:
         """Check and announce what stays; return how many tokens each sequence keeps."""
         shape = self.keys.shape  # type: ignore[union-attr]
-        rooms = self._tracker.rooms if isinstance(self._tracker, AttendingTracker) else None
+        rooms = self._wanted_rooms
         if rooms is not None:
             kept = check_divided_keep(keep, self._policy, (shape[0], self._heads), rooms)
         else:
@@ -1037,8 +1042,9 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _cut(self, keep: torch.Tensor) -> None:
         self._compact(keep, self._check_cut(keep))
         self._newest = min(self._newest, self._policy.protected_window)
-        if isinstance(self._tracker, AttendingTracker) and self._tracker.rooms is not None:
-            self._lay_in_a_row(self._tracker, self._tracker.rooms)
+        rooms = self._wanted_rooms
+        if rooms is not None and isinstance(self._tracker, AttendingTracker):
+            self._lay_in_a_row(self._tracker, rooms)
             return
         budget = self._policy.budget
         if budget is not None and self._capacity > budget + self._policy.interval:

@@ -157,7 +157,7 @@ class Spectral(Policy):
             self._require(self.scope == "head", "scope", "'head' with head_shares")
             self._require(self.scan_interval == 1, "scan_interval", "1 with head_shares")
         # The core checks what it is given; a policy with a bad option must not come to be.
-        _, walk = self._graph_and_walk(GraphConfig())
+        walk = self.walk_config
         self._eviction()
         self._require(
             self.scan_interval == 1
@@ -174,10 +174,19 @@ class Spectral(Policy):
                 f"{len(self.head_shares)}"
             )
         monitors = _Monitors(self, num_layers)
-        return [_SpectralTracker(self, layer, monitors) for layer in range(num_layers)]
+        rooms: list[tuple[int, ...] | None] = [None] * num_layers
+        if self.head_budgets:
+            rooms = [
+                tuple(kept + self.interval for kept in budgets) for budgets in self.head_budgets
+            ]
+        return [
+            _SpectralTracker(self, layer, monitors, rooms[layer]) for layer in range(num_layers)
+        ]
 
-    def _graph_and_walk_of_default(self) -> tuple[GraphConfig, WalkConfig]:
-        return self._graph_and_walk(GraphConfig())
+    @property
+    def walk_config(self) -> WalkConfig:
+        """How walks go: the preset with what the options override."""
+        return self._graph_and_walk(GraphConfig())[1]
 
     def _graph_and_walk(self, graph: GraphConfig) -> tuple[GraphConfig, WalkConfig]:
         graph, walk = apply_preset(self.preset, graph)
@@ -339,7 +348,9 @@ def _reserve(monitor: Monitor, layer: int, capacity: int) -> None:
 class _SpectralTracker(AttendingTracker):
     checks_kept = True
 
-    def __init__(self, policy: Spectral, layer: int, monitors: _Monitors) -> None:
+    def __init__(
+        self, policy: Spectral, layer: int, monitors: _Monitors, rooms: tuple[int, ...] | None
+    ) -> None:
         self._policy = policy
         self._layer = layer
         self._monitors = monitors
@@ -350,8 +361,7 @@ class _SpectralTracker(AttendingTracker):
         self._steps = 0  # decode steps observed, of which every `scan_interval`-th draws a row
         self._chosen: torch.Tensor | None = None  # what `keep` returned last
         self._kept: list[int] = []  # and how many of it each sequence, or each head, keeps
-        budgets = policy.head_budgets
-        self._rooms = tuple(kept + policy.interval for kept in budgets[layer]) if budgets else None
+        self._rooms = rooms
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
@@ -417,7 +427,7 @@ class _SpectralTracker(AttendingTracker):
         monitor, graph = self._active(), self._active().graph
         capacity = step.keys.shape[2]
         # Steps under capture are sized by it.
-        if not graph.rooms(self._layer) and graph.capacity(self._layer) != capacity:
+        if graph.capacity(self._layer) != capacity and not graph.rooms(self._layer):
             self._monitors.ask(monitor, self._layer, capacity)
             self._monitors.fit(monitor)
         self._keys, self._capacity = step.keys, capacity
