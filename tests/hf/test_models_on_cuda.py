@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import feed, make_cache
 from test_generation import POLICIES, generate, left_padded
 
@@ -66,6 +67,29 @@ def test_half_precision_models(name: str, dtype: torch.dtype) -> None:
     if name != "full":
         assert {layer.lengths for layer in cache.evicting_layers} == {(31, 31)}
     assert cache.evicting_layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_bitsandbytes(bits: int, tmp_path: Path) -> None:
+    """Weights in few bits give keys in many: the cache is as with any other model."""
+    linear = pytest.importorskip("bitsandbytes").nn
+    kind = linear.Linear4bit if bits == 4 else linear.Linear8bitLt
+    made = make_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+    made.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
+        device_map={"": 0},
+        dtype=torch.bfloat16,
+    )
+    assert isinstance(model.model.layers[0].self_attn.k_proj, kind)
+    ids = random_ids(2, 60, device="cuda")
+    expected = generate(model, ids, transformers.DynamicCache(config=model.config))
+    assert torch.equal(generate(model, ids, make_cache(model.config, policies.Full())), expected)
+    cache = make_cache(model.config, WALK)
+    assert generate(model, ids, cache).shape == expected.shape
+    assert {layer.lengths for layer in cache.evicting_layers} == {(31, 31)}
+    assert cache.stats().evictions > 0
 
 
 @pytest.mark.parametrize(
