@@ -214,6 +214,9 @@ class Monitor {
   void on_finish(Index sequence) { monitor_->on_finish(sequence); }
   bool is_full(Index layer) const { return monitor_->is_full(layer); }
   Index kept_length(Index layer) const { return monitor_->kept_length(layer); }
+  void set_head_budgets(Index layer, std::vector<Index> budgets) {
+    monitor_->set_head_budgets(layer, std::move(budgets));
+  }
   void keep(Index layer, const ConstTensorView& keys, const TensorView& out, Stream) {
     DeviceCall on(device());
     monitor_->keep(layer, on(keys), on(out), on.stream());

@@ -890,6 +890,12 @@ TEST(MonitorArguments, OfHeadBudgets) {
     expect_invalid("Monitor", [&] { (void)monitor.is_full(layer); });
     expect_invalid("Monitor", [&] { (void)monitor.kept_length(layer); });
   }
+  for (const Index layer : {Index{-1}, Index{2}, kAllLayers}) {
+    expect_invalid("Monitor", [&] { monitor.set_head_budgets(layer, {12, 14}); });
+  }
+  expect_invalid("Monitor", [&] { monitor.set_head_budgets(0, {12, 14, 16}); });
+  expect_invalid("EvictionConfig", [&] { monitor.set_head_budgets(0, {12, 6}); });
+  EXPECT_EQ(monitor.config().head_budgets, config.head_budgets);  // as before
   config.head_budgets = {{12, 14}, {12, 14, 16}};
   Monitor uneven(graph_config(), {}, config);
   EXPECT_FALSE(uneven.is_full(0));

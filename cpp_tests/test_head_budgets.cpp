@@ -1170,6 +1170,21 @@ class Engine {
     }
   }
 
+  /// Puts the heads of a layer side by side and cuts them to other budgets.
+  void change(Index layer, const std::vector<Index>& budgets) {
+    GraphManager& graph = monitor.graph();
+    const std::span<const Index> now = graph.rooms(layer);
+    const std::vector<Index> rooms(now.begin(), now.end());
+    graph.reserve(layer, graph.length(layer));
+    for (HostTensor* tokens : {&keys_[at(layer)], &values_[at(layer)]}) {
+      *tokens = moved_cache(case_, *tokens, rooms, {});
+    }
+    monitor.set_head_budgets(layer, budgets);
+    budgets_[at(layer)] = budgets;
+    EXPECT_TRUE(monitor.is_full(layer));
+    cut(layer);
+  }
+
   std::vector<Index> cuts = std::vector<Index>(at(kLayers), 0);
   Monitor monitor;
 
@@ -1255,6 +1270,34 @@ TEST(MonitorWithHeadBudgets, HoldsThemOverManyCuts) {
       });
     }
   }
+}
+
+TEST(MonitorWithHeadBudgets, GivesHeadsOthersWhileTheyDecode) {
+  for (const Case& c : cases(43)) {
+    SCOPED_TRACE(name_of(c));
+    Engine engine(c, {kBudgets, {44, 14, 20}});
+    engine.prefill(30, 3);
+    for (const std::vector<Index>& budgets : std::vector<std::vector<Index>>{
+             {33, 20, 27}, {30, 24, 26}, {14, 14, 52}, {27, 27, 26}, kBudgets}) {
+      for (int step = 0; step < 19; ++step) engine.step();
+      engine.change(0, budgets);
+      if (HasFailure()) return;
+      EXPECT_EQ(engine.monitor.config().head_budgets[0], budgets);
+      EXPECT_EQ(engine.monitor.config().head_budgets[1], (std::vector<Index>{44, 14, 20}));
+    }
+    for (int step = 0; step < 40; ++step) engine.step();
+    EXPECT_GE(engine.cuts[0], 5 + 5);
+  }
+}
+
+TEST(MonitorWithHeadBudgets, GetsThemWhereItHadNone) {
+  const Case c;
+  Monitor monitor(Engine::graph_config(c), walks()[c.walk], {.eviction = eviction_of({})});
+  monitor.set_head_budgets(1, kBudgets);
+  EXPECT_EQ(monitor.config().eviction_of(0).head_budgets, std::vector<Index>{});
+  EXPECT_EQ(monitor.config().eviction_of(1).head_budgets, kBudgets);
+  monitor.set_head_budgets(1, {});
+  EXPECT_EQ(monitor.config().eviction_of(1).head_budgets, std::vector<Index>{});
 }
 
 TEST(MonitorWithHeadBudgets, TakesThoseOfItsEvictionForAllLayers) {

@@ -181,6 +181,20 @@ void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const Tensor
   impl_->graph.select(layer, eviction, false, out, stream);
 }
 
+void Monitor::set_head_budgets(std::int64_t layer, std::vector<std::int64_t> budgets) {
+  EvictionConfig eviction = impl_->eviction_of(layer);
+  eviction.head_budgets = budgets;
+  eviction.validate();
+  const GraphConfig& graph = impl_->graph.graph_config();
+  if (!budgets.empty() && std::cmp_not_equal(budgets.size(), graph.num_kv_heads)) {
+    detail::throw_invalid("Monitor", "the number of head budgets",
+                          std::to_string(graph.num_kv_heads), std::to_string(budgets.size()));
+  }
+  auto& all = impl_->config.head_budgets;
+  all.resize(static_cast<std::size_t>(graph.num_layers));
+  all[static_cast<std::size_t>(layer)] = std::move(budgets);
+}
+
 void Monitor::safety_mask(std::int64_t layer, const TensorView& out, Stream stream) const {
   impl_->graph.safety_mask(layer, impl_->config.eviction, impl_->config.top_fraction, out, stream);
 }

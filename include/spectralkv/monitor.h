@@ -82,6 +82,10 @@ class SPECTRALKV_API Monitor {
   /// renews the importance of the full sequences where tokens came since their last walk.
   void keep(std::int64_t layer, const ConstTensorView& keys, const TensorView& out, Stream stream);
 
+  /// From now on the heads of a layer keep so many tokens each (EvictionConfig::head_budgets); what
+  /// a head holds above that goes at the next cut. Empty: all keep the budget.
+  void set_head_budgets(std::int64_t layer, std::vector<std::int64_t> budgets);
+
   /// GraphManager::safety_mask with this monitor's settings.
   void safety_mask(std::int64_t layer, const TensorView& out, Stream stream) const;
 

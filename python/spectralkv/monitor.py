@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 
 from spectralkv import _core
@@ -239,6 +241,13 @@ class Monitor:
             stream,
         )
 
+    def renew(self, layer: int, keys: Array, *, stream: StreamLike = None) -> None:
+        """Renew the importance of the sequences of a layer that got tokens since their last walk.
+
+        A cut that follows at once takes it as it is.
+        """
+        self._renew({layer: keys}, {layer: self._with_news(layer)}, stream)
+
     def keep_all(
         self, keys: Mapping[int, Array], *, force: bool = False, stream: StreamLike = None
     ) -> dict[int, Array]:
@@ -255,7 +264,19 @@ class Monitor:
             as the host knew, when it was made.
         """
         graph = self._graph
-        marks = {layer: self._to_renew(layer, force=force) for layer in keys}
+        self._renew(keys, {layer: self._to_renew(layer, force=force) for layer in keys}, stream)
+        return {
+            layer: graph.select(
+                layer, self._evictions[layer], like=tensor, force=force, stream=stream
+            )
+            for layer, tensor in keys.items()
+        }
+
+    def _renew(
+        self, keys: Mapping[int, Array], marks: Mapping[int, list[bool]], stream: StreamLike
+    ) -> None:
+        """Renew the importance of the sequences that are marked, of all layers together."""
+        graph = self._graph
         renew = graph.solve if self._config.solver == "exact" else graph.walk
         due = [layer for layer in keys if any(marks[layer])]
         if graph.walk_config.needs_novelty:
@@ -266,21 +287,30 @@ class Monitor:
         else:
             for layer in due:
                 renew(layer, marks[layer], stream=stream)
-        return {
-            layer: graph.select(
-                layer, self._evictions[layer], like=tensor, force=force, stream=stream
-            )
-            for layer, tensor in keys.items()
-        }
 
     def _to_renew(self, layer: int, *, force: bool) -> list[bool]:
         """Sequences that are cut and got tokens since their last walk."""
+        full = self._graph.full_sequences(layer, self._evictions[layer], force=force)
+        return list(map(operator.and_, full, self._with_news(layer)))
+
+    def _with_news(self, layer: int) -> list[bool]:
+        """Sequences that got tokens since their last walk."""
         graph = self._graph
-        full = graph.full_sequences(layer, self._evictions[layer], force=force)
         return [
-            is_full and graph.tokens_walked(layer, sequence) != graph.tokens_seen(layer, sequence)
-            for sequence, is_full in enumerate(full)
+            graph.tokens_walked(layer, sequence) != graph.tokens_seen(layer, sequence)
+            for sequence in range(graph.batch_size(layer))
         ]
+
+    def set_head_budgets(self, layer: int, budgets: Sequence[int]) -> None:
+        """Let the heads of a layer keep so many tokens each from now on; empty: the budget.
+
+        Heads that hold more are cut back at the next cut.
+        """
+        self._core.set_head_budgets(layer, list(budgets))
+        rows = list(self._config.head_budgets or [()] * len(self._evictions))
+        rows[layer] = tuple(budgets)
+        self._config = dataclasses.replace(self._config, head_budgets=tuple(rows))
+        self._evictions[layer] = self._config.eviction_of(layer)
 
     def safety_mask(self, layer: int, *, like: Array, stream: StreamLike = None) -> Array:
         """Which tokens may go: uint8 (B, Hkv, length), see :meth:`GraphManager.safety_mask`."""

@@ -1,5 +1,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 #include "ndarray.h"
@@ -56,6 +57,7 @@ void init_monitor(nb::module_& m) {
       .def("on_finish", &Self::on_finish, "sequence"_a, Release())
       .def("is_full", &Self::is_full, "layer"_a)
       .def("kept_length", &Self::kept_length, "layer"_a)
+      .def("set_head_budgets", &Self::set_head_budgets, "layer"_a, "budgets"_a)
       .def(
           "keep",
           [](Self& self, std::int64_t layer, const Input& keys, const Output& out,

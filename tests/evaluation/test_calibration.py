@@ -11,8 +11,8 @@ import torch
 from spectralkv import policies
 from spectralkv.config import Population
 from spectralkv.evaluation import EvaluationError, LoadedModel
-from spectralkv.evaluation.calibration import _places_won, calibrate
-from spectralkv.policies.head_shares import check_head_shares
+from spectralkv.evaluation.calibration import calibrate
+from spectralkv.policies.head_shares import check_head_shares, places_won
 from tiny_text import make_text
 
 POLICY = policies.Spectral(budget=40, window=8, sinks=2)
@@ -52,7 +52,9 @@ def test_places_go_to_the_best_of_all_heads() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(3, 2, 4, 30, generator=generator) ** 4
     sinks, window, places, floor = 2, 5, 6, 0.5
-    won = _places_won(scores, sinks, window, places, floor)
+    free = torch.zeros_like(scores, dtype=torch.bool)
+    free[..., sinks:-window] = True
+    won = places_won(scores, free, places, floor)
     for b in range(2):
         taken = {}
         rest = []

@@ -14,6 +14,7 @@ from test_dense_reference import CHUNKS, assert_same, evicting_run
 
 from reference import DENSE, dense_run
 from spectralkv import policies
+from spectralkv.config import Population
 from spectralkv.hf import EvictingCache, EvictionEvent, cache_argument, generate
 from spectralkv.policies.head_shares import budgets_of
 from tiny_models import implementations, make_model, random_ids
@@ -25,6 +26,8 @@ SPECTRAL = policies.Spectral(
     budget=BUDGET, interval=INTERVAL, window=WINDOW, sinks=SINKS, solver="exact", head_shares=SHARES
 )
 BUDGETS = budgets_of(SHARES, BUDGET, SINKS + WINDOW + 1)
+COMPETING = dataclasses.replace(SPECTRAL, head_shares="visits", head_floor=0.25)
+BOTH = pytest.mark.parametrize("policy", [SPECTRAL, COMPETING], ids=["shares", "visits"])
 
 
 def model_of(family: str = "llama", **options: Any) -> Any:
@@ -45,11 +48,15 @@ def held(cache: EvictingCache) -> list[list[list[int]]]:
     return [(layer.positions() >= 0).sum(-1).tolist() for layer in cache.evicting_layers]
 
 
+@BOTH
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-def test_it_is_full_attention_to_what_stays(family: str, device: str) -> None:
+def test_it_is_full_attention_to_what_stays(
+    family: str, policy: policies.Spectral, device: str
+) -> None:
     # Prompts, chunks, single tokens: attention of three kinds, of which none sees what went.
-    shares = SHARES if family != "gemma2" else ((1.3, 0.7),)
-    policy = dataclasses.replace(SPECTRAL, head_shares=shares)
+    layers = 2 if family != "gemma2" else 1
+    if policy is SPECTRAL and layers == 1:
+        policy = dataclasses.replace(SPECTRAL, head_shares=((1.3, 0.7),))
     ids = random_ids(2, sum(CHUNKS), seed=5, device=device)
     chunks = list(ids.split(CHUNKS, dim=1))
     model = model_of(family, device=device)
@@ -57,7 +64,7 @@ def test_it_is_full_attention_to_what_stays(family: str, device: str) -> None:
     dense = make_model(family, DENSE, torch.float32, device=device)
     expected = dense_run(dense, chunks, events)
     assert_same(got, expected, torch.ones_like(ids), "eager")
-    assert len(events) >= 5 * len(shares)
+    assert len(events) >= 5 * layers
     assert all(event.is_divided for event in events)
 
 
@@ -169,12 +176,15 @@ def test_sequences_of_different_lengths(device: str) -> None:
             )
 
 
+@BOTH
 @pytest.mark.parametrize("prompt", [10, 50, 90])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_lean_loop_gives_what_generate_gives(prompt: int, batch: int, device: str) -> None:
+def test_the_lean_loop_gives_what_generate_gives(
+    prompt: int, batch: int, policy: policies.Spectral, device: str
+) -> None:
     model = model_of(device=device)
     ids = random_ids(batch, prompt, device=device)
-    caches = [cache_of(model) for _ in range(2)]
+    caches = [cache_of(model, policy) for _ in range(2)]
     expected = theirs(model, ids, caches[0], suppress_tokens=None, max_new_tokens=110)
     assert torch.equal(generate(model, ids, caches[1], max_new_tokens=110), expected)
     assert held(caches[0]) == held(caches[1])
@@ -187,10 +197,11 @@ def test_the_lean_loop_gives_what_generate_gives(prompt: int, batch: int, device
     assert torch.equal(generate(model, more, caches[1], **options), expected)
 
 
-def test_a_saved_cache_goes_on(tmp_path: Path, device: str) -> None:
+@BOTH
+def test_a_saved_cache_goes_on(tmp_path: Path, policy: policies.Spectral, device: str) -> None:
     model = model_of(device=device)
     ids = random_ids(2, 140, device=device)
-    cache = cache_of(model)
+    cache = cache_of(model, policy)
     feed(model, cache, ids[:, :70], [60] + [1] * 10)
     cache.save(tmp_path / "cache.safetensors")
     loaded = EvictingCache.load(tmp_path / "cache.safetensors", model.config, device=device)
@@ -202,10 +213,11 @@ def test_a_saved_cache_goes_on(tmp_path: Path, device: str) -> None:
         assert held(other) == held(cache)
 
 
-def test_drafts_are_taken_back(device: str) -> None:
+@BOTH
+def test_drafts_are_taken_back(policy: policies.Spectral, device: str) -> None:
     model = model_of(device=device)
     ids = random_ids(2, 90, device=device)
-    cache, other = cache_of(model), cache_of(model)
+    cache, other = cache_of(model, policy), cache_of(model, policy)
     feed(model, cache, ids[:, :64], [60, *[1] * 4])
     feed(model, other, ids[:, :61], [60, 1])
     cache.crop(-3)
@@ -255,12 +267,93 @@ def test_what_a_model_asks_beyond_attention_is_refused(device: str) -> None:
         model(ids[:, 60:63], output_attentions=True, **cache_argument(cache))
 
 
+def competing_parts(event: EvictionEvent, budget: int, floor: float) -> list[int]:
+    """What each head keeps, by the plain rule; the scores are those of the first population."""
+    places = budget - SINKS - WINDOW
+    sure = int(floor * places)
+    heads = event.scores.shape[1]
+    wins = [0.0] * heads
+    for scores, positions in zip(event.scores, event.positions, strict=True):
+        rest = []
+        for head in range(heads):
+            own, where = scores[head].tolist(), positions[head].tolist()
+            total = sum(score for score, at in zip(own, where, strict=True) if at >= 0)
+            ranked = sorted(
+                (
+                    score / total
+                    for score, at in zip(own, where, strict=True)
+                    if SINKS <= at < event.tokens_seen - WINDOW
+                ),
+                reverse=True,
+            )
+            wins[head] += min(sure, len(ranked))
+            rest += [(score, head) for score in ranked[sure:]]
+        for _, head in sorted(rest, reverse=True)[: heads * (places - sure)]:
+            wins[head] += 1
+    parts = [budget - places + int(count / len(event.scores)) for count in wins]
+    # Some head must lose a token now, so that all layers are cut at the same time.
+    held = (event.positions >= 0).sum(-1).amax(0).tolist()
+    first = min(range(heads), key=lambda head: parts[head] - held[head])
+    parts[first] = min(parts[first], held[first] - 1)
+    return parts
+
+
+def test_heads_get_the_places_that_their_visits_win(device: str) -> None:
+    recent = (Population(restart="recent", count="edges"),)
+    policy = dataclasses.replace(COMPETING, populations=recent, decay=0.5)
+    model = model_of(device=device)
+    events: list[EvictionEvent] = []
+    cache = cache_of(model, policy, on_evict=events.append)
+    feed(model, cache, random_ids(2, 300, device=device), [90] + [8] * 5 + [1] * 170)
+    kept = [
+        [(event.keep >= 0).sum(-1).tolist() for event in events if event.layer == i] for i in (0, 1)
+    ]
+    for layer in (0, 1):
+        own = [event for event in events if event.layer == layer]
+        divided_at = 0
+        for event in own:
+            counts = (event.keep >= 0).sum(-1).tolist()
+            if event.tokens_seen >= 1.25 * divided_at:
+                divided_at = event.tokens_seen
+                parts = competing_parts(event, BUDGET, policy.head_floor)
+            held = (event.positions >= 0).sum(-1).tolist()
+            expected = [
+                [min(part, have) for part, have in zip(parts, row, strict=True)] for row in held
+            ]
+            assert counts == expected
+        assert divided_at > 200
+    assert kept[0] != kept[1]
+    pools = [layer.slabs[0].shape[2] for layer in cache.evicting_layers]
+    assert max(pools) <= 2 * (BUDGET + INTERVAL)
+
+
+def test_short_sequences_take_no_part_in_the_competition(device: str) -> None:
+    model = model_of(device=device)
+    ids = random_ids(2, 120, device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :112] = 0
+    alone, padded = cache_of(model, COMPETING), cache_of(model, COMPETING)
+    theirs(model, ids[:1], alone, max_new_tokens=1)
+    theirs(model, ids, padded, attention_mask=mask, max_new_tokens=1)
+    for one, other in zip(alone.evicting_layers, padded.evicting_layers, strict=True):
+        assert one.tracker.rooms == other.tracker.rooms
+    theirs(
+        model,
+        torch.cat((ids, random_ids(2, 2, device=device)), 1),
+        padded,
+        attention_mask=torch.nn.functional.pad(mask, (0, 2), value=1),
+        max_new_tokens=90,
+    )
+    assert all(max(sequence) <= BUDGET * 2 for layer in held(padded) for sequence in layer)
+
+
+@BOTH
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-def test_captured_steps_and_cuts_of_rooms() -> None:
+def test_captured_steps_and_cuts_of_rooms(policy: policies.Spectral) -> None:
     model = model_of(device="cuda")
     ids = random_ids(2, 20, device="cuda")
-    caches = [cache_of(model) for _ in range(2)]
+    caches = [cache_of(model, policy) for _ in range(2)]
     expected = generate(model, ids, caches[0], max_new_tokens=200, capture=False)
     got = generate(model, ids, caches[1], max_new_tokens=200, capture=True)
     assert torch.equal(got, expected)
@@ -277,6 +370,12 @@ def test_captured_steps_and_cuts_of_rooms() -> None:
         ({"head_shares": ((float("nan"), 1.0),)}, "finite shares above 0"),
         ({"head_shares": EVEN, "scope": "layer"}, "'head' with head_shares"),
         ({"head_shares": EVEN, "scan_interval": 2}, "1 with head_shares"),
+        ({"head_shares": "visits", "scope": "layer"}, "'head' with head_shares"),
+        ({"head_shares": "visits", "head_floor": 1.1}, "head_floor must be from 0 to 1"),
+        (
+            {"head_shares": "visits", "populations": (Population(restart="novelty"),)},
+            "where the first population restarts at novel tokens",
+        ),
     ],
 )
 def test_bad_shares_are_refused(options: dict[str, Any], message: str) -> None:
@@ -293,5 +392,6 @@ def test_shares_of_another_model_are_refused() -> None:
     cache = EvictingCache(config, heads)
     with pytest.raises(ValueError, match="those of 2 KV heads a layer, got 3"):
         feed(model_of(), cache, random_ids(1, 5), [5])
-    with pytest.raises(ValueError, match="expected attention='auto' or 'policy', got 'model'"):
-        EvictingCache(config, SPECTRAL, attention="model")
+    for policy in (SPECTRAL, COMPETING):
+        with pytest.raises(ValueError, match="expected attention='auto' or 'policy', got 'model'"):
+            EvictingCache(config, policy, attention="model")

@@ -74,7 +74,7 @@ def create_policy(spec: PolicySpec, budget: int | None, settings: CacheSettings)
     options: dict[str, Any] = {name: value for name, value in shared.items() if value is not None}
     options |= dict(spec.options)
     try:
-        if isinstance(options.get("head_shares"), str):
+        if isinstance(options.get("head_shares"), str) and options["head_shares"] != "visits":
             options["head_shares"] = load_head_shares(options["head_shares"])
         return policies.create(spec.name, budget=budget, **options)
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ import torch
 from spectralkv.evaluation.errors import EvaluationError
 from spectralkv.hf import EvictingCache, cache_argument
 from spectralkv.policies import Spectral
-from spectralkv.policies.head_shares import HeadShares, shares_of
+from spectralkv.policies.head_shares import HeadShares, places_won, shares_of
 from spectralkv.policies.spectral import renew
 
 
@@ -102,9 +102,10 @@ def calibrate(
                 on_progress(done, total)
             if begin + every < budget + every:
                 continue
-            scores = _scores(cache)
-            protected = policy.sinks, policy.window
-            wins = wins + _places_won(scores, *protected, free - rest, floor).sum(1)
+            scores = _scores(cache)  # slots follow the text
+            is_free = torch.zeros_like(scores, dtype=torch.bool)
+            is_free[..., policy.sinks : scores.shape[3] - policy.window] = True
+            wins = wins + places_won(scores, is_free, free - rest, floor).sum(1)
             looks += ids.shape[0]
     if isinstance(wins, float):
         raise EvaluationError("to calibrate, there must be a text")
@@ -118,31 +119,3 @@ def _scores(cache: EvictingCache) -> torch.Tensor:
     renew(trackers)
     device = trackers[0].scores().device  # type: ignore[union-attr]
     return torch.stack([one.scores().to(device) for one in trackers])  # type: ignore[union-attr]
-
-
-def _places_won(
-    scores: torch.Tensor, sinks: int, window: int, places: int, floor: float
-) -> torch.Tensor:
-    """Return float64 (L, B, Hkv): places that each head gets, of `places` a head.
-
-    Parameters
-    ----------
-    scores : torch.Tensor
-        (L, B, Hkv, S); slots follow the text.
-    sinks, window : int
-        First and newest tokens, which need no place.
-    places, floor : int, float
-        See `calibrate`.
-    """
-    layers, batch, heads, _ = scores.shape
-    parts = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-    parts = parts[..., sinks : scores.shape[3] - window]
-    sure = min(int(floor * places), parts.shape[3])
-    open_places = min(places, parts.shape[3]) - sure
-    ranked = parts.sort(-1, descending=True).values[..., sure:]
-    pooled = ranked.transpose(0, 1).reshape(batch, -1)  # (B, L x Hkv x rest)
-    best = pooled.topk(open_places * layers * heads, dim=1).indices
-    owner = best // ranked.shape[3]
-    won = torch.zeros(batch, layers * heads, dtype=torch.float64, device=scores.device)
-    won.scatter_add_(1, owner, torch.ones_like(owner, dtype=torch.float64))
-    return won.view(batch, layers, heads).transpose(0, 1) + sure

@@ -152,7 +152,7 @@ class EvictingCache(Cache):
         if attention == "policy":
             _check_attends(policy, trackers, len(ours))
         if attention == "model" and any(
-            isinstance(one, AttendingTracker) and one.rooms is not None for one in trackers
+            isinstance(one, AttendingTracker) and one.may_divide for one in trackers
         ):
             raise ValueError(
                 f"[EvictingCache] {policy.name} with heads that keep different numbers of tokens "

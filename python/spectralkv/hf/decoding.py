@@ -286,16 +286,24 @@ class DecodeLoop:
         kind = layers[0].lengths  # says who is due and how much the others hold
         if layers[0].divides:  # and how far heads have filled their rooms
             kind = tuple(number for layer in layers for number in layer.cut_kind)
-        graph = self._cut_graphs.get(kind)
+        anew = [layer for layer in layers if layer.divides_anew]
+        graph = None if anew else self._cut_graphs.get(kind)
         if graph is None:
             cache.settle()
-            if self._captures and kind in self._cut_graphs and not cache.announces_cuts:
+            if (
+                self._captures
+                and not anew
+                and kind in self._cut_graphs
+                and not cache.announces_cuts
+            ):
                 graph = self._cut_graphs[kind] = self._captured(self._choose_and_release)
             else:  # the first of its kind takes the memory that cuts need
                 self._cut_graphs[kind] = None
+                for layer in anew:
+                    layer.put_side_by_side()
                 for layer, keep in zip(layers, cache.choose(), strict=True):
                     layer.cut_by(keep)
-                self._forget_old_graphs()  # the first cut may have laid the slabs anew
+                self._forget_old_graphs()  # the cut may have laid the slabs anew
                 return
         graph.replay()
         for layer in layers:

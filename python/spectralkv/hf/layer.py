@@ -84,8 +84,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Where heads keep different numbers of tokens (`AttendingTracker.rooms`) the first cut lays them
     one behind the other in one slab, each with its room; there the policy attends at decode steps.
-    For other forward passes heads are put side by side, and attention is computed head by head; the
-    cut behind such a pass lays them one behind the other again.
+    For other forward passes, and where they are to get other rooms, heads are put side by side;
+    attention is then computed head by head, and the next cut lays them one behind the other again.
 
     Parameters
     ----------
@@ -283,8 +283,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens behind all others."""
         count = key_states.shape[2]
-        if self._rooms is not None:
-            self._put_side_by_side(self._rooms, count)
+        if self._rooms is not None and isinstance(self._tracker, AttendingTracker):
+            self._put_side_by_side(self._tracker, self._rooms, count)
         elif self._scattered and not self._uneven:
             self._close_up()
         start = self._size
@@ -422,6 +422,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Count a token that the policy attended with, and cut the sequences that are due."""
         self._count_attended()
         self._show()
+        if any(self.due()) and self.divides_anew:
+            self.put_side_by_side()
         keep = tracker.keep()
         if keep is not None:
             self._release(tracker, keep)
@@ -618,6 +620,23 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _wanted_rooms(self) -> tuple[int, ...] | None:
         """Slots that each head gets at a cut; None: all heads keep equally many tokens."""
         return self._tracker.rooms if isinstance(self._tracker, AttendingTracker) else None
+
+    @property
+    def divides_anew(self) -> bool:
+        """Whether the next cut gives heads other rooms, for which they must be side by side."""
+        return (
+            self._rooms is not None
+            and isinstance(self._tracker, AttendingTracker)
+            and self._tracker.divides_anew(max(self._tokens))
+        )
+
+    def put_side_by_side(self) -> None:
+        """Put heads that have rooms of their own side by side, ready for a cut."""
+        if self._rooms is None or not isinstance(self._tracker, AttendingTracker):
+            raise RuntimeError(f"[cache] layer {self.index} has no heads to put side by side")
+        self._put_side_by_side(self._tracker, self._rooms, 0)
+        keys, _ = self._show()
+        self._tracker.show_keys(keys)
 
     @property
     def cut_kind(self) -> tuple[int, ...]:
@@ -966,15 +985,12 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._scatter()
         self._show()
 
-    def _put_side_by_side(self, rooms: tuple[int, ...], count: int) -> None:
+    def _put_side_by_side(
+        self, tracker: AttendingTracker, rooms: tuple[int, ...], count: int
+    ) -> None:
         """Put heads side by side, with `count` slots in a row behind the longest of them."""
-        tracker = self._tracker
-        if (
-            not isinstance(tracker, AttendingTracker)
-            or self._key_slab is None
-            or self._value_slab is None
-        ):
-            raise RuntimeError(f"[cache] layer {self.index} has no heads to put side by side")
+        if self._key_slab is None or self._value_slab is None:
+            raise RuntimeError(f"[cache] layer {self.index} holds nothing yet")
         with torch.inference_mode(False), torch.no_grad():
             used = tracker.num_slots
             self.keys = self.values = None

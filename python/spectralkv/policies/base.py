@@ -237,17 +237,32 @@ class AttendingTracker(Tracker):
 
     A cache may then leave tokens where they are: it frees slots by :meth:`release`, and each new
     token takes a free one. And heads may keep different numbers of tokens: where the tracker names
-    `rooms`, the cache lays the heads of a layer one behind the other at its first cut, each with as
-    many slots as it needs.
+    `rooms`, the cache lays the heads of a layer one behind the other at a cut, each with as many
+    slots as it needs.
     """
 
     @property
-    def rooms(self) -> tuple[int, ...] | None:
-        """Slots that each KV head gets at a cut. None: all heads keep equally many tokens.
+    def may_divide(self) -> bool:
+        """Whether heads may come to keep different numbers of tokens."""
+        return False
 
-        Sequences of a batch are then cut together.
+    @property
+    def rooms(self) -> tuple[int, ...] | None:
+        """Slots that each KV head gets at a cut, once :meth:`keep` has chosen.
+
+        None: all heads keep equally many tokens. Sequences of a batch are else cut together.
         """
         return None
+
+    def divides_anew(self, seen: int) -> bool:  # noqa: ARG002
+        """Whether a cut after `seen` tokens gives heads other rooms; they must be side by side."""
+        return False
+
+    def show_keys(self, keys: torch.Tensor) -> None:
+        """Learn where keys lie, (B, Hkv, S, D), after heads were put side by side."""
+        raise RuntimeError(
+            f"[{type(self).__name__}] expected a tracker with rooms, got one without: {keys.shape}"
+        )
 
     def divide(self) -> None:
         """Lay heads one behind the other, each with its room, once they were compacted.

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
+
 #: (L, Hkv): parts of an even budget, 1 on average.
 HeadShares: TypeAlias = tuple[tuple[float, ...], ...]
 
@@ -61,6 +63,41 @@ def shares_of(budgets: Sequence[Sequence[float]], budget: float, least: int) -> 
     rows = [[max((tokens - least) / free, 1e-3) for tokens in layer] for layer in budgets]
     mean = sum(map(sum, rows)) / (len(rows) * len(rows[0]))
     return tuple(tuple(round(share / mean, 4) for share in row) for row in rows)
+
+
+def places_won(scores: torch.Tensor, free: torch.Tensor, places: int, floor: float) -> torch.Tensor:
+    """Let heads compete for places: the scores of each are made to sum to 1, and the best ones win.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float32 (L, B, Hkv, S), 0 or more: of the tokens in all slots.
+    free : torch.Tensor
+        Bool, of the same shape: which tokens need a place.
+    places : int
+        Places a head, on average.
+    floor : float
+        In [0, 1]: the part of `places` that a head has for sure.
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (L, B, Hkv): places that each head gets, no more than it has free tokens. All heads
+        of a sequence compete.
+    """
+    layers, batch, heads, size = scores.shape
+    parts = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    parts = parts.masked_fill(~free, -1.0)
+    sure = min(int(floor * places), size)
+    # Which tokens are a head's best does not matter, only how far down its list the places reach.
+    ranked = parts.sort(-1, descending=True).values[..., sure:]
+    rest = ranked.transpose(0, 1).reshape(batch, -1)  # (B, L x Hkv x ...)
+    count = min((places - sure) * layers * heads, rest.shape[1])
+    best = rest.topk(count, dim=1)
+    owner = best.indices // max(ranked.shape[3], 1)
+    won = torch.zeros(batch, layers * heads, dtype=torch.float64, device=scores.device)
+    won.scatter_add_(1, owner, (best.values >= 0.0).to(torch.float64))
+    return won.view(batch, layers, heads).transpose(0, 1) + free.sum(-1).clamp_max(sure)
 
 
 def save_head_shares(path: str | os.PathLike[str], shares: HeadShares, **about: object) -> None:

@@ -20,12 +20,20 @@ from spectralkv.config import (
     apply_preset,
 )
 from spectralkv.monitor import Monitor
-from spectralkv.policies.base import AttendingTracker, DecodeStep, Observation, Policy, Tracker
+from spectralkv.policies.base import (
+    AttendingTracker,
+    DecodeStep,
+    Observation,
+    Policy,
+    Tracker,
+    host_numbers,
+)
 from spectralkv.policies.head_shares import (
     HeadBudgets,
     HeadShares,
     budgets_of,
     check_head_shares,
+    places_won,
 )
 
 _T = TypeVar("_T")
@@ -35,6 +43,8 @@ _MOST_CUDA_DIM = 256
 _MOST_CUDA_SUMS = 16 * 256
 # Slots are int32.
 _MOST_SLOTS = (1 << 31) - 1
+# How much a text grows, as a factor, until heads compete anew.
+_GROWTH = 1.25
 # Times the slots a layer needs that its graph may hold on CUDA before memory is given back.
 _SPARE = 4
 
@@ -100,11 +110,17 @@ class Spectral(Policy):
         Whether novelty compares keys as they were before the model turned them by their positions:
         distinctive for what they say, not for where. Without effect where the model does not turn
         them, or in a way that is not known.
-    head_shares : tuple of tuple of float or None
-        (L, Hkv): which part of an even budget each head of each evicting layer gets, 1 on average;
-        how much each model's heads need, ``spectralkv calibrate`` finds. None: all get the same.
+    head_shares : tuple of tuple of float, "visits" or None
+        Which part of an even budget each head gets. (L, Hkv), of each evicting layer, 1 on average:
+        what each model's heads need ``spectralkv calibrate`` finds. "visits": the heads of a layer
+        compete for the places of the first population, whose tokens are visited most gets them; at
+        the first cut, and anew whenever the text has grown by a quarter; of a batch the mean of its
+        long sequences counts. None: all get the same.
         With shares the policy attends at decode steps on a CPU, too, and sequences of a batch are
         cut together.
+    head_floor : float
+        With ``head_shares="visits"``: the part of its even places that each head has for sure, in
+        [0, 1].
     seed : int
         Seed of the walks.
 
@@ -139,7 +155,8 @@ class Spectral(Policy):
     prompt_rows: int = 1024
     scan_interval: int = 1
     unrotate: bool = True
-    head_shares: HeadShares | None = None
+    head_shares: HeadShares | Literal["visits"] | None = None
+    head_floor: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -151,9 +168,11 @@ class Spectral(Policy):
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
+        self._require(0.0 <= self.head_floor <= 1.0, "head_floor", "from 0 to 1")
         if self.head_shares is not None:
-            wrong = check_head_shares(self.head_shares)
-            self._require(wrong is None, "head_shares", wrong or "")
+            if self.head_shares != "visits":
+                wrong = check_head_shares(self.head_shares)
+                self._require(wrong is None, "head_shares", wrong or "")
             self._require(self.scope == "head", "scope", "'head' with head_shares")
             self._require(self.scan_interval == 1, "scan_interval", "1 with head_shares")
         # The core checks what it is given; a policy with a bad option must not come to be.
@@ -165,13 +184,19 @@ class Spectral(Policy):
             "scan_interval",
             "1 with a population that restarts at the current token, whose row it needs",
         )
+        self._require(
+            not self._competes or walk.populations[0].restart != "novelty",
+            "head_shares",
+            "shares, or None, where the first population restarts at novel tokens",
+        )
 
     def trackers(self, num_layers: int) -> list[Tracker]:
         """Return fresh state for `num_layers` layers; they share one monitor."""
-        if self.head_shares is not None and len(self.head_shares) != num_layers:
+        shares = self.head_shares
+        if shares is not None and not self._competes and len(shares) != num_layers:
             raise ValueError(
                 f"[{self.name}] head_shares must be those of {num_layers} layers that evict, got "
-                f"{len(self.head_shares)}"
+                f"{len(shares)}"
             )
         monitors = _Monitors(self, num_layers)
         rooms: list[tuple[int, ...] | None] = [None] * num_layers
@@ -208,10 +233,15 @@ class Spectral(Policy):
 
     @property
     def head_budgets(self) -> HeadBudgets:
-        """Tokens that each head keeps, (L, Hkv); empty: all keep the budget."""
-        if self.head_shares is None or self.budget is None:
+        """Tokens that each head keeps, (L, Hkv); empty: all the same, or what visits say."""
+        if self.head_shares is None or self.head_shares == "visits" or self.budget is None:
             return ()
         return budgets_of(self.head_shares, self.budget, self.sinks + self.window + 1)
+
+    @property
+    def _competes(self) -> bool:
+        """Whether heads get the places that their visits win."""
+        return self.head_shares == "visits"
 
     def _eviction(self) -> EvictionConfig:
         never = _MOST_SLOTS - self.interval
@@ -361,7 +391,8 @@ class _SpectralTracker(AttendingTracker):
         self._steps = 0  # decode steps observed, of which every `scan_interval`-th draws a row
         self._chosen: torch.Tensor | None = None  # what `keep` returned last
         self._kept: list[int] = []  # and how many of it each sequence, or each head, keeps
-        self._rooms = rooms
+        self._rooms = self._first_rooms = rooms
+        self._divided_at = 0  # tokens seen when heads last competed
 
     def observe(self, observation: Observation) -> None:
         if self._monitor is None:
@@ -444,8 +475,52 @@ class _SpectralTracker(AttendingTracker):
         return attended
 
     @property
+    def may_divide(self) -> bool:
+        return self._policy.head_shares is not None and self._policy.budget is not None
+
+    @property
     def rooms(self) -> tuple[int, ...] | None:
         return self._rooms
+
+    def divides_anew(self, seen: int) -> bool:
+        return self._policy._competes and seen >= _GROWTH * self._divided_at
+
+    def show_keys(self, keys: torch.Tensor) -> None:
+        self._keys = keys
+
+    def _compete(self) -> None:
+        """Give the heads of an even layer, which is about to be cut, what their visits win."""
+        policy, monitor, keys = self._policy, self._active(), self._keys
+        graph, layer, budget = monitor.graph, self._layer, policy.budget
+        if not policy._competes or budget is None or keys is None or graph.rooms(layer):
+            return
+        seen = [graph.tokens_seen(layer, b) for b in range(graph.batch_size(layer))]
+        if not self.divides_anew(max(seen)):
+            return
+        monitor.renew(layer, keys)
+        scores = graph.scores(layer, like=self._like(), population=0)
+        positions = self.positions()
+        newest = host_numbers(seen, positions.device)[:, None, None]
+        free = (positions >= policy.sinks) & (positions < newest - policy.window)
+        # A sequence that keeps all it has needs no head more than another.
+        long = [b for b, count in enumerate(seen) if count > budget]
+        places = self._places_of_first(budget)
+        won = places_won(scores[None, long], free[None, long], places, policy.head_floor)[0].mean(0)
+        held = (positions >= 0).sum(-1).amax(0)
+        wins, most = torch.stack((won, held.to(won.dtype))).tolist()  # waits for the device, once
+        budgets = [budget - places + int(count) for count in wins]
+        # Some head must be cut now, so that all layers stay in step.
+        first = min(range(len(budgets)), key=lambda head: budgets[head] - most[head])
+        budgets[first] = min(budgets[first], int(most[first]) - 1)
+        monitor.set_head_budgets(layer, budgets)
+        self._rooms = tuple(tokens + policy.interval for tokens in budgets)
+        self._divided_at = max(seen)
+
+    def _places_of_first(self, budget: int) -> int:
+        """Places of the first population, which gets what the others' shares leave."""
+        free = budget - self._policy.sinks - self._policy.window
+        others = self._policy.walk_config.populations[1:]
+        return free - sum(int(population.share * free + 1e-9) for population in others)
 
     def divide(self) -> None:
         graph, rooms = self._active().graph, self._rooms
@@ -464,6 +539,8 @@ class _SpectralTracker(AttendingTracker):
     def keep_all(cls, trackers: Sequence[AttendingTracker]) -> list[torch.Tensor]:
         keeps: dict[tuple[Monitor, int], torch.Tensor] = {}
         for monitor, ours in _by_monitor(trackers).items():
+            for one in ours:
+                one._compete()
             force = ours[0]._rooms is not None
             kept = {one._layer: monitor.kept_counts(one._layer, force=force) for one in ours}
             chosen = monitor.keep_all({one._layer: one._keys for one in ours}, force=force)
@@ -506,6 +583,7 @@ class _SpectralTracker(AttendingTracker):
         monitor, keys = self._active(), self._keys
         if keys is None or not monitor.is_full(self._layer):
             return None
+        self._compete()
         self._kept = monitor.kept_counts(self._layer)
         keep: torch.Tensor = monitor.keep(self._layer, keys)
         self._chosen = keep
@@ -550,6 +628,7 @@ class _SpectralTracker(AttendingTracker):
     def reset(self) -> None:
         # Of the next batch the number of sequences may be another.
         self._keys, self._monitor, self._counts_memory, self._steps = None, None, False, 0
+        self._rooms, self._divided_at = self._first_rooms, 0
         self._monitors.clear()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -559,8 +638,10 @@ class _SpectralTracker(AttendingTracker):
         state = {"graph": torch.frombuffer(saved, dtype=torch.uint8)}
         if self._policy.scan_interval > 1:
             state["steps"] = torch.tensor(self._steps)
-        if self._monitor.graph.rooms(self._layer):
-            state["divided"] = torch.tensor(True)
+        rooms = self._monitor.graph.rooms(self._layer)
+        if rooms:
+            state["rooms"] = torch.tensor(rooms)
+            state["divided_at"] = torch.tensor(self._divided_at)
         return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor], held: Observation) -> None:
@@ -568,8 +649,14 @@ class _SpectralTracker(AttendingTracker):
             return
         slots = held.keys.shape[2]
         self._monitor, self._counts_memory = self._monitors.get(held, slots)
-        is_divided = bool(state.get("divided", False))
+        is_divided = "rooms" in state
         if is_divided:
+            self._rooms = tuple(state["rooms"].tolist())
+            self._divided_at = int(state["divided_at"])
+            if self._policy._competes:
+                interval = self._policy.interval
+                budgets = [room - interval for room in self._rooms]
+                self._monitor.set_head_budgets(self._layer, budgets)
             self.divide()
         else:
             self.reserve(slots)
