@@ -15,6 +15,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 sys.path.insert(0, str(ROOT / "tools"))
 
 import docs_links  # noqa: E402
+import pypi_readme  # noqa: E402
 
 
 def anchor(heading: str) -> str:
@@ -59,6 +60,27 @@ def test_links_out_of_the_site(url: str, code: str) -> None:
     text = f"See [main.cpp](../examples/embed/main.cpp), {rest}"
     shown = docs_links.on_page_markdown(text, page=page, config=config)
     assert shown == f"See {code}, {rest}"
+
+
+def test_the_readme_of_a_release_needs_no_files_beside_it() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = pypi_readme.absolute(readme, "https://host/a/b", "c0ffee")
+    links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", shown, flags=re.DOTALL))
+    assert "https://host/a/b/raw/c0ffee/docs/images/kept.png" in links
+    assert "https://host/a/b/blob/c0ffee/docs/faq.md" in links
+    assert "https://host/a/b/tree/c0ffee/examples" in links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert pypi_readme.absolute(shown, "https://elsewhere", "1") == shown
+    # Nothing but the links differs.
+    assert re.sub(r"https://host/a/b/(raw|blob|tree)/c0ffee/", "", shown) == readme
+
+
+def test_the_readme_of_a_release_leaves_code_and_headings_alone() -> None:
+    text = "[a](#b) [c](https://d/e)\n```py\nx[0](LICENSE)\n```\n[f](docs/faq.md#g)\n"
+    shown = pypi_readme.absolute(text, "https://host/a/b/", "1")
+    assert shown == text.replace("(docs", "(https://host/a/b/blob/1/docs")
+    with pytest.raises(FileNotFoundError, match=r"README.md: there is no nowhere\.md"):
+        pypi_readme.absolute("[x](nowhere.md)", "https://host/a/b", "1")
 
 
 def test_docstrings_become_markdown() -> None:
