@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,34 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Which part of the tests this process runs, told as GoogleTest is told.
 SHARDS = int(os.environ.get("GTEST_TOTAL_SHARDS", "1"))
 SHARD = int(os.environ.get("GTEST_SHARD_INDEX", "0"))
+
+# What the tests of a folder import, by the extra that installs it. The core needs none of it.
+HF = ("torch", "transformers")
+CLI = (*HF, "accelerate", "gguf", "jinja2", "matplotlib", "rich", "typer")
+NEEDS = {
+    "policies": ("hf", HF),
+    "hf": ("hf", (*HF, "safetensors")),
+    "cli": ("all", (*CLI, "wonderwords")),
+    "evaluation": ("all", (*CLI, "wonderwords")),
+}
+
+
+class SkippedFolder(pytest.Dir):
+    """A folder none of whose tests can be imported here."""
+
+    def collect(self) -> list[pytest.Collector]:
+        extra, modules = NEEDS[self.path.name]
+        missing = [name for name in modules if not importlib.util.find_spec(name)]
+        return pytest.skip(f"needs {', '.join(missing)}: pip install 'spectralkv[{extra}]'")
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Skip a folder whose tests import what is not installed, and say so."""
+    if path.parent != Path(__file__).parent or path.name not in NEEDS:
+        return None
+    if all(importlib.util.find_spec(name) for name in NEEDS[path.name][1]):
+        return None
+    return SkippedFolder.from_parent(parent, path=path)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("kvpress", exc_type=ImportError)
 
+import torch
 from transformers import DynamicCache
 
 from spectralkv import policies
