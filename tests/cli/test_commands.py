@@ -448,14 +448,14 @@ def test_texts_that_do_not_fit_get_one_line(
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "torch", "transformers"])
-def test_a_missing_package_gets_one_line(package: str, tmp_path: Path) -> None:
+def test_a_missing_package_gets_one_line(package: str, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.modules[{package!r}] = None\n", encoding="utf-8"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     code = "import sys; from spectralkv.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, "inspect"],
+        [sys.executable, "-c", code, "inspect", "--model", str(model_folder)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
