@@ -21,12 +21,12 @@ SHARD = int(os.environ.get("GTEST_SHARD_INDEX", "0"))
 
 # What the tests of a folder import, by the extra that installs it. The core needs none of it.
 HF = ("torch", "transformers")
-CLI = (*HF, "accelerate", "gguf", "jinja2", "matplotlib", "rich", "typer")
+CLI = (*HF, "matplotlib", "rich", "typer")
 NEEDS = {
     "policies": ("hf", HF),
     "hf": ("hf", (*HF, "safetensors")),
-    "cli": ("all", (*CLI, "wonderwords")),
-    "evaluation": ("all", (*CLI, "wonderwords")),
+    "cli": ("all", CLI),
+    "evaluation": ("all", CLI),
 }
 
 
