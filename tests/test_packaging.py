@@ -64,6 +64,14 @@ def version() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+def test_licences_of_what_is_inside_are_installed() -> None:
+    files = importlib.metadata.files("spectralkv") or []
+    found = {file.name: file.read_text() for file in files if "licenses" in file.parts}
+    assert set(found) == {"LICENSE", "THIRD_PARTY.txt", "NOTICE"}
+    for name in ("nanobind", "robin-map", "CUDA runtime"):
+        assert name in found["THIRD_PARTY.txt"]
+
+
 def test_every_version_is_that_of_pyproject(version: str) -> None:
     config = Path(spectralkv.get_cmake_dir(), "spectralkvConfigVersion.cmake").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
