@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "cuda/clusters.h"
@@ -121,8 +122,11 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   const int warp = thread / 32;
   const int cluster = cluster_size();
   const auto index = static_cast<unsigned>(cluster_index());
-  const int b = static_cast<int>(index / static_cast<unsigned>(layer.heads));
-  const int h = static_cast<int>(index % static_cast<unsigned>(layer.heads));
+  const auto places =
+      static_cast<unsigned>(layer.first_slots == nullptr ? layer.heads : layer.batch);
+  const GraphOfRun graph(layer, static_cast<int>(index / places), static_cast<int>(index % places));
+  const int b = graph.b;
+  const int h = graph.g;
   const int query_heads = layer.group;
   const int dim = layer.head_dim;
   const bool draws_row = plan.draws_row;
@@ -340,15 +344,17 @@ cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster,
 
 /// How a launch is spread; where nothing has room the `cluster` is 0.
 template <class Dots>
-AttendPlan plan_of(const LayerView& layer, std::int64_t extent, bool draws_row) {
+AttendPlan plan_of(const LayerView& layer, std::int64_t extent, std::span<const std::int64_t> rooms,
+                   bool draws_row) {
   const std::int64_t most_bytes = most_shared_bytes();
   const auto plan_with = [&](int cluster) {
-    const int slots = part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
-    return AttendPlan{.cluster = cluster, .slots = slots, .draws_row = draws_row, .positions = {}};
+    return AttendPlan{.cluster = cluster,
+                      .slots = slots_a_block(extent, cluster),
+                      .draws_row = draws_row,
+                      .positions = {}};
   };
   const int cluster = best_cluster(
-      std::int64_t{layer.batch} * layer.heads, [&](int size) { return plan_with(size).slots; },
-      [&](int size) {
+      std::int64_t{layer.batch} * layer.heads, extent, rooms, slots_a_block, [&](int size) {
         const AttendPlan plan = plan_with(size);
         const std::int64_t scores = draws_row ? std::int64_t{4} * layer.group * plan.slots : 0;
         // The scores alone may be more than an int can count.
@@ -361,10 +367,11 @@ AttendPlan plan_of(const LayerView& layer, std::int64_t extent, bool draws_row) 
 
 /// Returns whether the row was drawn, too.
 template <class Dots, class Means>
-bool launch_as(const LayerView& layer, const AttendArgs& args, std::int64_t extent, bool draws_row,
+bool launch_as(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
+               std::span<const std::int64_t> rooms, bool draws_row,
                const TableView<const std::int32_t>& positions, cudaStream_t stream) {
-  AttendPlan plan = plan_of<Dots>(layer, extent, draws_row);
-  if (plan.cluster == 0) plan = plan_of<Dots>(layer, extent, false);
+  AttendPlan plan = plan_of<Dots>(layer, extent, rooms, draws_row);
+  if (plan.cluster == 0) plan = plan_of<Dots>(layer, extent, rooms, false);
   plan.positions = positions;
   const auto kernel = attend_kernel<Dots, Means>;
   cudaLaunchAttribute attribute{};
@@ -417,10 +424,11 @@ bool with_ways(const LayerView& layer, const AttendArgs& args, Launch&& launch) 
   return with.template operator()<CoreDots<T, false, 4>>();
 }
 
-bool launch_any(const LayerView& layer, const AttendArgs& args, std::int64_t extent, bool draws_row,
+bool launch_any(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
+                std::span<const std::int64_t> rooms, bool draws_row,
                 const TableView<const std::int32_t>& positions, cudaStream_t stream) {
   const auto launch = [&]<class Dots, class Means>() {
-    return launch_as<Dots, Means>(layer, args, extent, draws_row, positions, stream);
+    return launch_as<Dots, Means>(layer, args, extent, rooms, draws_row, positions, stream);
   };
   switch (args.update.keys.dtype) {
     case DType::f16:
@@ -440,11 +448,11 @@ bool attend_fits(std::int64_t group, std::int64_t head_dim) {
   layer.heads = 1;
   layer.group = static_cast<std::int32_t>(group);
   layer.head_dim = static_cast<std::int32_t>(head_dim);
-  return plan_of<WidestDots>(layer, 1, false).cluster != 0;
+  return plan_of<WidestDots>(layer, 1, {}, false).cluster != 0;
 }
 
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
-                   cudaStream_t stream) {
+                   std::span<const std::int64_t> rooms, cudaStream_t stream) {
   const bool shared_graph = layer.heads_per_graph > 1;
   const bool divided = layer.first_slots != nullptr;
   const TableView<const std::int32_t> positions{
@@ -452,8 +460,9 @@ void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t 
       .sequence_stride = divided ? layer.pool : layer.graphs * layer.capacity,
       .head_stride = shared_graph ? 0 : layer.capacity,
       .slot_stride = 1};
-  const bool drawn = launch_any(layer, args, extent, !shared_graph, positions, stream);
-  if (!drawn) launch_update(layer, args.update, extent, stream);
+  const bool drawn = launch_any(layer, args, extent, rooms, !shared_graph, positions, stream);
+  if (drawn) return;
+  launch_update(layer, args.update, extent, plan_update(layer, extent, rooms), stream);
 }
 
 void launch_decode_attention(const AttendShape& shape, const AttendArgs& args,
@@ -466,7 +475,7 @@ void launch_decode_attention(const AttendShape& shape, const AttendArgs& args,
   layer.group = static_cast<std::int32_t>(shape.group);
   layer.head_dim = static_cast<std::int32_t>(shape.head_dim);
   layer.capacity = shape.length;
-  launch_any(layer, args, shape.length, false, shape.positions, stream);
+  launch_any(layer, args, shape.length, {}, false, shape.positions, stream);
 }
 
 }  // namespace spectralkv::cuda

@@ -251,10 +251,13 @@ class CudaBackend final : public Backend {
                                       .scale = static_cast<float>(args.scale),
                                       .softcap = static_cast<float>(args.softcap)};
         const std::int64_t extent = is_recording(stream) ? view(layer).capacity : args.length;
+        const std::vector<std::int64_t>& rooms = state(layer).rooms;
         if (args.attends()) {
-          cuda::launch_attend(view(layer), attend_args(update, args.attended), extent, queue);
+          cuda::launch_attend(view(layer), attend_args(update, args.attended), extent, rooms,
+                              queue);
         } else {
-          cuda::launch_update(view(layer), update, extent, queue);
+          cuda::launch_update(view(layer), update, extent,
+                              cuda::plan_update(view(layer), extent, rooms), queue);
         }
       });
       return added;

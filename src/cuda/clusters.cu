@@ -5,10 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 
 #include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
 #include "cuda/launch_shape.h"
+#include "cuda/makespan.h"
 
 namespace spectralkv::cuda {
 namespace {
@@ -54,13 +56,12 @@ int clusters_at_once(int cluster) {
   return answer - kKnown;
 }
 
-std::optional<std::int64_t> cluster_cost(std::int64_t count, int cluster, std::int64_t slots) {
-  // About what a block spends on beginning and merging.
-  constexpr std::int64_t kOverhead = 512;
+std::optional<std::int64_t> cluster_cost(std::int64_t count, int cluster,
+                                         std::span<const EqualJobs> scans) {
   const std::int64_t at_once = clusters_at_once(cluster);
   const bool is_power_of_two = (cluster & (cluster - 1)) == 0;
   if (at_once == 0 || (!is_power_of_two && count > at_once)) return std::nullopt;
-  return (count + at_once - 1) / at_once * (slots + kOverhead);
+  return makespan(scans, at_once);
 }
 
 }  // namespace spectralkv::cuda

@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "backend.h"
 #include "cuda/layer.h"
@@ -31,14 +32,14 @@ struct UpdatePlan {
   std::int32_t cluster;
   std::int32_t threads;
 };
-UpdatePlan plan_update(const LayerView& layer, std::int64_t extent);
+/// `rooms`: of the graphs of a divided layer; empty: even.
+UpdatePlan plan_update(const LayerView& layer, std::int64_t extent,
+                       std::span<const std::int64_t> rooms);
 /// Bytes of LayerView::update_scratch: what updates of this layer may need.
 std::int64_t update_scratch(const LayerView& layer);
 
 /// One new token a sequence: checks and takes its slot, draws its row, clears the slot's scores,
 /// advances the counters. One launch where thread-block clusters hold all scores in shared memory.
-void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
-                   cudaStream_t stream);
 void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
                    const UpdatePlan& plan, cudaStream_t stream);
 
@@ -58,8 +59,9 @@ bool attend_fits(std::int64_t group, std::int64_t head_dim);
 
 /// One new token a sequence: its attention, and all that launch_update does. One launch where
 /// shared memory holds the scores of a graph; else launch_update follows, and keys are read again.
+/// `rooms`: see plan_update.
 void launch_attend(const LayerView& layer, const AttendArgs& args, std::int64_t extent,
-                   cudaStream_t stream);
+                   std::span<const std::int64_t> rooms, cudaStream_t stream);
 
 /// What an attention without a graph runs over.
 struct AttendShape {

@@ -77,6 +77,7 @@ struct LayerView {
   std::int64_t capacity;            ///< of a divided layer: the largest room
   std::int64_t pool;                ///< of a divided layer: slots of a sequence
   const std::int32_t* first_slots;  ///< (G + 1), of a divided layer: where rooms begin; null: even
+  const std::int32_t* head_order;   ///< (G), of a divided layer: by descending room
 
   std::int32_t* positions;  ///< (B, G, capacity), -1: empty
   std::int32_t* rows;       ///< (B, G, capacity, row_words), a row starts at a multiple of its size

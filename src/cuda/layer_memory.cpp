@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
+#include <numeric>
 #include <span>
 
 #include "backend.h"
@@ -56,10 +57,15 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.capacity = capacity;
   if (!rooms.empty()) {
     for (const std::int64_t room : rooms) {
-      first_slots_.push_back(static_cast<std::int32_t>(view_.pool));
+      division_.push_back(static_cast<std::int32_t>(view_.pool));
       view_.pool += room;
     }
-    first_slots_.push_back(static_cast<std::int32_t>(view_.pool));
+    division_.push_back(static_cast<std::int32_t>(view_.pool));
+    const auto order = division_.insert(division_.end(), rooms.size(), 0);
+    std::iota(order, division_.end(), 0);
+    std::stable_sort(order, division_.end(), [&](auto g, auto other) {
+      return rooms[static_cast<std::size_t>(g)] > rooms[static_cast<std::size_t>(other)];
+    });
   }
   const std::int64_t restart_blocks = (capacity + kRestartBlock - 1) / kRestartBlock;
   view_.restart_group = 1;
@@ -92,7 +98,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   const std::int64_t tables = batch * graphs * populations;
   const std::int64_t restart_tables = take(tables * view_.restart_stride * 8);
   const std::int64_t walk_tickets = take(batch * 4);
-  const std::int64_t first_slots = take(std::ssize(first_slots_) * 4);
+  const std::int64_t division = take(std::ssize(division_) * 4);
   const std::int64_t update = take(update_scratch(view_));
 
   memory_ = Memory(size, Memory::Kind::device);
@@ -106,17 +112,19 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.restart_tables = memory_.as<std::uint64_t>(restart_tables);
   view_.walk_tickets = memory_.as<std::uint32_t>(walk_tickets);
   view_.update_scratch = memory_.as<void>(update);
-  if (is_divided()) view_.first_slots = memory_.as<std::int32_t>(first_slots);
+  if (is_divided()) {
+    view_.first_slots = memory_.as<std::int32_t>(division);
+    view_.head_order = view_.first_slots + graphs + 1;
+  }
   walk_view_ = view_;
   walk_view_.counters = memory_.as<LayerCounters>(walk_counters);
   walk_view_.sequences = memory_.as<SequenceCounters>(walk_sequences);
   check(cudaMemsetAsync(memory_.data(), 0, static_cast<std::size_t>(size), stream),
         "cudaMemsetAsync");
   if (is_divided()) {
-    check(
-        cudaMemcpyAsync(memory_.as<std::int32_t>(first_slots), first_slots_.data(),
-                        first_slots_.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream),
-        "cudaMemcpyAsync");
+    check(cudaMemcpyAsync(memory_.as<void>(division), division_.data(),
+                          division_.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice, stream),
+          "cudaMemcpyAsync");
   }
   if (slots > 0) {
     check(cudaMemsetAsync(view_.positions, 0xff, static_cast<std::size_t>(slots * 4), stream),

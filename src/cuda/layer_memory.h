@@ -44,17 +44,17 @@ class LayerMemory {
                      std::int64_t length, cudaStream_t stream);
 
  private:
-  bool is_divided() const { return !first_slots_.empty(); }
+  bool is_divided() const { return !division_.empty(); }
   /// Of a sequence, before those of graph g.
   std::int64_t slots_before(std::int64_t g) const {
-    return is_divided() ? first_slots_[static_cast<std::size_t>(g)] : g * view_.capacity;
+    return is_divided() ? division_[static_cast<std::size_t>(g)] : g * view_.capacity;
   }
   std::int64_t room(std::int64_t g) const { return slots_before(g + 1) - slots_before(g); }
 
   LayerView view_{};
   LayerView walk_view_{};
   Memory memory_;
-  std::vector<std::int32_t> first_slots_;  ///< of a LayerView
+  std::vector<std::int32_t> division_;  ///< first_slots and head_order of a LayerView
   std::int64_t graph_bytes_ = 0;
 };
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstdint>
+#include <span>
 
 #include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
@@ -22,6 +23,12 @@ namespace spectralkv::cuda {
 namespace {
 
 constexpr int kPortableCluster = 8;
+/// Blocks of update_kernel whose registers a multiprocessor must have; 0: of any number. The one
+/// named here needs few more than two blocks can have, and outside its loops.
+template <class Dots>
+inline constexpr int kLeastBlocks = 0;
+template <>
+inline constexpr int kLeastBlocks<CoreDots<float, true, 8>> = 2;
 
 /// Calls `use(task, first query head of the graph)` for all of the graph's query heads, as many at
 /// a time as Dots takes.
@@ -58,9 +65,9 @@ __device__ inline void sum_warp(ExpSum (&sums)[Dots::kValues]) {
   }
 }
 
-/// A cluster of thread blocks a graph, clusters along x, sequences along y.
+/// A cluster of thread blocks a graph, runs of clusters along y.
 template <class Dots>
-__global__ void __launch_bounds__(Dots::kMostThreads)
+__global__ void __launch_bounds__(Dots::kMostThreads, kLeastBlocks<Dots>)
     update_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ UpdateArgs args,
                   std::int64_t extent, int most_slots) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -74,8 +81,9 @@ __global__ void __launch_bounds__(Dots::kMostThreads)
   const int warp = thread / 32;
   const int warps = threads / 32;
   const int cluster = cluster_size();
-  const int b = static_cast<int>(blockIdx.y);
-  const int g = cluster_index();
+  const GraphOfRun graph(layer, static_cast<int>(blockIdx.y), cluster_index());
+  const int b = graph.b;
+  const int g = graph.g;
   const int query_heads = layer.heads_per_graph * layer.group;
 
   const RowLayout layout(query_heads, cluster, threads, most_slots);
@@ -398,10 +406,6 @@ void launch_splits(const LayerView& layer, const UpdateArgs& args, std::int64_t 
   check(cudaGetLastError(), "split_merge_kernel");
 }
 
-std::int64_t slots_a_block(std::int64_t extent, int cluster) {
-  return part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
-}
-
 std::int64_t shared_bytes(const LayerView& layer, std::int64_t extent, int cluster, int threads) {
   return layout_bytes(layer.heads_per_graph * layer.group, cluster, threads,
                       slots_a_block(extent, cluster));
@@ -430,16 +434,18 @@ void launch_clusters(const LayerView& layer, const UpdateArgs& args, std::int64_
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
   cudaLaunchConfig_t config{};
+  const bool divided = layer.first_slots != nullptr;
   config.gridDim =
-      dim3(static_cast<unsigned>(layer.graphs * plan.cluster), static_cast<unsigned>(layer.batch));
+      dim3(static_cast<unsigned>((divided ? layer.batch : layer.graphs) * plan.cluster),
+           static_cast<unsigned>(divided ? layer.graphs : layer.batch));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, layer, args, extent,
-                           static_cast<int>(slots_a_block(extent, plan.cluster))),
-        "update_kernel");
+  check(
+      cudaLaunchKernelEx(&config, kernel, layer, args, extent, slots_a_block(extent, plan.cluster)),
+      "update_kernel");
 }
 
 /// Calls `launch(Dots{})` with the way to read keys of this shape. kBest: one for every number of
@@ -510,34 +516,32 @@ void launch_as(const LayerView& layer, const UpdateArgs& args, std::int64_t exte
 }  // namespace
 
 std::int64_t update_scratch(const LayerView& layer) {
-  if (plan_update(layer, layer.capacity).cluster != 0) return 0;
+  // Rooms decide which size is best, not whether one will do.
+  if (plan_update(layer, layer.capacity, {}).cluster != 0) return 0;
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
   const std::int64_t query_heads = std::int64_t{layer.heads_per_graph} * layer.group;
   return graphs * (8 * splits_of(layer) * (query_heads + layer.top_k) + 4 * query_heads);
 }
 
-UpdatePlan plan_update(const LayerView& layer, std::int64_t extent) {
-  constexpr std::int64_t kMostSequences = 65535;  // of a grid along y
+UpdatePlan plan_update(const LayerView& layer, std::int64_t extent,
+                       std::span<const std::int64_t> rooms) {
+  constexpr std::int32_t kMostRuns = 65535;  // of a grid along y
   const UpdatePlan split{.cluster = 0, .threads = 0};
-  if (device_attribute(cudaDevAttrClusterLaunch) == 0 || layer.batch > kMostSequences) return split;
+  if (device_attribute(cudaDevAttrClusterLaunch) == 0) return split;
+  if (std::max(layer.batch, layer.graphs) > kMostRuns) return split;
   const int most_bytes = most_shared_bytes();
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const std::int64_t graphs = std::int64_t{layer.batch} * layer.graphs;
   constexpr int kLarge = 512;
   constexpr int kSmall = 256;
-  const int cluster = best_cluster(
-      graphs, [&](int size) { return slots_a_block(extent, size); },
-      [&](int size) { return shared_bytes(layer, extent, size, kLarge) <= most_bytes; });
+  const int cluster = best_cluster(graphs, extent, rooms, slots_a_block, [&](int size) {
+    return shared_bytes(layer, extent, size, kLarge) <= most_bytes;
+  });
   if (cluster == 0) return split;
   // Where a processor has but one block at a time, that one is large.
   const bool shares_processors = graphs * cluster > processors &&
                                  shared_bytes(layer, extent, cluster, kLarge) <= most_bytes / 2;
   return {.cluster = cluster, .threads = shares_processors ? kSmall : kLarge};
-}
-
-void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,
-                   cudaStream_t stream) {
-  launch_update(layer, args, extent, plan_update(layer, extent), stream);
 }
 
 void launch_update(const LayerView& layer, const UpdateArgs& args, std::int64_t extent,

@@ -31,7 +31,7 @@ class Attended {
   }
 
   void attend(std::int64_t extent, cudaStream_t stream) const {
-    launch_attend(layer.view(), args(), extent, stream);
+    launch_attend(layer.view(), args(), extent, {}, stream);
   }
   void attend_alone(cudaStream_t stream) const {
     launch_decode_attention({.batch = shape_.batch,
@@ -146,7 +146,8 @@ void check_shape(const Shape& shape, int holes) {
     }
     return rows;
   };
-  launch_update(attended.layer.view(), attended.layer.args(), extent, nullptr);
+  const UpdatePlan plan = plan_update(attended.layer.view(), extent, {});
+  launch_update(attended.layer.view(), attended.layer.args(), extent, plan, nullptr);
   const std::vector<std::int32_t> wanted = sorted_rows();
   attended.attend(extent, nullptr);
   expect(sorted_rows() == wanted, name + ": rows differ from those of an update");
@@ -204,7 +205,8 @@ void time_shape(const Shape& shape, double bandwidth) {
   time("attend", bytes, [&](const Attended& one, auto stream) { one.attend(extent, stream); });
   time("attention", bytes, [](const Attended& one, auto stream) { one.attend_alone(stream); });
   time("update_alone", bytes / 2, [&](const Attended& one, auto stream) {
-    launch_update(one.layer.view(), one.layer.args(), extent, stream);
+    const UpdatePlan plan = plan_update(one.layer.view(), extent, {});
+    launch_update(one.layer.view(), one.layer.args(), extent, plan, stream);
   });
 }
 

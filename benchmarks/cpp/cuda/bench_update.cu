@@ -193,7 +193,7 @@ void time_shape(const Shape& shape, const std::vector<UpdatePlan>& plans, double
   };
   const std::string name = shape.name() + (warm ? " warm" : "");
   if (plans.empty()) {
-    const UpdatePlan plan = plan_update(layers[0]->view(), extent);
+    const UpdatePlan plan = plan_update(layers[0]->view(), extent, {});
     print_rate(bench, name + plan_name(plan), time(plan), bytes, bandwidth);
     return;
   }

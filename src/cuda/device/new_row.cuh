@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/clusters.h"
@@ -213,6 +214,11 @@ __host__ __device__ inline int part_of(int slots, int parts) {
   return static_cast<int>((tiles + count - 1) / count * kTile);
 }
 
+/// Most slots of a block, whose memory is never empty.
+inline int slots_a_block(std::int64_t extent, int cluster) {
+  return part_of(static_cast<int>(std::max<std::int64_t>(extent, 1)), cluster);
+}
+
 /// The row and what else belongs to a new slot, by one warp. Not drawn: `best` has none.
 __device__ inline void finish_row(const LayerView& layer, std::int64_t b, std::int64_t g,
                                   std::int64_t slot, bool drawn, const std::uint64_t* best) {
@@ -240,6 +246,18 @@ __device__ inline bool is_last(const LayerView& layer, std::uint32_t ticket) {
   return __shfl_sync(0xffffffffU, ticket, 0) ==
          static_cast<std::uint32_t>(layer.batch * layer.graphs - 1);
 }
+
+/// Whose row a cluster draws, cluster `place` of run `run`. A run has the graphs of a sequence; of
+/// a divided layer a graph of all sequences, the longest first, and the short ones fill what these
+/// leave.
+struct GraphOfRun {
+  int b;
+  int g;
+
+  __device__ GraphOfRun(const LayerView& layer, int run, int place)
+      : b(layer.first_slots == nullptr ? run : place),
+        g(layer.first_slots == nullptr ? place : __ldg(layer.head_order + run)) {}
+};
 
 struct RowShared {
   TopKScratch top_k;
