@@ -80,6 +80,7 @@ SANITIZER_FILTER = ":".join(
 #: launch the kernels of other tests over and over.
 RACECHECK_LEAVES_OUT = ":".join(
     (
+        "DividedLayer.ForgetsASequence",
         "Monitor.DecodesInFixedSlots",
         "PprExact.LeavesStaleEdgesOut",
         "PprWalk.AddsVisitsToDecayedScores",
