@@ -74,6 +74,10 @@ PROMPT_ROWS = [
 # Heads get what they need, as `spectralkv calibrate` found it on the first sequences:
 # calibrate wiki.test.raw essays --sequences 8 --length 2048 --dtype float32 --device cuda --batch 8
 HEAD_SHARES = ["spectral:head_shares=benchmarks/head_shares.json"]
+# Or what their visits win on the text itself.
+COMPETING = ["spectral:head_shares=visits"]
+# A row for every token, every fourth, every sixteenth, where the attention is the model's.
+SCANS = [*OURS, "spectral:scan_interval=4", "spectral:scan_interval=16"]
 # Decay 0.9984 a token halves a sum in 430 tokens, 0.9967 in 210.
 PUBLISHED = ["h2o", "snapkv", "tova", "streaming_llm", "keydiff", "rkv", "lazy_eviction", "random"]
 TUNED = [
@@ -127,7 +131,8 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         perplexity("perplexity-tuned", TUNED, *shares, *held),
         perplexity("perplexity-ours", CANDIDATES, *low, *shares, *held),
         perplexity("perplexity-head-shares", HEAD_SHARES, *low, *shares, *held),
-        Job("needle-head-shares", [*needles, *many("--policy", HEAD_SHARES)]),
+        perplexity("perplexity-visits", COMPETING, *low, *shares, *held),
+        Job("needle-head-shares", [*needles, *many("--policy", [*HEAD_SHARES, *COMPETING])]),
         perplexity("perplexity-limits", OURS, "--clairvoyant", "all,256,64", *low, *shares, *held),
         perplexity("perplexity-exact", EXACT[:1], *low, *shares, *held),
         perplexity("perplexity-exact-2", EXACT[1:], *shares, *held),
@@ -139,7 +144,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
             "ruler",
             [
                 *ruler,
-                *many("--policy", [*OURS, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
+                *many("--policy", [*OURS, *HEAD_SHARES, "h2o", "snapkv", "keydiff", *TUNED[1:]]),
             ],
         ),
         Job(
@@ -147,7 +152,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
             [
                 *needles,
                 *many("--variant", ["multi_key", "multi_value", "multi_query"]),
-                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+                *many("--policy", [*OURS, *HEAD_SHARES, "keydiff", "h2o", "snapkv", "rkv"]),
             ],
         ),
         Job(
@@ -155,7 +160,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
             [
                 *needles,
                 *("--question", "aware"),
-                *many("--policy", [*OURS, "keydiff", "h2o", "snapkv", "rkv"]),
+                *many("--policy", [*OURS, *HEAD_SHARES, "keydiff", "h2o", "snapkv", "rkv"]),
             ],
         ),
         Job(
@@ -163,8 +168,20 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
         ),
         Job("tuning-needle-contenders", [*needles, "--seed", "1", *many("--policy", CONTENDERS)]),
         perplexity("tuning-perplexity", [*CANDIDATES, *TUNED], "--budget", "0.2", *tune),
+        perplexity("tuning-perplexity-heads", [*HEAD_SHARES, *COMPETING], "--budget", "0.2", *tune),
+        Job(
+            "tuning-needle-heads",
+            [*needles, "--seed", "1", *many("--policy", [*HEAD_SHARES, *COMPETING])],
+        ),
         perplexity("tuning-perplexity-contenders", CONTENDERS, "--budget", "0.2", *tune),
         perplexity("tuning-prompt-rows", PROMPT_ROWS, "--budget", "0.2", "--chunk", "512", *tune),
+        # Token by token, which takes long.
+        perplexity(
+            "perplexity-scans",
+            SCANS,
+            *("--budget", "0.2", "--chunk", "1", "--length", "1024"),
+            *("--sequences", "2", "--batch", "4"),
+        ),
     ]
     if long:
         eight = ["--length", "8000", "--skip", "5", "--sequences", "3", "--batch", "6"]
@@ -177,7 +194,7 @@ def jobs(wikitext: str, *, budgets: list[str], sequences: int, cases: int, long:
                 [
                     *needles,
                     *many("--length", ["900", "3600"]),
-                    *many("--policy", [*OURS, WALKS, "keydiff", *ATTENTION[:4]]),
+                    *many("--policy", [*OURS, *HEAD_SHARES, WALKS, "keydiff", *ATTENTION[:4]]),
                 ],
             ),
         ]
