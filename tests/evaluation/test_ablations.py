@@ -190,6 +190,7 @@ def test_pictures_tell_exact_populations_from_those_that_walk() -> None:
     spec = "spectral:window=9,populations=recent:edges:0.6+novelty:all:0.4:exact,seed=1"
     assert _spoken(spec) == "spectral:window=9,recent 0.6 + exact novelty 0.4,seed=1"
     assert _spoken("spectral:head_shares=a/b.json,seed=1") == "spectral:head shares,seed=1"
+    assert _spoken("spectral:head_shares=visits") == "spectral:head_shares=visits"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ _MOST_GRIDS = 7
 # Cells between two of them.
 _GAP = 0.25
 _POPULATIONS = re.compile(r"populations=([^,]+)")
-_HEAD_SHARES = re.compile(r"head_shares=[^,]+")
+_HEAD_SHARES = re.compile(r"head_shares=(?!visits\b)[^,]+")
 #: Bars and titles that a picture of ablations has below each other; more are put in two columns.
 _ONE_COLUMN = 30
 
