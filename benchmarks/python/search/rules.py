@@ -745,6 +745,32 @@ def divisions() -> list[Rule]:
     ]
 
 
+def adaptive() -> list[Rule]:
+    """Return rivals whose heads compete for all places, with the floor of Ada-KV."""
+    found: list[tuple[str, Score, int | float]] = [
+        ("h2o", Received(), 0.5),
+        ("h2o 0.9984 w0.35", Received(SLOW), 0.35),
+        ("snapkv", Votes(64), 64),
+    ]
+    ways = [
+        ("each cut", "what a rival gains by the same means", Division()),
+        ("by profile", "the same, as calibrated", Division(profile=True)),
+    ]
+    return [
+        Rule(
+            f"adaptive: {name}, over the {pool}, {way}",
+            why,
+            (Quota(score, 1.0, pool, 0.2),),  # type: ignore[arg-type]
+            window,
+            0,
+            division=division,
+        )
+        for name, score, window in found
+        for pool in ("layer", "model")
+        for way, why, division in ways
+    ]
+
+
 def both() -> list[Rule]:
     """Return combinations for perplexity and needles at once."""
     habits: list[tuple[str, Score]] = [
@@ -843,6 +869,7 @@ def make_rules(tokenizer: Any) -> dict[str, list[Rule]]:
         "widths": widths(),
         "around": around(),
         "divisions": divisions(),
+        "adaptive": adaptive(),
         "both": both(),
         "needle": needle(marks_of(tokenizer)),
         "expected": expected(),
