@@ -746,7 +746,7 @@ def divisions() -> list[Rule]:
 
 
 def adaptive() -> list[Rule]:
-    """Return rivals whose heads compete for all places, with the floor of Ada-KV."""
+    """Return rivals whose heads compete for all places, with Ada-KV's floor and with a high one."""
     found: list[tuple[str, Score, int | float]] = [
         ("h2o", Received(), 0.5),
         ("h2o 0.9984 w0.35", Received(SLOW), 0.35),
@@ -758,15 +758,16 @@ def adaptive() -> list[Rule]:
     ]
     return [
         Rule(
-            f"adaptive: {name}, over the {pool}, {way}",
+            f"adaptive: {name}, over the {pool}, floor {floor:g}, {way}",
             why,
-            (Quota(score, 1.0, pool, 0.2),),  # type: ignore[arg-type]
+            (Quota(score, 1.0, pool, floor),),  # type: ignore[arg-type]
             window,
             0,
             division=division,
         )
         for name, score, window in found
         for pool in ("layer", "model")
+        for floor in (0.2, 0.8)
         for way, why, division in ways
     ]
 

@@ -26,8 +26,8 @@ from spectralkv.evaluation.needle import Case
 
 # Most tokens of a pass: what attention of all layers is held at once grows with it.
 _MOST_AT_ONCE = 64
-# Of rules with Division.profile: see Simulation.profile.
-_PROFILES: dict[Rule, torch.Tensor] = {}
+# Of rules with Division.profile, at each budget: see Simulation.profile.
+_PROFILES: dict[tuple[Rule, int], torch.Tensor] = {}
 # Logits that are turned to nats at a time: 64 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 24
 
@@ -113,7 +113,7 @@ class Simulation:
         replays = [score.tokens for score in self._scores if isinstance(score, Replayed)]
         self._replayed = max(replays, default=0)
 
-        profile = _PROFILES.get(rule) if rule is not None else None
+        profile = _PROFILES.get((rule, budget)) if rule is not None else None
         if profile is not None:
             parts = (profile * budget).floor().long()[:, None].expand(shape)
             self.memory.set(rule, "parts", parts.reshape(-1, 1).to(decoder.device))
@@ -390,7 +390,7 @@ def perplexity(
         It kept another.
     """
     passes = [(start, min(start + chunk, ids.shape[1])) for start in range(0, ids.shape[1], chunk)]
-    if rule is not None and rule.division.profile and rule not in _PROFILES:
+    if rule is not None and rule.division.profile and (rule, budget) not in _PROFILES:
         run = Simulation(
             decoder,
             ids[:batch],
@@ -399,7 +399,7 @@ def perplexity(
             interval=interval,
         )
         run.read(passes, nats=False)
-        _PROFILES[rule] = run.profile()
+        _PROFILES[rule, budget] = run.profile()
     nats, longest = [], 0
     for part in ids.split(batch):
         foresight = None
