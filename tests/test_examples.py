@@ -32,7 +32,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_every_example_is_run_here() -> None:
-    known = {"graph_of_numpy.py", "own_policy.py", "quickstart.py"}
+    known = {
+        "compare_policies.py",
+        "graph_of_numpy.py",
+        "long_chat.py",
+        "own_policy.py",
+        "quickstart.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == known
 
 
@@ -53,3 +59,26 @@ def test_a_policy_of_ones_own(model: tuple[str, str]) -> None:
     found = dict(re.findall(r"(\w+) +perplexity +([\d.]+)", shown))
     assert set(found) == {"full", "spectral", "h2o", "long_values"}
     assert len(set(found.values())) == 4
+
+
+def test_a_talk_goes_on_where_its_file_ends(model: tuple[str, str], tmp_path: Path) -> None:
+    told = ("--model", model[0], "--talk", str(tmp_path / "talk"), "--budget", "80")
+    seen = []
+    for say in ("first " * 60, "second", "third " * 30):
+        shown = run("long_chat.py", say, *told, "--new-tokens", "20")
+        numbers = re.search(r"(\d+) tokens read now, (\d+) seen in all, (\d+) kept", shown)
+        assert numbers
+        read, total, kept = map(int, numbers.groups())
+        # What was read before is not read again; the last answer's last token was never fed.
+        assert seen == [] or seen[-1] + read + 19 == total
+        seen.append(total)
+        assert kept < 112
+    assert seen == sorted(seen)
+
+
+def test_policies_compared_on_a_text(model: tuple[str, str]) -> None:
+    shown = run("compare_policies.py", "--model", model[0], "--text", model[1], "--budget", "0.3")
+    rows = [line.split() for line in shown.splitlines()]
+    assert [row[0] for row in rows] == ["policy", "full", "spectral", "h2o", "snapkv", "keydiff"]
+    assert all(float(row[4]) < float(rows[1][4]) for row in rows[2:])  # MiB
+    assert len({row[2] for row in rows[1:]}) == 5
