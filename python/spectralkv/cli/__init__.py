@@ -76,4 +76,7 @@ def _missing(error: ModuleNotFoundError) -> int:
     package = (error.name or "").split(".")[0]
     if package not in _EXTRA:
         raise error
-    return _refuse(f"{package} is not installed: pip install 'spectralkv[cli]'")
+    return _refuse(
+        f"{package} is not installed: pip install 'spectralkv[cli]' "
+        "(the core alone: python -m spectralkv --info)"
+    )

@@ -206,11 +206,9 @@ def load(model: str, *, gguf_file: str, dtype: str, device: str) -> LoadedModel:
     EvaluationError
         There is no such model or device, or a package is missing.
     """
-    from spectralkv.evaluation import load_demo_model, load_model
+    from spectralkv.evaluation import load_model
 
     with working(f"loading {model}"):
-        if model == DEMO_MODEL:
-            return load_demo_model(dtype=dtype, device=device)
         return load_model(model, gguf_file=gguf_file or None, dtype=dtype, device=device)
 
 

