@@ -17,6 +17,7 @@ from kvpress.utils import get_prerope_query_states
 from transformers import PreTrainedModel, QuantizedCache
 
 from spectralkv.policies import Observation, Policy, Spectral, Tracker
+from spectralkv.policies.base import AttendingTracker
 
 __all__ = ["PolicyPress", "SpectralPress"]
 
@@ -37,12 +38,14 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        The cache is quantized, or holds tokens that the press has not seen.
+        The cache is quantized, or holds tokens that the press has not seen; or heads of the policy
+        keep different numbers of tokens.
 
     Notes
     -----
     For prompts without padding: kvpress shows its presses no mask. Novelty compares keys as they
-    lie, turned by their positions.
+    lie, turned by their positions. In a ``ComposedPress`` it must be the only press that drops
+    tokens.
 
     Examples
     --------
@@ -53,11 +56,18 @@ class PolicyPress(BasePress):  # type: ignore[misc]
     policy: Policy
     _trackers: dict[int, Tracker] = field(default_factory=dict, init=False, repr=False)
     _lengths: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+    _seen: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     _num_layers: int = field(default=0, init=False, repr=False)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Learn how many layers there are."""
         self._num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def compression_ratio(self) -> float:
+        """Part of the present text's tokens that a layer has let go; 0 before the first pass."""
+        seen = sum(self._seen.values())
+        return 1.0 - sum(self._lengths.values()) / seen if seen else 0.0
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
@@ -66,7 +76,10 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             try:
                 yield
             finally:
-                self._trackers, self._lengths = {}, {}
+                self._forget()
+
+    def _forget(self) -> None:
+        self._trackers, self._lengths, self._seen = {}, {}, {}
 
     def forward_hook(
         self,
@@ -105,14 +118,15 @@ class PolicyPress(BasePress):  # type: ignore[misc]
                 held.keys = keys[:, :, :size].contiguous()
                 held.values = values[:, :, :size].contiguous()
         self._lengths[layer] = held.keys.shape[2]
+        self._seen[layer] = self._seen.get(layer, 0) + count
         return output
 
     def _tracker(self, layer: int, before: int) -> Tracker:
         """Return the tracker of a layer that held `before` tokens when the pass began."""
         if before == 0 and self._lengths.get(layer, 0) > 0:  # another text
-            self._trackers, self._lengths = {}, {}
+            self._forget()
         if not self._trackers:
-            self._trackers = dict(enumerate(self.policy.trackers(self._num_layers)))
+            self._trackers = dict(enumerate(_even_trackers(self.policy, self._num_layers)))
         tracker, known = self._trackers[layer], self._lengths.get(layer, 0)
         if before > known:
             raise ValueError(
@@ -121,6 +135,7 @@ class PolicyPress(BasePress):  # type: ignore[misc]
             )
         if before < known:  # the pipeline takes an answer back
             tracker.truncate(known - before)
+            self._seen[layer] -= known - before
         return tracker
 
 
@@ -142,6 +157,16 @@ class SpectralPress(PolicyPress):
 
     def __init__(self, budget: int, **options: Any) -> None:
         super().__init__(Spectral(budget=budget, **options))
+
+
+def _even_trackers(policy: Policy, num_layers: int) -> list[Tracker]:
+    trackers = policy.trackers(num_layers)
+    if any(isinstance(one, AttendingTracker) and one.may_divide for one in trackers):
+        raise ValueError(
+            f"[kvpress] policy must keep as many tokens of each head, got {policy.name} with heads "
+            "that keep different numbers"
+        )
+    return trackers
 
 
 def _query_states(module: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
