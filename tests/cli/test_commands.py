@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import spectralkv
-from spectralkv.cli import main
+from spectralkv.cli import console, main
 from tiny_text import make_text
 
 SMALL = ["--interval", "16", "--window", "10", "--sinks", "2"]
@@ -494,3 +494,16 @@ def test_the_type_of_the_weights_can_be_chosen(
     command += ["--max-new-tokens", "4", "--device", device, "--dtype", "bfloat16"]
     assert main(command) == 0
     assert f"bfloat16 on {device}" in capsys.readouterr().err
+
+
+def test_a_log_is_told_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.progress_bar() as report:
+        report("reading", 1, 3)
+    assert capsys.readouterr().err == ""  # what is quick stays silent
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.0)
+    with console.progress_bar() as report:
+        report("reading", 1000, 3000)
+        report("reading", 3000, 3000)
+    assert capsys.readouterr().err == "reading: 1,000 of 3,000\nreading: 3,000 of 3,000\n"

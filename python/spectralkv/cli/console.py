@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import time
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,6 +92,8 @@ FreshOption = Annotated[
 ]
 
 DEMO_MODEL = "demo"
+# Of what is told where there is no terminal.
+_SECONDS_BETWEEN_LINES = 10.0
 
 # What the process was asked, for the run files: `main` sets it.
 _arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
@@ -111,7 +114,11 @@ def usage_error_type() -> type[Any]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show a bar for each thing that runs; it goes when all is done."""
+    """Show a bar for each thing that runs; it goes when all is done.
+
+    Where there is no terminal a line is written from time to time: who reads a log wants to know,
+    too.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -121,8 +128,10 @@ def progress_bar() -> Iterator[Progress]:
         TimeElapsedColumn(),
     )
     screen = console()
-    silent = not screen.is_terminal
-    with Progress(*columns, console=screen, transient=True, disable=silent) as bars:
+    if not screen.is_terminal:
+        yield _lines(screen)
+        return
+    with Progress(*columns, console=screen, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
@@ -131,6 +140,19 @@ def progress_bar() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done)
 
         yield report
+
+
+def _lines(screen: Console) -> Progress:
+    last = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            screen.print(f"{what}: {done:,} of {total:,}", soft_wrap=True)
+
+    return report
 
 
 @contextlib.contextmanager
