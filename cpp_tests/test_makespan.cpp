@@ -27,6 +27,7 @@ Index simulated(const std::vector<EqualJobs>& jobs, Index machines) {
 /// As many of each duration.
 std::vector<EqualJobs> jobs_of(Index count, const std::vector<Index>& durations) {
   std::vector<EqualJobs> jobs;
+  jobs.reserve(durations.size());
   for (const Index duration : durations) jobs.push_back({.count = count, .duration = duration});
   return jobs;
 }
