@@ -51,10 +51,10 @@ def test_a_floor_of_all_places_is_an_even_division(tiny: LoadedModel) -> None:
 def test_places_go_to_the_best_of_all_heads() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(3, 2, 4, 30, generator=generator) ** 4
-    sinks, window, places, floor = 2, 5, 6, 0.5
+    sinks, window, places, sure = 2, 5, 6, 3
     free = torch.zeros_like(scores, dtype=torch.bool)
     free[..., sinks:-window] = True
-    won = places_won(scores, free, places, floor)
+    won = places_won(scores, free, places, sure)
     for b in range(2):
         taken = {}
         rest = []

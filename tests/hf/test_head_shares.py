@@ -327,6 +327,20 @@ def test_heads_get_the_places_that_their_visits_win(device: str) -> None:
     assert max(pools) <= 2 * (BUDGET + INTERVAL)
 
 
+@pytest.mark.parametrize(("budget", "seed"), [(9, 0), (10, 6)])
+def test_no_head_is_left_with_sinks_and_window_alone(budget: int, seed: int, device: str) -> None:
+    # Without a floor one head would win all places of the only population of these texts.
+    recent = (Population(restart="recent", count="edges"),)
+    policy = dataclasses.replace(COMPETING, populations=recent, head_floor=0.0, budget=budget)
+    model = model_of(device=device)
+    cache = cache_of(model, policy)
+    feed(model, cache, random_ids(1, 120, seed=seed, device=device), [60] + [1] * 60)
+    for layer in cache.evicting_layers:
+        budgets = [room - INTERVAL for room in layer.tracker.rooms]
+        assert min(budgets) >= SINKS + WINDOW + 1
+        assert sum(budgets) <= 2 * policy.budget
+
+
 def test_short_sequences_take_no_part_in_the_competition(device: str) -> None:
     model = model_of(device=device)
     ids = random_ids(2, 120, device=device)

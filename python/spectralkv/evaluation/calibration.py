@@ -79,14 +79,13 @@ def calibrate(
             f"to calibrate, a budget must be above {least} tokens (sinks, window and one), got "
             f"{budget}"
         )
-    first, *others = policy.walk_config.populations
+    first = policy.walk_config.populations[0]
     if first.restart == "novelty":
         raise EvaluationError("to calibrate, the first population must restart at recent tokens")
     watching = replace(
         policy, budget=None, populations=(replace(first, share=1.0, decay=None),), head_shares=None
     )
-    free = budget - policy.sinks - policy.window
-    rest = sum(int(population.share * free + 1e-9) for population in others)
+    places = policy.places_to_compete_for
     total = len(sequences) * lengths[0]
     done, looks = 0, 0
     wins: torch.Tensor | float = 0.0
@@ -105,11 +104,11 @@ def calibrate(
             scores = _scores(cache)  # slots follow the text
             is_free = torch.zeros_like(scores, dtype=torch.bool)
             is_free[..., policy.sinks : scores.shape[3] - policy.window] = True
-            wins = wins + places_won(scores, is_free, free - rest, floor).sum(1)
+            wins = wins + places_won(scores, is_free, places, int(floor * places)).sum(1)
             looks += ids.shape[0]
     if isinstance(wins, float):
         raise EvaluationError("to calibrate, there must be a text")
-    kept = (wins / looks + (budget - (free - rest))).tolist()
+    kept = (wins / looks + (budget - places)).tolist()
     return shares_of(kept, budget, least)
 
 

@@ -422,7 +422,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Count a token that the policy attended with, and cut the sequences that are due."""
         self._count_attended()
         self._show()
-        if any(self.due()) and self.divides_anew:
+        if self.divides_anew and any(self.due()):
             self.put_side_by_side()
         keep = tracker.keep()
         if keep is not None:

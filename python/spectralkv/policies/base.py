@@ -250,7 +250,7 @@ class AttendingTracker(Tracker):
     def rooms(self) -> tuple[int, ...] | None:
         """Slots that each KV head gets at a cut, once :meth:`keep` has chosen.
 
-        None: all heads keep equally many tokens. Sequences of a batch are else cut together.
+        None: all heads keep equally many tokens. Otherwise sequences of a batch are cut together.
         """
         return None
 
@@ -258,10 +258,16 @@ class AttendingTracker(Tracker):
         """Whether a cut after `seen` tokens gives heads other rooms; they must be side by side."""
         return False
 
-    def show_keys(self, keys: torch.Tensor) -> None:
-        """Learn where keys lie, (B, Hkv, S, D), after heads were put side by side."""
+    def show_keys(self, keys: torch.Tensor) -> None:  # noqa: ARG002
+        """Learn where keys lie, (B, Hkv, S, D), after heads were put side by side.
+
+        Raises
+        ------
+        RuntimeError
+            The tracker names no rooms.
+        """
         raise RuntimeError(
-            f"[{type(self).__name__}] expected a tracker with rooms, got one without: {keys.shape}"
+            f"[{type(self).__name__}] expected a tracker with rooms, got one without"
         )
 
     def divide(self) -> None:

@@ -65,7 +65,7 @@ def shares_of(budgets: Sequence[Sequence[float]], budget: float, least: int) -> 
     return tuple(tuple(round(share / mean, 4) for share in row) for row in rows)
 
 
-def places_won(scores: torch.Tensor, free: torch.Tensor, places: int, floor: float) -> torch.Tensor:
+def places_won(scores: torch.Tensor, free: torch.Tensor, places: int, sure: int) -> torch.Tensor:
     """Let heads compete for places: the scores of each are made to sum to 1, and the best ones win.
 
     Parameters
@@ -76,8 +76,8 @@ def places_won(scores: torch.Tensor, free: torch.Tensor, places: int, floor: flo
         Bool, of the same shape: which tokens need a place.
     places : int
         Places a head, on average.
-    floor : float
-        In [0, 1]: the part of `places` that a head has for sure.
+    sure : int
+        Of these places those that a head has without a competition, at most `places`.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def places_won(scores: torch.Tensor, free: torch.Tensor, places: int, floor: flo
     layers, batch, heads, size = scores.shape
     parts = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
     parts = parts.masked_fill(~free, -1.0)
-    sure = min(int(floor * places), size)
+    sure = min(sure, size)
     # Which tokens are a head's best does not matter, only how far down its list the places reach.
     ranked = parts.sort(-1, descending=True).values[..., sure:]
     rest = ranked.transpose(0, 1).reshape(batch, -1)  # (B, L x Hkv x ...)

@@ -239,6 +239,20 @@ class Spectral(Policy):
         return budgets_of(self.head_shares, self.budget, self.sinks + self.window + 1)
 
     @property
+    def places_to_compete_for(self) -> int:
+        """Places of the first population in a head: what the others' shares leave; at least 1.
+
+        Raises
+        ------
+        ValueError
+            There is no budget.
+        """
+        self._require(self.budget is not None, "budget", "a number of tokens, to compete for")
+        free = (self.budget or 0) - self.sinks - self.window
+        others = self.walk_config.populations[1:]
+        return free - sum(int(population.share * free + 1e-9) for population in others)
+
+    @property
     def _competes(self) -> bool:
         """Whether heads get the places that their visits win."""
         return self.head_shares == "visits"
@@ -504,8 +518,9 @@ class _SpectralTracker(AttendingTracker):
         free = (positions >= policy.sinks) & (positions < newest - policy.window)
         # A sequence that keeps all it has needs no head more than another.
         long = [b for b, count in enumerate(seen) if count > budget]
-        places = self._places_of_first(budget)
-        won = places_won(scores[None, long], free[None, long], places, policy.head_floor)[0].mean(0)
+        places = policy.places_to_compete_for
+        sure = max(1, int(policy.head_floor * places))  # no head can do with sinks and window alone
+        won = places_won(scores[None, long], free[None, long], places, sure)[0].mean(0)
         held = (positions >= 0).sum(-1).amax(0)
         wins, most = torch.stack((won, held.to(won.dtype))).tolist()  # waits for the device, once
         budgets = [budget - places + int(count) for count in wins]
@@ -515,12 +530,6 @@ class _SpectralTracker(AttendingTracker):
         monitor.set_head_budgets(layer, budgets)
         self._rooms = tuple(tokens + policy.interval for tokens in budgets)
         self._divided_at = max(seen)
-
-    def _places_of_first(self, budget: int) -> int:
-        """Places of the first population, which gets what the others' shares leave."""
-        free = budget - self._policy.sinks - self._policy.window
-        others = self._policy.walk_config.populations[1:]
-        return free - sum(int(population.share * free + 1e-9) for population in others)
 
     def divide(self) -> None:
         graph, rooms = self._active().graph, self._rooms
