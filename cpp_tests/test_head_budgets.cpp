@@ -65,10 +65,15 @@ struct Case {
   std::size_t walk = 0;  ///< of walks()
   bool strided = false;  ///< gaps in caches
   bool whole = false;    ///< kWholeRooms
+  bool pack = false;
   std::uint64_t seed = 1;
 };
 
 const std::vector<Index>& rooms_of(const Case& c) { return c.whole ? kWholeRooms : kRooms; }
+
+/// Whether rows can be packed where two layers are compared. Where these do not compute the same to
+/// the bit, packed rows differ by a unit now and then: much of what stale edges leave of a row.
+bool can_pack(const Case& c) { return c.law != EdgeLaw::weighted || is_exact(rooms_of(c)); }
 
 GraphConfig config_of(const Case& c, Index capacity = kCapacity) {
   return {.batch_size = 2,
@@ -77,6 +82,7 @@ GraphConfig config_of(const Case& c, Index capacity = kCapacity) {
           .head_dim = c.head_dim,
           .capacity = capacity,
           .edge_law = c.law,
+          .pack_rows = c.pack,
           .seed = c.seed,
           .num_threads = 1};
 }
@@ -95,6 +101,7 @@ std::vector<Case> cases(std::uint64_t seed) {
                      .strided = random.chance(0.5),
                      .whole = random.chance(0.5),
                      .seed = random.bits()});
+      all.back().pack = can_pack(all.back());
     }
   }
   return all;
@@ -103,8 +110,8 @@ std::vector<Case> cases(std::uint64_t seed) {
 ::testing::Message name_of(const Case& c) {
   return ::testing::Message() << spectralkv::name_of(c.dtype) << ", law " << static_cast<int>(c.law)
                               << ", group " << c.group << ", head_dim " << c.head_dim << ", walk "
-                              << c.walk << ", strided " << c.strided << ", rooms "
-                              << ::testing::PrintToString(rooms_of(c));
+                              << c.walk << ", strided " << c.strided << ", pack " << c.pack
+                              << ", rooms " << ::testing::PrintToString(rooms_of(c));
 }
 
 // -- caches
@@ -393,7 +400,8 @@ void expect_same_layer(const GraphManager& expected, const GraphManager& actual,
       if (exact) {
         EXPECT_EQ(wanted[b][g], got[b][g]);
       } else {
-        expect_same_graph(wanted[b][g], got[b][g], 1e-5);
+        expect_same_graph(wanted[b][g], got[b][g],
+                          1e-5 + 2.0 * packing_error(actual.graph_config()));
       }
     }
   }
@@ -564,7 +572,7 @@ TEST(HeadBudgets, CompactAndReleaseTakeListsOfDifferentLengths) {
   for (const std::uint64_t seed : {1U, 2U, 3U}) {
     for (const EdgeLaw law : kEdgeLaws) {
       for (const bool left : {false, true}) {
-        const Case c{.law = law, .seed = seed};
+        const Case c{.law = law, .pack = true, .seed = seed};
         Random random(seed);
         Side moving(c);
         moving.prefill(40, 0, random);
@@ -611,7 +619,7 @@ TEST(HeadBudgets, CompactAndReleaseTakeListsOfDifferentLengths) {
           for (Index h = 0; h < kHeads; ++h) {
             const std::vector<Index>& list = lists[at(b)][at(h)];
             expect_same_graph(compacted(before[at(b)][at(h)], list, law), after[at(b)][at(h)],
-                              1e-6);
+                              1e-6 + packing_error(moving.manager.graph_config()));
             EXPECT_EQ(live_slots(freed[at(b)][at(h)]), without_empty(keep, b, h));
             for (Index i = 0; i < 30; ++i) {
               if (list[at(i)] < 0) continue;
@@ -991,7 +999,7 @@ TEST(DividedLayer, IsNotLoadedWhereItsTokensDoNotFit) {
 }
 
 TEST(DividedLayer, IsTheSameWhetherDividedOrLoaded) {
-  const Case c;
+  const Case c{.pack = true};
   Random random(4);
   Side even(c);
   even.prefill(17, 5, random);
@@ -1074,7 +1082,7 @@ TEST(DividedLayer, ForgetsASequenceOfWhichOthersCut) {
 
 TEST(DividedLayer, FreesMemory) {
   for (std::size_t walk = 0; walk < walks().size(); ++walk) {
-    const Case c{.walk = walk};
+    const Case c{.walk = walk, .pack = true};
     const std::vector<Index> rooms{1000, 3000, 500};
     GraphManager manager(config_of(c, 4000), walks()[walk]);
     const auto bytes = [&] { return manager.memory_use().graph_bytes; };
@@ -1083,7 +1091,7 @@ TEST(DividedLayer, FreesMemory) {
     const Index few = bytes();
     const Index of_slot = (many - few) / (2 * kHeads * 2000);
     const Index of_sequences = few - of_slot * 2 * kHeads * 2000;
-    EXPECT_GE(of_slot, 4 * (1 + 16 + 1));
+    EXPECT_GE(of_slot, 4 * (1 + 8 + 1));
     const Index slack = is_exact({}) ? 0 : 1 << 14;  // arrays on CUDA start at round addresses
     EXPECT_LE(of_sequences, slack);
     const auto expect = [&](Index expected) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
@@ -17,13 +18,14 @@
 namespace spectralkv::test {
 namespace {
 
-GraphConfig graph_config(EdgeLaw law = EdgeLaw::weighted, int top_k = 8) {
+GraphConfig graph_config(EdgeLaw law = EdgeLaw::weighted, int top_k = 8, bool pack = true) {
   return {.num_query_heads = 1,
           .num_kv_heads = 1,
           .head_dim = 8,
           .capacity = 128,
           .top_k = top_k,
           .edge_law = law,
+          .pack_rows = pack,
           .seed = 42,
           .num_threads = 1};
 }
@@ -169,8 +171,11 @@ TEST(PprWalk, HasTheExpectedVisitsForEveryTopKAndLength) {
                               .walk_length = walk_length,
                               .restart_prob = 0.2,
                               .populations = {{.count = VisitCount::all}}};
-        Stage stage(graph_config(law, top_k), walk, some_graph(++seed, law, top_k));
-        check_expectation(stage, 4);
+        const Graph graph = some_graph(++seed, law, top_k);
+        for (const bool pack : {true, false}) {
+          Stage stage(graph_config(law, top_k, pack), walk, graph);
+          check_expectation(stage, 4);
+        }
       }
     }
   }
@@ -273,8 +278,13 @@ TEST(PprWalk, LeavesStaleEdgesOut) {
   config.capacity = 64;
   const WalkConfig walk{.restart_prob = 0.2,
                         .populations = {{.count = VisitCount::all, .recent_tokens = 40}}};
-  for (const EdgeLaw law : kEdgeLaws) {
+  for (const auto& [law, pack] : {std::pair{EdgeLaw::uniform, true},
+                                  {EdgeLaw::weighted, true},
+                                  {EdgeLaw::weighted, false},
+                                  {EdgeLaw::attention, true},
+                                  {EdgeLaw::attention, false}}) {
     config.edge_law = law;
+    config.pack_rows = pack;
     GraphManager manager(config, walk);
     Feeder feeder(manager, 0, 304);
     feeder.prefill(60);

@@ -17,13 +17,14 @@ namespace {
 
 using Bytes8 = std::vector<std::uint8_t>;
 
-GraphConfig graph_config(EdgeLaw law = EdgeLaw::weighted, Index batch = 2) {
+GraphConfig graph_config(EdgeLaw law = EdgeLaw::weighted, Index batch = 2, bool pack = true) {
   return {.batch_size = batch,
           .num_query_heads = 4,
           .num_kv_heads = 2,
           .head_dim = 8,
           .capacity = 64,
           .edge_law = law,
+          .pack_rows = pack,
           .seed = 3,
           .num_threads = 1};
 }
@@ -54,8 +55,8 @@ struct Lived {
   GraphManager manager;
   Feeder feeder;
 
-  explicit Lived(EdgeLaw law, const WalkConfig& walk_config = kWalk)
-      : manager(graph_config(law), walk_config), feeder(manager, 0, 5) {
+  explicit Lived(EdgeLaw law, const WalkConfig& walk_config = kWalk, bool pack = true)
+      : manager(graph_config(law, 2, pack), walk_config), feeder(manager, 0, 5) {
     HostTensor valid(DType::u8, {2, 10});
     valid.fill(1);
     for (Index i = 0; i < 2; ++i) valid.set({0, i}, 0);
@@ -167,8 +168,12 @@ TEST(SavedLayer, OfOthersIsRejected) {
   rejected(graph_config(), forgetful);
 }
 
-TEST(SavedLayer, DamagedIsRejected) {
-  Lived lived(EdgeLaw::weighted);
+class SavedLayerOfEveryFormat : public ::testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(Packed, SavedLayerOfEveryFormat, ::testing::Bool());
+
+TEST_P(SavedLayerOfEveryFormat, DamagedIsRejected) {
+  const bool pack = GetParam();
+  Lived lived(EdgeLaw::weighted, kWalk, pack);
   const Bytes8 saved = lived.manager.save_layer(0);
   GraphManager other(graph_config(), kWalk);
   const auto rejected = [&](const Bytes8& bytes) {
@@ -181,26 +186,35 @@ TEST(SavedLayer, DamagedIsRejected) {
   longer.push_back(0);
   rejected(longer);
 
-  // Any number of it that is out of range: sequences, positions, neighbours, scores.
+  // Any number of it that is out of range: format, sequences, positions, neighbours, thresholds,
+  // scores.
   const auto with = [&](std::size_t offset, std::int32_t value) {
     Bytes8 bytes = saved;
     std::memcpy(bytes.data() + offset, &value, sizeof(value));
     return bytes;
   };
-  constexpr std::size_t kHeader = 12 * 8;
+  constexpr std::size_t kFormat = 8 * 8;
+  constexpr std::size_t kHeader = 13 * 8;
+  const std::size_t row = 4 * (pack ? 8 : 16);
   const std::size_t slots = 8 * static_cast<std::size_t>(lived.manager.graphs_per_sequence());
   constexpr std::size_t kSequences = 2 * 3 * 8;
   const auto length = static_cast<std::size_t>(lived.manager.length(0));
   const std::size_t positions = kHeader + slots + kSequences;
   const std::size_t rows = positions + 4 * length;
-  const std::size_t scores = rows + 4 * length * 16;
+  const std::size_t last_row = rows + row * (length - 1);
+  const std::size_t scores = rows + row * length;
+  ASSERT_EQ(saved[kFormat], pack ? 2 : 1);
+  for (const std::int32_t format : {-1, 0, 3, 256, pack ? 1 : 2}) rejected(with(kFormat, format));
   rejected(with(kHeader, -5));  // slots of a graph
   rejected(with(kHeader, 1));   // fewer than there are
   rejected(with(kHeader + slots, -5));
   rejected(with(positions + 4 * (length - 1), 1 << 20));
   rejected(with(positions + 4 * (length - 1), 3));
-  rejected(with(rows + 4 * 16 * (length - 1), static_cast<std::int32_t>(length)));
-  rejected(with(rows + 4 * 16 * (length - 1), -2));
+  rejected(with(last_row, static_cast<std::int32_t>(length)));
+  rejected(with(last_row, -2));
+  // The first edge of a token with several gets all there is.
+  rejected(pack ? with(last_row, static_cast<std::int32_t>(0xffff0000))
+                : with(last_row + 4 * 8, -1));
   rejected(with(scores, static_cast<std::int32_t>(0x7fc00000)));
 }
 

@@ -268,12 +268,6 @@ inline double decay_of(const WalkConfig& walk, int population) {
 /// them and f32 holds every count.
 bool needs_visits(const WalkConfig& walk);
 
-/// Words of 32 bits of a row: top_k neighbours and, unless all are followed alike, top_k
-/// thresholds.
-inline int words_of_row(const GraphConfig& graph) {
-  return graph.edge_law == EdgeLaw::uniform ? graph.top_k : 2 * graph.top_k;
-}
-
 /// Philox blocks that one walk takes from each walker's stream: two numbers for the start and for
 /// every step, four in a block.
 constexpr std::uint64_t blocks_of_walk(std::int64_t walk_length) {

@@ -144,7 +144,7 @@ void apply_preset(std::string_view name, GraphConfig& graph, WalkConfig& walk) {
         {{.restart = Restart::recent, .count = VisitCount::edges}});
   } else {
     throw_invalid("apply_preset", "name", R"("default", "walks", "uniform32" or "weighted4")",
-                  "\"" + std::string(name) + "\"");
+                  std::string("\"").append(name).append("\""));
   }
 }
 

@@ -11,6 +11,9 @@ import pytest
 
 import spectralkv
 
+# What packing rows may change in a probability; twice that where rows are packed apart.
+PACKED_UNIT = 65537 / 2**32
+
 FRAMEWORKS = [
     pytest.param(("numpy", "cpu"), id="numpy-cpu"),
     pytest.param(("torch", "cpu"), id="torch-cpu"),

@@ -46,6 +46,10 @@ struct SPECTRALKV_API GraphConfig {
   std::int64_t capacity = 0;  ///< slots a graph; GraphManager::reserve changes it later
   int top_k = 8;              ///< neighbours a token: 4, 8, 16 or 32
   EdgeLaw edge_law = EdgeLaw::weighted;
+  /// Rows of 16-bit slots and 16-bit cumulative probabilities where a graph has at most 65,535
+  /// slots: half the memory. Otherwise, and in larger graphs, both have 32 bits. EdgeLaw::uniform
+  /// has no probabilities to pack.
+  bool pack_rows = true;
   GraphScope scope = GraphScope::head;
   std::int64_t num_sinks = 4;  ///< tokens at positions below this get no edges and no restarts
   std::uint64_t seed = 0;

@@ -87,6 +87,10 @@ class GraphConfig:
         ``"uniform"``: each neighbour is followed alike; ``"weighted"``: by its part of the
         attention to all neighbours; ``"attention"``: by its attention, and what the neighbours
         leave over, to sinks for instance, is a restart.
+    pack_rows
+        Rows of 16-bit slots and 16-bit cumulative probabilities where a graph has at most 65,535
+        slots: half the memory. Otherwise, and in larger graphs, both have 32 bits;
+        ``edge_law="uniform"`` has no probabilities to pack.
     scope
         ``"head"``: a graph for each KV head; ``"layer"``: the heads of a layer share one.
     num_sinks
@@ -121,6 +125,7 @@ class GraphConfig:
     capacity: int = 0
     top_k: int = 8
     edge_law: EdgeLaw = "weighted"
+    pack_rows: bool = True
     scope: GraphScope = "head"
     num_sinks: int = 4
     seed: int = 0

@@ -50,7 +50,7 @@ class SpectralGraph:
         Used instead of the preset's walk.
     top_k, edge_law
         Used instead of the preset's.
-    scope, num_sinks, seed, device, num_threads, eager_checks
+    pack_rows, scope, num_sinks, seed, device, num_threads, eager_checks
         See :class:`spectralkv.GraphConfig`. Tensors lie on ``device``; how calls are ordered on
         CUDA, and ``stream=``, are as in :class:`spectralkv.GraphManager`.
 
@@ -83,6 +83,7 @@ class SpectralGraph:
         walk: WalkConfig | None = None,
         top_k: int | None = None,
         edge_law: EdgeLaw | None = None,
+        pack_rows: bool = True,
         scope: GraphScope = "head",
         num_sinks: int = 4,
         seed: int = 0,
@@ -98,6 +99,7 @@ class SpectralGraph:
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
                 capacity=capacity,
+                pack_rows=pack_rows,
                 scope=scope,
                 num_sinks=num_sinks,
                 seed=seed,

@@ -59,6 +59,7 @@ void init_config(nb::module_& m) {
       .def_rw("capacity", &skv::GraphConfig::capacity)
       .def_rw("top_k", &skv::GraphConfig::top_k)
       .def_rw("edge_law", &skv::GraphConfig::edge_law)
+      .def_rw("pack_rows", &skv::GraphConfig::pack_rows)
       .def_rw("scope", &skv::GraphConfig::scope)
       .def_rw("num_sinks", &skv::GraphConfig::num_sinks)
       .def_rw("seed", &skv::GraphConfig::seed)

@@ -100,8 +100,7 @@ void move_graph(const CpuContext& context, CpuLayer& layer, std::int64_t b, std:
   for (std::size_t i = 0; i < moves.size(); ++i) {
     const Move& move = moves[i];
     if (i + kMovesAhead < moves.size()) {
-      const ConstRow next = layer.row(b, g, moves[i + kMovesAhead].from);
-      __builtin_prefetch(next.neighbors);
+      __builtin_prefetch(layer.row(b, g, moves[i + kMovesAhead].from).words());
     }
     for (std::int64_t j = 0; j < move.count; ++j) {
       const std::int64_t k = move.to < move.from ? j : move.count - 1 - j;

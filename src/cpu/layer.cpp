@@ -10,9 +10,8 @@ CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_
       divided_(!rooms.empty()),
       rooms_(rooms.begin(), rooms.end()),
       top_k_(graph.top_k),
-      row_words_(words_of_row(graph)),
-      populations_(static_cast<std::int64_t>(walk.populations.size())),
-      has_thresholds_(graph.edge_law != EdgeLaw::uniform) {
+      format_(row_format(graph, capacity)),
+      populations_(static_cast<std::int64_t>(walk.populations.size())) {
   if (!divided_) {
     const std::int64_t graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1;
     rooms_.assign(static_cast<std::size_t>(graphs), capacity);
@@ -21,7 +20,7 @@ CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_
   for (const std::int64_t room : rooms_) before_.push_back(before_.back() + room);
   const std::int64_t slots = batch * before_.back();
   positions_ = AlignedBuffer<std::int32_t>(slots, -1);
-  rows_ = AlignedBuffer<std::int32_t>(slots * row_words_, 0);
+  rows_ = AlignedBuffer<std::uint32_t>(slots * words_of_row(format_, top_k_), 0);
   scores_ = AlignedBuffer<float>(slots * populations_, 0.0F);
   if (needs_visits(walk)) visits_ = AlignedBuffer<std::uint32_t>(slots * populations_, 0);
   if (walk.needs_novelty()) novelty_ = AlignedBuffer<std::uint32_t>(slots, 0);
@@ -30,8 +29,7 @@ CpuLayer::CpuLayer(const GraphConfig& graph, const WalkConfig& walk, std::int64_
 void CpuLayer::clear(std::int64_t b, std::int64_t g, std::int64_t slot) {
   positions(b, g)[slot] = -1;
   const Row edges = row(b, g, slot);
-  std::fill_n(edges.neighbors, top_k_, -1);
-  if (edges.thresholds != nullptr) std::fill_n(edges.thresholds, top_k_, 0U);
+  for (int k = 0; k < top_k_; ++k) edges.set(k, -1, 0);
   for (int p = 0; p < populations_; ++p) {
     scores(b, g, p)[slot] = 0.0F;
     if (has_visits()) visits(b, g, p)[slot] = 0;
@@ -44,7 +42,14 @@ void CpuLayer::copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_
   for (std::int64_t g = 0; g < graphs(); ++g) {
     const std::int64_t n = std::min(extent(g, length), other.extent(g, length));
     std::copy_n(other.positions(from, g), n, positions(to, g));
-    std::copy_n(other.row(from, g, 0).neighbors, n * row_words_, row(to, g, 0).neighbors);
+    for (std::int64_t slot = 0; slot < n; ++slot) {
+      const ConstRow its = other.row(from, g, slot);
+      const Row own = row(to, g, slot);
+      for (int k = 0; k < top_k_; ++k) {
+        const std::int32_t neighbor = its.neighbor(k);
+        own.set(k, neighbor < room(g) ? neighbor : -1, its.has_thresholds() ? its.threshold(k) : 0);
+      }
+    }
     for (int p = 0; p < populations_; ++p) {
       std::copy_n(other.scores(from, g, p), n, scores(to, g, p));
       if (has_visits()) std::copy_n(other.visits(from, g, p), n, visits(to, g, p));

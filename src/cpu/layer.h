@@ -14,6 +14,7 @@
 
 #include "backend.h"
 #include "cpu/simd.h"
+#include "row_format.h"
 #include "spectralkv/config.h"
 #include "spectralkv/tensor.h"
 
@@ -55,16 +56,49 @@ class AlignedBuffer {
 /// takes the first edge with r < threshold. Under EdgeLaw::weighted the last edge's threshold is
 /// 2^32 - 1, not 2^32: a number above it is drawn again, as one that hits a stale edge is. Under
 /// EdgeLaw::attention it may be anything: a number above it is a restart.
-struct ConstRow {
-  const std::int32_t* neighbors;
-  const std::uint32_t* thresholds;  ///< null under EdgeLaw::uniform
-};
-struct Row {
-  std::int32_t* neighbors;
-  std::uint32_t* thresholds;
+template <class Word>
+class BasicRow {
+ public:
+  BasicRow(Word* words, RowFormat format, int top_k)
+      : words_(words), format_(format), top_k_(top_k) {}
 
-  operator ConstRow() const { return {neighbors, thresholds}; }  // NOLINT(*-explicit-*)
+  operator BasicRow<const Word>() const {  // NOLINT(*-explicit-*)
+    return {words_, format_, top_k_};
+  }
+
+  Word* words() const { return words_; }
+  bool has_thresholds() const { return format_ != RowFormat::slots; }
+
+  std::int32_t neighbor(int k) const {
+    if (format_ == RowFormat::packed) return packed_slot(words_[k]);
+    return static_cast<std::int32_t>(words_[k]);
+  }
+  std::uint32_t threshold(int k) const {
+    if (format_ == RowFormat::packed) return packed_threshold(words_[k]);
+    return words_[top_k_ + k];
+  }
+  /// Probability of edge k before stale edges are left out, in units of 2^-32 (1 each if uniform).
+  std::uint32_t width(int k) const {
+    if (!has_thresholds()) return 1;
+    return threshold(k) - (k == 0 ? 0 : threshold(k - 1));
+  }
+  /// The threshold is left out where the row has none.
+  void set(int k, std::int32_t neighbor, std::uint32_t threshold) const {
+    if (format_ == RowFormat::packed) {
+      words_[k] = pack_edge(neighbor, threshold);
+      return;
+    }
+    words_[k] = static_cast<std::uint32_t>(neighbor);
+    if (format_ == RowFormat::wide) words_[top_k_ + k] = threshold;
+  }
+
+ private:
+  Word* words_;
+  RowFormat format_;
+  int top_k_;
 };
+using Row = BasicRow<std::uint32_t>;
+using ConstRow = BasicRow<const std::uint32_t>;
 
 // ---- views
 
@@ -111,14 +145,12 @@ class CpuLayer {
   const std::int32_t* positions(std::int64_t b, std::int64_t g) const {
     return positions_.data() + offset(b, g);
   }
+  RowFormat format() const { return format_; }
   Row row(std::int64_t b, std::int64_t g, std::int64_t slot) {
-    std::int32_t* words = rows_.data() + (offset(b, g) + slot) * row_words_;
-    return {words, has_thresholds_ ? reinterpret_cast<std::uint32_t*>(words + top_k_) : nullptr};
+    return {rows_.data() + (offset(b, g) + slot) * words_of_row(format_, top_k_), format_, top_k_};
   }
   ConstRow row(std::int64_t b, std::int64_t g, std::int64_t slot) const {
-    const std::int32_t* words = rows_.data() + (offset(b, g) + slot) * row_words_;
-    return {words,
-            has_thresholds_ ? reinterpret_cast<const std::uint32_t*>(words + top_k_) : nullptr};
+    return {rows_.data() + (offset(b, g) + slot) * words_of_row(format_, top_k_), format_, top_k_};
   }
   float* scores(std::int64_t b, std::int64_t g, int population) {
     return scores_.data() + offset(b, g) * populations_ + population * room(g);
@@ -155,8 +187,8 @@ class CpuLayer {
     if (novelty_.bytes() > 0) function(novelty(b, g));
   }
 
-  /// Takes over one sequence of another layer of the same shape but for batch and rooms: of the
-  /// first `length` slots those that both have.
+  /// Takes over one sequence of another layer of the same shape but for batch, rooms and format of
+  /// rows: of the first `length` slots those that both have, and the edges to them.
   void copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_t from,
                      std::int64_t length);
 
@@ -173,12 +205,11 @@ class CpuLayer {
   bool divided_;
   std::vector<std::int64_t> rooms_;
   std::vector<std::int64_t> before_;  ///< and at last all slots of a sequence
-  std::int64_t top_k_;
-  std::int64_t row_words_;
+  int top_k_;
+  RowFormat format_;
   std::int64_t populations_;
-  bool has_thresholds_;
   AlignedBuffer<std::int32_t> positions_;
-  AlignedBuffer<std::int32_t> rows_;
+  AlignedBuffer<std::uint32_t> rows_;
   AlignedBuffer<float> scores_;
   AlignedBuffer<std::uint32_t> visits_;
   AlignedBuffer<std::uint32_t> novelty_;
@@ -326,11 +357,6 @@ void write_row(Row row, EdgeLaw law, int top_k, const std::int32_t* neighbors,
 inline bool is_live_edge(const std::int32_t* positions, std::int64_t from, std::int32_t to) {
   return to >= 0 && positions[to] >= 0 && positions[to] < positions[from];
 }
-/// Probability of edge k before stale edges are left out, in units of 2^-32 (1 each if uniform).
-inline std::uint32_t edge_width(ConstRow row, int k) {
-  if (row.thresholds == nullptr) return 1;
-  return row.thresholds[k] - (k == 0 ? 0 : row.thresholds[k - 1]);
-}
 /// Calls function(neighbor, probability) for each live edge. The probabilities sum to 1; under
 /// EdgeLaw::attention to less, and the rest is a restart.
 template <class Function>
@@ -341,15 +367,15 @@ void for_each_live_edge(ConstRow row, EdgeLaw law, int top_k, const std::int32_t
     total = std::uint64_t{1} << 32U;
   } else {
     for (int k = 0; k < top_k; ++k) {
-      if (is_live_edge(positions, slot, row.neighbors[k])) total += edge_width(row, k);
+      if (is_live_edge(positions, slot, row.neighbor(k))) total += row.width(k);
     }
   }
   if (total == 0) return;
   const double unit = 1.0 / static_cast<double>(total);
   for (int k = 0; k < top_k; ++k) {
-    const std::uint32_t width = edge_width(row, k);
-    if (width == 0 || !is_live_edge(positions, slot, row.neighbors[k])) continue;
-    function(row.neighbors[k], static_cast<double>(width) * unit);
+    const std::uint32_t width = row.width(k);
+    if (width == 0 || !is_live_edge(positions, slot, row.neighbor(k))) continue;
+    function(row.neighbor(k), static_cast<double>(width) * unit);
   }
 }
 /// Rewrites the row of `slot` for slots that move, into `to`, which may be the row itself:

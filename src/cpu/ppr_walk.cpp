@@ -15,7 +15,7 @@ namespace {
 
 struct Graph {
   const std::int32_t* positions;
-  const std::int32_t* rows;  ///< see Row
+  const std::uint32_t* rows;  ///< see Row
 };
 
 constexpr std::int32_t kNone = -1;
@@ -28,18 +28,13 @@ inline std::uint32_t scaled(std::uint64_t total, std::uint32_t random) {
   return static_cast<std::uint32_t>((total * random) >> 32U);
 }
 
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat>
 struct Edges {
-  static constexpr bool kHasThresholds = kLaw != EdgeLaw::uniform;
-  static constexpr std::int64_t kRowWords = kHasThresholds ? 2 * kTopK : kTopK;
+  static constexpr std::int64_t kRowWords = words_of_row(kFormat, kTopK);
 
   const Graph graph;
 
-  ConstRow row(std::int32_t slot) const {
-    const std::int32_t* words = graph.rows + slot * kRowWords;
-    return {words,
-            kHasThresholds ? reinterpret_cast<const std::uint32_t*>(words + kTopK) : nullptr};
-  }
+  ConstRow row(std::int32_t slot) const { return {graph.rows + slot * kRowWords, kFormat, kTopK}; }
 
   void prefetch(std::int32_t slot) const {
     __builtin_prefetch(graph.rows + slot * kRowWords);
@@ -49,13 +44,17 @@ struct Edges {
   /// The edge that a number means, stale or not; kNone: the number lies above all edges.
   std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
     const ConstRow edges = row(slot);
-    if constexpr (kHasThresholds) {
-      int k = 0;
-      for (int i = 0; i < kTopK; ++i) k += random >= edges.thresholds[i] ? 1 : 0;
-      return k < kTopK ? edges.neighbors[k] : kNone;
-    } else {
-      return edges.neighbors[scaled(kTopK, random)];
+    if constexpr (kFormat == RowFormat::slots) {
+      return edges.neighbor(static_cast<int>(scaled(kTopK, random)));
     }
+    int k = 0;
+    if constexpr (kFormat == RowFormat::packed) {
+      const std::uint32_t reached = highest_reached(random);
+      for (int i = 0; i < kTopK; ++i) k += edges.words()[i] <= reached ? 1 : 0;
+    } else {
+      for (int i = 0; i < kTopK; ++i) k += random >= edges.threshold(i) ? 1 : 0;
+    }
+    return k < kTopK ? edges.neighbor(k) : kNone;
   }
 
   /// A draw among the live edges only; kNone: there are none.
@@ -63,15 +62,15 @@ struct Edges {
     const ConstRow edges = row(slot);
     std::uint64_t total = 0;
     for (int k = 0; k < kTopK; ++k) {
-      if (is_live_edge(graph.positions, slot, edges.neighbors[k])) total += edge_width(edges, k);
+      if (is_live_edge(graph.positions, slot, edges.neighbor(k))) total += edges.width(k);
     }
     if (total == 0) return kNone;
     const std::uint32_t target = scaled(total, random);
     std::uint64_t sum = 0;
     for (int k = 0; k < kTopK; ++k) {
-      if (!is_live_edge(graph.positions, slot, edges.neighbors[k])) continue;
-      sum += edge_width(edges, k);
-      if (target < sum) return edges.neighbors[k];
+      if (!is_live_edge(graph.positions, slot, edges.neighbor(k))) continue;
+      sum += edges.width(k);
+      if (target < sum) return edges.neighbor(k);
     }
     return kNone;
   }
@@ -88,8 +87,8 @@ struct WalkRules {
 /// Walks kWalkerLanes walkers side by side, so that their memory accesses overlap; `active` of them
 /// are counted. A step first parts the walkers that follow an edge from those that restart: a
 /// branch on a fair coin would be mispredicted half the time.
-template <int kTopK, EdgeLaw kLaw>
-void walk_lanes(const Edges<kTopK, kLaw>& edges, const RestartTable& restarts,
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
+void walk_lanes(const Edges<kTopK, kFormat>& edges, const RestartTable& restarts,
                 const WalkRules& rules, const std::uint32_t* random, int active,
                 std::uint32_t* visits) {
   std::array<std::int32_t, kWalkerLanes> node;
@@ -151,17 +150,17 @@ void walk_lanes(const Edges<kTopK, kLaw>& edges, const RestartTable& restarts,
   }
 }
 
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
 void walk_graph(const CpuContext& context, const Graph& graph, const RestartTable& restarts,
                 const WalkRules& rules, std::uint64_t first_stream, std::int64_t num_walkers,
                 std::uint32_t* random, std::uint32_t* visits) {
-  const Edges<kTopK, kLaw> edges{graph};
+  const Edges<kTopK, kFormat> edges{graph};
   const auto blocks = static_cast<std::int64_t>(blocks_of_walk(rules.walk_length));
   for (std::int64_t w = 0; w < num_walkers; w += kWalkerLanes) {
     context.simd.philox_lanes(rules.seed, first_stream + static_cast<std::uint64_t>(w),
                               rules.first_block, blocks, random);
     const auto active = static_cast<int>(std::min<std::int64_t>(kWalkerLanes, num_walkers - w));
-    walk_lanes(edges, restarts, rules, random, active, visits);
+    walk_lanes<kTopK, kFormat, kLaw>(edges, restarts, rules, random, active, visits);
   }
 }
 
@@ -169,27 +168,30 @@ using WalkGraph = void (*)(const CpuContext&, const Graph&, const RestartTable&,
                            std::uint64_t, std::int64_t, std::uint32_t*, std::uint32_t*);
 
 template <int kTopK>
-WalkGraph walk_graph_for(EdgeLaw law) {
+WalkGraph walk_graph_for(EdgeLaw law, RowFormat format) {
+  const bool is_packed = format == RowFormat::packed;
   switch (law) {
     case EdgeLaw::uniform:
-      return walk_graph<kTopK, EdgeLaw::uniform>;
+      return walk_graph<kTopK, RowFormat::slots, EdgeLaw::uniform>;
     case EdgeLaw::weighted:
-      return walk_graph<kTopK, EdgeLaw::weighted>;
+      return is_packed ? walk_graph<kTopK, RowFormat::packed, EdgeLaw::weighted>
+                       : walk_graph<kTopK, RowFormat::wide, EdgeLaw::weighted>;
     default:
-      return walk_graph<kTopK, EdgeLaw::attention>;
+      return is_packed ? walk_graph<kTopK, RowFormat::packed, EdgeLaw::attention>
+                       : walk_graph<kTopK, RowFormat::wide, EdgeLaw::attention>;
   }
 }
 
-WalkGraph walk_graph_for(const GraphConfig& graph) {
+WalkGraph walk_graph_for(const GraphConfig& graph, RowFormat format) {
   switch (graph.top_k) {
     case 4:
-      return walk_graph_for<4>(graph.edge_law);
+      return walk_graph_for<4>(graph.edge_law, format);
     case 8:
-      return walk_graph_for<8>(graph.edge_law);
+      return walk_graph_for<8>(graph.edge_law, format);
     case 16:
-      return walk_graph_for<16>(graph.edge_law);
+      return walk_graph_for<16>(graph.edge_law, format);
     default:
-      return walk_graph_for<32>(graph.edge_law);
+      return walk_graph_for<32>(graph.edge_law, format);
   }
 }
 
@@ -203,7 +205,7 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
   const auto a_graph = static_cast<std::int64_t>(populations.size());
   std::int64_t walkers_a_graph = 0;
   for (const int p : populations) walkers_a_graph += walkers_of(config, p).count;
-  const WalkGraph walk_graph = walk_graph_for(context.graph);
+  const WalkGraph walk_graph = walk_graph_for(context.graph, layer.format());
   const std::int64_t random_words =
       static_cast<std::int64_t>(blocks_of_walk(config.walk_length)) * 4 * kWalkerLanes;
   const int threads = context.threads_for(layer.batch() * layer.graphs() * walkers_a_graph *
@@ -232,7 +234,7 @@ void walk(const CpuContext& context, CpuLayer& layer, const LayerState& state,
         .walk_length = config.walk_length,
         .restart_threshold = static_cast<std::uint64_t>(config.restart_prob * 0x1p32),
         .count_restarts = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all};
-    const Graph graph{layer.positions(b, g), layer.row(b, g, 0).neighbors};
+    const Graph graph{layer.positions(b, g), layer.row(b, g, 0).words()};
     const std::int64_t slots = layer.extent(g, state.length);
 
     const std::int64_t per_part = (walkers.count + parts - 1) / parts;

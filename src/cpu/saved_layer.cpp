@@ -23,7 +23,7 @@ namespace {
 
 constexpr std::string_view kOperation = "load_layer";
 constexpr std::int64_t kMagic = 0x6b'76'6c'61'79'65'72'00;  // "kvlayer"
-constexpr std::int64_t kVersion = 2;
+constexpr std::int64_t kVersion = 3;
 
 /// What a saved layer says of itself; all its fields are numbers, in the order of the file.
 struct Header {
@@ -35,6 +35,7 @@ struct Header {
   std::int64_t populations = 0;
   std::int64_t has_visits = 0;
   std::int64_t has_weights = 0;  ///< room for restart weights
+  std::int64_t format = 0;       ///< of rows, which need not be that of the layer that loads them
   std::int64_t batch = 0;
   std::int64_t length = 0;
   std::int64_t ordered = 0;
@@ -47,13 +48,15 @@ struct Sequence {
   std::uint64_t walk_block = 0;
 };
 
+/// The format is that of small graphs.
 Header header_of(const GraphConfig& graph, const WalkConfig& walk) {
   return {.law = static_cast<std::int64_t>(graph.edge_law),
           .top_k = graph.top_k,
           .graphs = graph.scope == GraphScope::head ? graph.num_kv_heads : 1,
           .populations = static_cast<std::int64_t>(walk.populations.size()),
           .has_visits = needs_visits(walk) ? 1 : 0,
-          .has_weights = walk.needs_novelty() ? 1 : 0};
+          .has_weights = walk.needs_novelty() ? 1 : 0,
+          .format = static_cast<std::int64_t>(row_format(graph, 0))};
 }
 
 class Writer {
@@ -88,12 +91,18 @@ class Reader {
   std::span<const std::uint8_t> bytes_;
 };
 
-/// All runs of the arrays of a graph with n slots, in the order of the file.
-template <class Layer, class Function>
-void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, std::int64_t n,
-                  std::int64_t b, std::int64_t g, Function&& function) {
+RowFormat format_of(const Header& header) { return static_cast<RowFormat>(header.format); }
+std::int64_t row_words(const Header& header) {
+  return words_of_row(format_of(header), static_cast<int>(header.top_k));
+}
+
+/// All runs of the arrays of a graph with n slots, in the order of the file; `rows`: the words of
+/// its rows in the file's format.
+template <class Layer, class Word, class Function>
+void for_each_run(Layer& layer, const Header& header, Word* rows, std::int64_t n, std::int64_t b,
+                  std::int64_t g, Function&& function) {
   function(layer.positions(b, g), n);
-  function(layer.row(b, g, 0).neighbors, n * row_words);
+  function(rows, n * row_words(header));
   for (int p = 0; p < header.populations; ++p) {
     function(layer.scores(b, g, p), n);
     if (header.has_visits != 0) function(layer.visits(b, g, p), n);
@@ -102,9 +111,9 @@ void for_each_run(Layer& layer, const Header& header, std::int64_t row_words, st
 }
 
 /// `slots`: of all graphs of a sequence.
-std::int64_t bytes_of(const Header& header, std::int64_t row_words, std::int64_t slots) {
+std::int64_t bytes_of(const Header& header, std::int64_t slots) {
   const std::int64_t words_of_slot =
-      1 + row_words + header.populations * (1 + header.has_visits) + header.has_weights;
+      1 + row_words(header) + header.populations * (1 + header.has_visits) + header.has_weights;
   return header.batch * (static_cast<std::int64_t>(sizeof(Sequence)) + slots * words_of_slot * 4);
 }
 
@@ -130,6 +139,13 @@ void check_header(const Header& header, const Header& mine, std::int64_t capacit
   equal("its number of populations", header.populations, mine.populations);
   equal("whether it holds visits", header.has_visits, mine.has_visits);
   equal("whether it holds restart weights", header.has_weights, mine.has_weights);
+  if (format_of(mine) == RowFormat::slots) {
+    equal("the format of its rows", header.format, mine.format);
+  } else {
+    check_range(kOperation, "the format of its rows", header.format,
+                static_cast<std::int64_t>(RowFormat::wide),
+                static_cast<std::int64_t>(RowFormat::packed));
+  }
   check_range(kOperation, "its number of sequences", header.batch, 1, 1 << 20);
   check_range(kOperation, "its length", header.length, 0, capacity);
   check_range(kOperation, "its mark of order", header.ordered, 0, 1);
@@ -160,12 +176,26 @@ std::int64_t check_positions(const std::int32_t* positions, const Header& header
   return static_cast<std::int64_t>(held.size());
 }
 
-void check_row(ConstRow row, const Header& header, std::int64_t slots) {
-  for (int k = 0; k < header.top_k; ++k) {
-    check_range(kOperation, "a neighbour", row.neighbors[k], -1, slots - 1);
+/// Stores a row of a graph with `slots` slots. Where truncate took the last slots, stale edges may
+/// still lead there.
+void save_row(ConstRow row, std::int64_t slots, int top_k, Row saved) {
+  for (int k = 0; k < top_k; ++k) {
+    const std::int32_t neighbor = row.neighbor(k);
+    saved.set(k, neighbor < slots ? neighbor : -1, row.has_thresholds() ? row.threshold(k) : 0);
   }
-  if (row.thresholds != nullptr && !std::is_sorted(row.thresholds, row.thresholds + header.top_k)) {
-    throw_invalid(kOperation, "the thresholds of a row", "ascending", "others");
+}
+
+/// Checks a row of a graph with `slots` slots, and stores it.
+void load_row(ConstRow saved, const Header& header, std::int64_t slots, Row row) {
+  std::uint32_t before = 0;
+  for (int k = 0; k < header.top_k; ++k) {
+    check_range(kOperation, "a neighbour", saved.neighbor(k), -1, slots - 1);
+    const std::uint32_t threshold = saved.has_thresholds() ? saved.threshold(k) : 0;
+    if (threshold < before) {
+      throw_invalid(kOperation, "the thresholds of a row", "ascending", "others");
+    }
+    before = threshold;
+    row.set(k, saved.neighbor(k), threshold);
   }
 }
 
@@ -178,6 +208,7 @@ std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig&
   header.length = state.length;
   header.ordered = state.ordered ? 1 : 0;
   header.has_novelty = state.has_novelty ? 1 : 0;
+  header.format = static_cast<std::int64_t>(layer.format());
   Writer writer;
   writer.put(&header, 1);
   for (std::int64_t g = 0; g < header.graphs; ++g) {
@@ -190,7 +221,13 @@ std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig&
   }
   for (std::int64_t b = 0; b < header.batch; ++b) {
     for (std::int64_t g = 0; g < header.graphs; ++g) {
-      for_each_run(layer, header, words_of_row(graph), state.extent(g), b, g,
+      const std::int64_t n = state.extent(g);
+      std::vector<std::uint32_t> rows(static_cast<std::size_t>(n * row_words(header)));
+      for (std::int64_t slot = 0; slot < n; ++slot) {
+        const Row saved{rows.data() + slot * row_words(header), layer.format(), graph.top_k};
+        save_row(layer.row(b, g, slot), n, graph.top_k, saved);
+      }
+      for_each_run(layer, header, rows.data(), n, b, g,
                    [&](const auto* values, std::int64_t count) { writer.put(values, count); });
     }
   }
@@ -205,7 +242,6 @@ LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::in
   check_bytes("the bytes", kHeaderBytes, reader.left(), true);
   reader.get(&header, 1);
   check_header(header, header_of(graph, walk), capacity);
-  const std::int64_t row_words = words_of_row(graph);
   check_bytes("the bytes behind the header", 8 * header.graphs, reader.left(), true);
   std::vector<std::int64_t> slots(static_cast<std::size_t>(header.graphs));
   reader.get(slots.data(), header.graphs);
@@ -213,10 +249,9 @@ LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::in
     check_range(kOperation, "the slots of a graph", slots[g], 0,
                 std::min(header.length, rooms.empty() ? capacity : rooms[g]));
   }
-  check_bytes(
-      "the bytes behind the numbers of slots",
-      bytes_of(header, row_words, std::accumulate(slots.begin(), slots.end(), std::int64_t{0})),
-      reader.left(), false);
+  check_bytes("the bytes behind the numbers of slots",
+              bytes_of(header, std::accumulate(slots.begin(), slots.end(), std::int64_t{0})),
+              reader.left(), false);
 
   LoadedLayer loaded{.layer = CpuLayer(graph, walk, header.batch, capacity, rooms), .state = {}};
   LayerState& state = loaded.state;
@@ -237,14 +272,16 @@ LoadedLayer load_layer(const GraphConfig& graph, const WalkConfig& walk, std::in
   for (std::int64_t b = 0; b < header.batch; ++b) {
     for (std::int64_t g = 0; g < header.graphs; ++g) {
       const std::int64_t n = slots[static_cast<std::size_t>(g)];
-      for_each_run(loaded.layer, header, row_words, n, b, g,
+      std::vector<std::uint32_t> rows(static_cast<std::size_t>(n * row_words(header)));
+      for_each_run(loaded.layer, header, rows.data(), n, b, g,
                    [&](auto* values, std::int64_t count) { reader.get(values, count); });
       const std::int32_t* positions = loaded.layer.positions(b, g);
       const std::int64_t held =
           check_positions(positions, header, n, state.seen[static_cast<std::size_t>(b)]);
       state.held.push_back(held);
       for (std::int64_t slot = 0; slot < n; ++slot) {
-        check_row(loaded.layer.row(b, g, slot), header, n);
+        load_row({rows.data() + slot * row_words(header), format_of(header), graph.top_k}, header,
+                 n, loaded.layer.row(b, g, slot));
       }
       for (int p = 0; p < header.populations; ++p) {
         const float* scores = loaded.layer.scores(b, g, p);

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <numbers>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -297,7 +298,9 @@ class CudaBackend final : public Backend {
     std::int64_t most_batch = 0;
     std::int64_t most_capacity = 0;
     std::int64_t most_extent = 0;
+    std::set<RowFormat> formats;  // one, but where some graphs are too large for packed rows
     for (std::int64_t l = first; l < first + args.count; ++l) {
+      formats.insert(view(l).format);
       graphs += std::int64_t{view(l).batch} * view(l).graphs;
       most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
       most_capacity = std::max(most_capacity, view(l).capacity);
@@ -311,13 +314,17 @@ class CudaBackend final : public Backend {
          is_recording(stream), operation);
     const cudaStream_t queue = begin(operation, stream);
     const auto* const live = scratch_.views.as<LayerView>() + first;
-    const auto renew_layers = [&](const LayerView* views, const LayerView& shape, cudaStream_t on) {
-      for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
-        const SequenceMarks marks = marks_of(args.sequences, b, most_batch);
-        cuda::launch_walk(views, layers, shape, rules(), walking, most_batch, most_extent, b, marks,
-                          on);
-        cuda::launch_solve(views, layers, shape, rules(), exact, walk_.restart_prob, most_batch,
-                           most_capacity, most_extent, b, marks, scratch_.solve.data(), on);
+    const auto renew_layers = [&](const LayerView* views, const LayerView& one, cudaStream_t on) {
+      for (const RowFormat format : formats) {
+        LayerView shape = one;
+        shape.format = format;
+        for (std::int64_t b = 0; b < most_batch; b += SequenceMarks::kMost) {
+          const SequenceMarks marks = marks_of(args.sequences, b, most_batch);
+          cuda::launch_walk(views, layers, shape, rules(), walking, most_batch, most_extent, b,
+                            marks, on);
+          cuda::launch_solve(views, layers, shape, rules(), exact, walk_.restart_prob, most_batch,
+                             most_capacity, most_extent, b, marks, scratch_.solve.data(), on);
+        }
       }
     };
     if (is_recording(stream)) {
@@ -968,7 +975,7 @@ class CudaBackend final : public Backend {
             "cudaMemcpyAsync");
     };
     copy(device.positions, host.positions(0, 0), 1);
-    copy(device.rows, host.row(0, 0, 0).neighbors, device.row_words);
+    copy(device.rows, host.row(0, 0, 0).words(), device.row_words);
     copy(device.scores, host.scores(0, 0, 0), device.populations);
     if (device.visits != nullptr) copy(device.visits, host.visits(0, 0, 0), device.populations);
     if (device.novelty != nullptr) copy(device.novelty, host.novelty(0, 0), 1);

@@ -238,10 +238,8 @@ __device__ void move_row(const RowMove& row, std::int32_t length, int cluster, i
 __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
                           const std::int32_t* keep, std::int64_t keep_stride,
                           std::int32_t kept_length, const std::int32_t* new_slots,
-                          std::int32_t position, std::int32_t* row) {
+                          std::int32_t position, std::uint32_t* row) {
   const int top_k = layer.top_k;
-  const bool has_thresholds = layer.law != EdgeLaw::uniform;
-  auto* const thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
   // Kept edges are pushed together first; writing never overtakes reading. Some edges are read
   // ahead, so that their loads do not wait for each other.
   constexpr int kAhead = 8;
@@ -254,20 +252,24 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
 #pragma unroll
     for (int e = 0; e < kAhead; e += 4) {
       const bool there = first + e < top_k;  // four at a time: top_k is a multiple of four
-      const auto words = [&](const void* of) {
-        return there ? *(static_cast<const int4*>(of) + (first + e) / 4) : int4{-1, -1, -1, -1};
+      const auto four = [&](const std::uint32_t* words, std::uint32_t out[4]) {
+        constexpr std::uint32_t kNone = ~0U;  // in a packed row, too
+        const uint4 read = there ? *reinterpret_cast<const uint4*>(words + first + e)
+                                 : uint4{kNone, kNone, kNone, kNone};
+        out[0] = read.x;
+        out[1] = read.y;
+        out[2] = read.z;
+        out[3] = read.w;
       };
-      const int4 slots = words(row);
-      targets[e] = slots.x;
-      targets[e + 1] = slots.y;
-      targets[e + 2] = slots.z;
-      targets[e + 3] = slots.w;
-      if (!has_thresholds) continue;
-      const int4 bounds = words(thresholds);
-      uppers[e] = static_cast<std::uint32_t>(bounds.x);
-      uppers[e + 1] = static_cast<std::uint32_t>(bounds.y);
-      uppers[e + 2] = static_cast<std::uint32_t>(bounds.z);
-      uppers[e + 3] = static_cast<std::uint32_t>(bounds.w);
+      std::uint32_t words[4];
+      four(row, words);
+      if (layer.format == RowFormat::wide) four(row + top_k, uppers + e);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool packed = layer.format == RowFormat::packed;
+        targets[e + i] = packed ? detail::packed_slot(words[i]) : static_cast<int>(words[i]);
+        if (packed) uppers[e + i] = detail::packed_threshold(words[i]);
+      }
     }
     std::int32_t moved[kAhead];
     bool is_older[kAhead];
@@ -289,33 +291,27 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
 #pragma unroll
     for (int e = 0; e < kAhead; ++e) {
       if (first + e >= top_k) break;
-      if (has_thresholds) {
-        const std::uint32_t width = uppers[e] - before;
+      std::uint32_t width = 1;
+      if (layer.format != RowFormat::slots) {
+        width = uppers[e] - before;
         before = uppers[e];
-        if (width == 0 || targets[e] < 0) continue;
-        sum += width;
-        thresholds[count] = sum;
-      } else if (targets[e] < 0) {
-        continue;
       }
-      row[count++] = targets[e];
+      if (width == 0 || targets[e] < 0) continue;
+      sum += width;
+      set_edge(layer, row, count++, targets[e], sum);
     }
-  }
-  for (int k = count; k < top_k; ++k) row[k] = -1;
-  if (!has_thresholds) return;
-  if (layer.law == EdgeLaw::attention) {
-    for (int k = count; k < top_k; ++k) thresholds[k] = sum;
-    return;
   }
   const std::uint32_t total = sum;
-  if (total != kAllOnes) {
-    for (int k = 0; k + 1 < count; ++k) {
-      thresholds[k] = static_cast<std::uint32_t>(
-          ((static_cast<std::uint64_t>(thresholds[k]) << 32U) + total / 2) / total);
+  if (layer.law == EdgeLaw::weighted && total != kAllOnes) {
+    for (int k = 0; k < count; ++k) {
+      const std::uint64_t widths = threshold_of(layer, row, k);
+      const std::uint64_t scaled = ((widths << 32U) + total / 2) / total;
+      set_edge(layer, row, k, neighbor_of(layer, row, k),
+               k + 1 == count ? kAllOnes : static_cast<std::uint32_t>(scaled));
     }
-    if (count > 0) thresholds[count - 1] = kAllOnes;
   }
-  for (int k = count; k < top_k; ++k) thresholds[k] = count > 0 ? kAllOnes : 0U;
+  if (layer.law == EdgeLaw::weighted && count > 0) sum = kAllOnes;
+  for (int k = count; k < top_k; ++k) set_edge(layer, row, k, -1, sum);
 }
 
 /// A graph, and the cluster that works at it.
@@ -376,7 +372,7 @@ __device__ void move_rows_of_graph(const LayerView& layer, const MoveArgs& args,
                                    const GraphMove& graph, const std::int32_t* new_slots,
                                    std::int32_t length, char* shared) {
   std::int32_t* const positions = positions_of(layer, graph.b, graph.g);
-  std::int32_t* const rows = row_of(layer, graph.b, graph.g, 0);
+  std::uint32_t* const rows = row_of(layer, graph.b, graph.g, 0);
   const std::int64_t row_words = layer.row_words;
   RowMove move = graph.move;
   new_slots += graph_index(layer, graph.b, graph.g) * layer.capacity;
@@ -394,10 +390,10 @@ __device__ void move_rows_of_graph(const LayerView& layer, const MoveArgs& args,
     move_row<uint4>(move, graph.end, graph.cluster, graph.rank, shared);
     __syncthreads();  // words are staged elsewhere than vectors
   }
-  std::int32_t* const empty = rows + (graph.begin == 0 ? graph.end * row_words : 0);
+  std::uint32_t* const empty = rows + (graph.begin == 0 ? graph.end * row_words : 0);
   const std::int32_t empty_slots = args.kept_length - (graph.end - graph.begin);
   for (std::int64_t w = graph.thread; w < empty_slots * row_words; w += graph.threads) {
-    empty[w] = w % row_words < layer.top_k ? -1 : 0;
+    empty[w] = detail::empty_word(layer.format, layer.top_k, static_cast<int>(w % row_words));
   }
   rearrange(graph, positions, -1, length, shared);
 }

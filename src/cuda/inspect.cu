@@ -67,11 +67,10 @@ __global__ void __launch_bounds__(kThreads)
   for_slot(layer, layer.graphs, runs, [&](std::int64_t b, std::int64_t g, std::int64_t slot) {
     const int top_k = layer.top_k;
     const std::int32_t* const positions = positions_of(layer, b, g);
-    const std::int32_t* const row = row_of(layer, b, g, slot);
-    const auto* const thresholds = reinterpret_cast<const std::uint32_t*>(row + top_k);
+    const std::uint32_t* const row = row_of(layer, b, g, slot);
     const auto width_of = [&](int k) {
       if (layer.law == EdgeLaw::uniform) return 1U;
-      return thresholds[k] - (k == 0 ? 0U : thresholds[k - 1]);
+      return threshold_of(layer, row, k) - (k == 0 ? 0U : threshold_of(layer, row, k - 1));
     };
     std::int32_t* const to = &at(neighbors, b, g, slot);
     float* const weight = &at(probabilities, b, g, slot);
@@ -82,14 +81,15 @@ __global__ void __launch_bounds__(kThreads)
       if (layer.law != EdgeLaw::attention) {
         total = 0;
         for (int k = 0; k < top_k; ++k) {
-          if (is_live(positions, position, row[k])) total += width_of(k);
+          if (is_live(positions, position, neighbor_of(layer, row, k))) total += width_of(k);
         }
       }
       const double unit = 1.0 / static_cast<double>(total);
       for (int k = 0; total != 0 && k < top_k; ++k) {
         const std::uint32_t width = width_of(k);
-        if (width == 0 || !is_live(positions, position, row[k])) continue;
-        to[count] = row[k];
+        const std::int32_t neighbor = neighbor_of(layer, row, k);
+        if (width == 0 || !is_live(positions, position, neighbor)) continue;
+        to[count] = neighbor;
         weight[count++] = static_cast<float>(static_cast<double>(width) * unit);
       }
     }

@@ -148,6 +148,11 @@ void launch_release(const LayerView& layer, const TableView<const std::int32_t>&
 void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool ordered,
                           std::int64_t* found, std::int64_t* oldest, std::int64_t* last,
                           std::int64_t extent, cudaStream_t stream);
+/// Copies the rows of one sequence to one of another layer, whose rooms and format of rows may
+/// differ: those of the first `length` slots that both have, with the edges to slots that the other
+/// has.
+void launch_copy_rows(const LayerView& to, std::int64_t to_sequence, const LayerView& from,
+                      std::int64_t from_sequence, std::int64_t length, cudaStream_t stream);
 /// For each graph of a sequence, one behind its last slot with a token in any sequence: (G).
 void launch_taken_slots(const LayerView& layer, std::int64_t* taken, cudaStream_t stream);
 /// Tokens that each graph holds: (B, G).
@@ -214,9 +219,10 @@ void launch_begin_walk(const LayerView* layers, const LayerView* copies, int cou
                        std::uint64_t blocks, std::int64_t most_batch, std::int64_t first_sequence,
                        const SequenceMarks& marks, cudaStream_t stream);
 /// Walks the populations listed, of `count` layers at once. `layers` is on the device; `shape` is
-/// one of them (all share what is not a pointer, batch, capacity or pool); `most_batch` and
-/// `most_extent` are over them. Sequences [first_sequence, first_sequence + SequenceMarks::kMost)
-/// whose bit is set take part. The tables by novelty must be there, see launch_restart_tables.
+/// one of them (all share what is not a pointer, batch, capacity or pool), and those whose rows
+/// have another format take no part; `most_batch` and `most_extent` are over them. Sequences
+/// [first_sequence, first_sequence + SequenceMarks::kMost) whose bit is set take part. The tables
+/// by novelty must be there, see launch_restart_tables.
 void launch_walk(const LayerView* layers, int count, const LayerView& shape, const WalkRules& rules,
                  const PopulationList& populations, std::int64_t most_batch,
                  std::int64_t most_extent, std::int64_t first_sequence, const SequenceMarks& marks,

@@ -10,10 +10,13 @@
 
 #include <cstdint>
 
+#include "row_format.h"
 #include "spectralkv/config.h"
 #include "spectralkv/tensor.h"
 
 namespace spectralkv::cuda {
+
+using detail::RowFormat;
 
 struct SequenceCounters {
   std::int64_t seen;
@@ -70,17 +73,18 @@ struct LayerView {
   std::int32_t group;            ///< query heads of a KV head
   std::int32_t head_dim;
   std::int32_t top_k;
-  std::int32_t row_words;  ///< of a row: top_k neighbours and, unless uniform, top_k thresholds
+  std::int32_t row_words;  ///< of 32 bits
   std::int32_t populations;
   std::int32_t num_sinks;
   EdgeLaw law;
+  RowFormat format;
   std::int64_t capacity;            ///< of a divided layer: the largest room
   std::int64_t pool;                ///< of a divided layer: slots of a sequence
   const std::int32_t* first_slots;  ///< (G + 1), of a divided layer: where rooms begin; null: even
   const std::int32_t* head_order;   ///< (G), of a divided layer: by descending room
 
   std::int32_t* positions;  ///< (B, G, capacity), -1: empty
-  std::int32_t* rows;       ///< (B, G, capacity, row_words), a row starts at a multiple of its size
+  std::uint32_t* rows;      ///< (B, G, capacity, row_words), a row starts at a multiple of its size
   float* scores;            ///< (B, G, P, capacity)
   std::uint32_t* visits;    ///< (B, G, P, capacity), null: the scores are the visits
   std::uint32_t* novelty;   ///< (B, G, capacity), null: no population needs it

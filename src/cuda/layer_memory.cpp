@@ -14,7 +14,6 @@ namespace spectralkv::cuda {
 namespace {
 
 using detail::needs_visits;
-using detail::words_of_row;
 
 constexpr std::int64_t kAlignment = 256;
 
@@ -50,7 +49,8 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
   view_.group = static_cast<std::int32_t>(graph.num_query_heads / graph.num_kv_heads);
   view_.head_dim = static_cast<std::int32_t>(graph.head_dim);
   view_.top_k = graph.top_k;
-  view_.row_words = words_of_row(graph);
+  view_.format = detail::row_format(graph, capacity);
+  view_.row_words = detail::words_of_row(view_.format, graph.top_k);
   view_.populations = static_cast<std::int32_t>(populations);
   view_.num_sinks = static_cast<std::int32_t>(graph.num_sinks);
   view_.law = graph.edge_law;
@@ -103,7 +103,7 @@ LayerMemory::LayerMemory(const GraphConfig& graph, const WalkConfig& walk,
 
   memory_ = Memory(size, Memory::Kind::device);
   view_.positions = memory_.as<std::int32_t>(positions);
-  view_.rows = memory_.as<std::int32_t>(rows);
+  view_.rows = memory_.as<std::uint32_t>(rows);
   view_.scores = memory_.as<float>(scores);
   view_.visits = has_visits ? memory_.as<std::uint32_t>(visits) : nullptr;
   view_.novelty = walk.needs_novelty() ? memory_.as<std::uint32_t>(novelty) : nullptr;
@@ -142,17 +142,17 @@ void LayerMemory::copy_sequence(std::int64_t to, const LayerMemory& other, std::
     const std::int64_t own_slots = to * slots_before(mine.graphs) + slots_before(g);
     const std::int64_t its_slots = from * other.slots_before(mine.graphs) + other.slots_before(g);
     const std::int64_t count = std::min({length, room(g), other.room(g)});
-    const auto copy = [&](auto* own, const auto* others, std::int64_t runs, std::int64_t words) {
+    const auto copy = [&](auto* own, const auto* others, std::int64_t runs) {
       if (own == nullptr) return;
-      copy_runs(own + own_slots * runs * words, room(g) * words, others + its_slots * runs * words,
-                other.room(g) * words, count * words, at_once * runs, stream);
+      copy_runs(own + own_slots * runs, room(g), others + its_slots * runs, other.room(g), count,
+                at_once * runs, stream);
     };
-    copy(mine.positions, its.positions, 1, 1);
-    copy(mine.rows, its.rows, 1, mine.row_words);
-    copy(mine.scores, its.scores, mine.populations, 1);
-    copy(mine.visits, its.visits, mine.populations, 1);
-    copy(mine.novelty, its.novelty, 1, 1);
+    copy(mine.positions, its.positions, 1);
+    copy(mine.scores, its.scores, mine.populations);
+    copy(mine.visits, its.visits, mine.populations);
+    copy(mine.novelty, its.novelty, 1);
   }
+  launch_copy_rows(mine, to, its, from, length, stream);
   check(cudaMemcpyAsync(mine.sequences + to, its.sequences + from, sizeof(SequenceCounters),
                         cudaMemcpyDeviceToDevice, stream),
         "cudaMemcpyAsync");

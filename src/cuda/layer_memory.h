@@ -38,8 +38,8 @@ class LayerMemory {
   /// Slots of all graphs of all sequences.
   std::int64_t slots() const { return view_.batch * slots_before(view_.graphs); }
 
-  /// Takes over sequence `from` of a layer of the same shape but for batch and rooms: of the first
-  /// `length` slots those that both have.
+  /// Takes over sequence `from` of a layer of the same shape but for batch, rooms and format of
+  /// rows: of the first `length` slots those that both have, and the edges to them.
   void copy_sequence(std::int64_t to, const LayerMemory& other, std::int64_t from,
                      std::int64_t length, cudaStream_t stream);
 

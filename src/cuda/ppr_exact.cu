@@ -146,12 +146,11 @@ __device__ void add_mass(Shared<kThreads>& shared, int turn, int to, unsigned lo
   if (high != 0) atomicAdd(&shared.masses.high[turn][to], high);
 }
 
-template <int kTopK, EdgeLaw kLaw, int kThreads>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     solve_kernel(Launch launch, LayerView shape, WalkRules rules, SolveRules solve, unsigned tasks,
                  std::byte* scratch_bytes) {
-  constexpr bool kHasThresholds = kLaw != EdgeLaw::uniform;
-  constexpr int kRowWords = kHasThresholds ? 2 * kTopK : kTopK;
+  constexpr int kRowWords = detail::words_of_row(kFormat, kTopK);
   __shared__ Shared<kThreads> shared;
   __shared__ unsigned long long sum;
   const int thread = static_cast<int>(threadIdx.x);
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool ordered = layer.counters->ordered != 0;
     const std::int64_t seen = layer.sequences[b].seen;
     const std::int32_t* const positions = positions_of(layer, b, g);
-    const std::int32_t* const rows = row_of(layer, b, g, 0);
+    const std::uint32_t* const rows = row_of(layer, b, g, 0);
     const RestartWeights weight = restart_weights(layer, rules, b, g, p);
     const std::uint64_t weights = restart_table_of(layer, b, g, p).header->total;
     const auto restart = [&](std::int64_t slot) -> unsigned long long {
@@ -207,17 +206,20 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int k = 0; k < kTopK; k += 4) {
           const uint4 to = __ldg(row + k / 4);
-          target[k] = static_cast<std::int32_t>(to.x);
-          target[k + 1] = static_cast<std::int32_t>(to.y);
-          target[k + 2] = static_cast<std::int32_t>(to.z);
-          target[k + 3] = static_cast<std::int32_t>(to.w);
-          uint4 thresholds{1, 2, 3, 4};
-          if constexpr (kHasThresholds) thresholds = __ldg(row + (kTopK + k) / 4);
-          width[k] = thresholds.x - before;
-          width[k + 1] = thresholds.y - thresholds.x;
-          width[k + 2] = thresholds.z - thresholds.y;
-          width[k + 3] = thresholds.w - thresholds.z;
-          if constexpr (kHasThresholds) before = thresholds.w;
+          uint4 thresholds{before + 1, before + 2, before + 3, before + 4};
+          if constexpr (kFormat == RowFormat::wide) thresholds = __ldg(row + (kTopK + k) / 4);
+          const std::uint32_t words[] = {to.x, to.y, to.z, to.w};
+          std::uint32_t uppers[] = {thresholds.x, thresholds.y, thresholds.z, thresholds.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            target[k + e] = static_cast<std::int32_t>(words[e]);
+            if constexpr (kFormat == RowFormat::packed) {
+              target[k + e] = detail::packed_slot(words[e]);
+              uppers[e] = detail::packed_threshold(words[e]);
+            }
+            width[k + e] = uppers[e] - before;
+            before = uppers[e];
+          }
         }
         from_restart = restart(slot);
         mass = from_restart + __ldcg(scratch.arrived + slot);
@@ -343,15 +345,17 @@ void launch_solve(const LayerView* layers, int count, const LayerView& shape,
     check(cudaGetLastError(), "solve_kernel");
   };
   const auto launch_by_law = [&]<int kTopK, int kThreads>() {
-    switch (shape.law) {
-      case EdgeLaw::uniform:
-        launch_as(solve_kernel<kTopK, EdgeLaw::uniform, kThreads>, kThreads);
-        break;
-      case EdgeLaw::weighted:
-        launch_as(solve_kernel<kTopK, EdgeLaw::weighted, kThreads>, kThreads);
-        break;
-      default:
-        launch_as(solve_kernel<kTopK, EdgeLaw::attention, kThreads>, kThreads);
+    const bool is_packed = shape.format == RowFormat::packed;
+    if (shape.law == EdgeLaw::uniform) {
+      launch_as(solve_kernel<kTopK, RowFormat::slots, EdgeLaw::uniform, kThreads>, kThreads);
+    } else if (shape.law == EdgeLaw::weighted && is_packed) {
+      launch_as(solve_kernel<kTopK, RowFormat::packed, EdgeLaw::weighted, kThreads>, kThreads);
+    } else if (shape.law == EdgeLaw::weighted) {
+      launch_as(solve_kernel<kTopK, RowFormat::wide, EdgeLaw::weighted, kThreads>, kThreads);
+    } else if (is_packed) {
+      launch_as(solve_kernel<kTopK, RowFormat::packed, EdgeLaw::attention, kThreads>, kThreads);
+    } else {
+      launch_as(solve_kernel<kTopK, RowFormat::wide, EdgeLaw::attention, kThreads>, kThreads);
     }
   };
   switch (shape.top_k) {

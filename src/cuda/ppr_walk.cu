@@ -213,13 +213,13 @@ constexpr std::int32_t kNone = -1;   ///< a number that means no edge
 constexpr std::int32_t kEmpty = -2;  ///< a row without edges
 
 /// The edges of one graph.
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat>
 struct Edges {
-  static constexpr int kRowWords = kLaw == EdgeLaw::uniform ? kTopK : 2 * kTopK;
-  const std::int32_t* rows;
+  static constexpr int kRowWords = detail::words_of_row(kFormat, kTopK);
+  const std::uint32_t* rows;
   const std::int32_t* positions;
 
-  __device__ const std::int32_t* row(std::int32_t slot) const {
+  __device__ const std::uint32_t* row(std::int32_t slot) const {
     return rows + static_cast<std::int64_t>(slot) * kRowWords;
   }
   __device__ std::int32_t position(std::int32_t slot) const { return __ldg(positions + slot); }
@@ -227,59 +227,63 @@ struct Edges {
   /// The edge that a number means, stale or not. Short rows are read as a whole, so that a step
   /// waits for memory once.
   __device__ std::int32_t draw(std::int32_t slot, std::uint32_t random) const {
-    const std::int32_t* edges = row(slot);
-    if constexpr (kLaw == EdgeLaw::uniform) {
-      return __ldg(edges + ((static_cast<std::uint64_t>(kTopK) * random) >> 32U));
-    } else {
-      constexpr int kFours = kTopK / 4;
-      uint4 thresholds[kFours];
-      const auto* from = reinterpret_cast<const uint4*>(edges + kTopK);
-      std::int32_t next = 0;
-      if constexpr (kTopK <= 8) {
-        int4 neighbors[kFours];
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) {
-          thresholds[i] = __ldg(from + i);
-          neighbors[i] = __ldg(reinterpret_cast<const int4*>(edges) + i);
-        }
-        // Choices of two, then of four: the shortest chain.
-        std::int32_t of_four[kFours];
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) {
-          const std::int32_t low = random >= thresholds[i].x ? neighbors[i].y : neighbors[i].x;
-          const std::int32_t high = random >= thresholds[i].z ? neighbors[i].w : neighbors[i].z;
-          of_four[i] = random >= thresholds[i].y ? high : low;
-        }
-        next = of_four[0];
-        if constexpr (kFours == 2) next = random >= thresholds[0].w ? of_four[1] : next;
-        if (random >= thresholds[kFours - 1].w) next = kNone;
-      } else {
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) thresholds[i] = __ldg(from + i);
-        int k = 0;
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) {
-          k += (random >= thresholds[i].x ? 1 : 0) + (random >= thresholds[i].y ? 1 : 0) +
-               (random >= thresholds[i].z ? 1 : 0) + (random >= thresholds[i].w ? 1 : 0);
-        }
-        next = k < kTopK ? __ldg(edges + k) : kNone;
-      }
-      return thresholds[kFours - 1].w == 0 ? kEmpty : next;
+    const std::uint32_t* edges = row(slot);
+    if constexpr (kFormat == RowFormat::slots) {
+      return neighbor(__ldg(edges + ((static_cast<std::uint64_t>(kTopK) * random) >> 32U)));
     }
+    // An edge is passed over where its threshold is `reached` at most: words of packed rows are
+    // compared as they lie.
+    constexpr bool kPacked = kFormat == RowFormat::packed;
+    constexpr int kFours = kTopK / 4;
+    const std::uint32_t reached = kPacked ? detail::highest_reached(random) : random;
+    const auto* from = reinterpret_cast<const uint4*>(edges + (kPacked ? 0 : kTopK));
+    uint4 thresholds[kFours];
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) thresholds[i] = __ldg(from + i);
+    std::uint32_t next = 0;
+    if constexpr (kTopK <= 8) {
+      uint4 neighbors[kFours];
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        neighbors[i] = thresholds[i];
+        if constexpr (!kPacked) neighbors[i] = __ldg(reinterpret_cast<const uint4*>(edges) + i);
+      }
+      // Choices of two, then of four: the shortest chain.
+      std::uint32_t of_four[kFours];
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const std::uint32_t low = reached >= thresholds[i].x ? neighbors[i].y : neighbors[i].x;
+        const std::uint32_t high = reached >= thresholds[i].z ? neighbors[i].w : neighbors[i].z;
+        of_four[i] = reached >= thresholds[i].y ? high : low;
+      }
+      next = of_four[0];
+      if constexpr (kFours == 2) next = reached >= thresholds[0].w ? of_four[1] : next;
+      if (reached >= thresholds[kFours - 1].w) next = ~0U;
+    } else {
+      int k = 0;
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        k += (reached >= thresholds[i].x ? 1 : 0) + (reached >= thresholds[i].y ? 1 : 0) +
+             (reached >= thresholds[i].z ? 1 : 0) + (reached >= thresholds[i].w ? 1 : 0);
+      }
+      next = k < kTopK ? __ldg(edges + k) : ~0U;
+    }
+    const std::uint32_t last = thresholds[kFours - 1].w;
+    return (kPacked ? last >> 16U : last) == 0 ? kEmpty : neighbor(next);
   }
 
   /// A draw among the live edges only; kNone: there are none.
   __device__ std::int32_t draw_live(std::int32_t slot, std::int32_t from_position,
                                     std::uint32_t random) const {
-    const std::int32_t* edges = row(slot);
+    const std::uint32_t* edges = row(slot);
     std::int32_t to[kTopK];
 #pragma unroll
     for (int k = 0; k < kTopK; k += 4) {
-      const int4 four = __ldg(reinterpret_cast<const int4*>(edges + k));
-      to[k] = four.x;
-      to[k + 1] = four.y;
-      to[k + 2] = four.z;
-      to[k + 3] = four.w;
+      const uint4 four = __ldg(reinterpret_cast<const uint4*>(edges + k));
+      to[k] = neighbor(four.x);
+      to[k + 1] = neighbor(four.y);
+      to[k + 2] = neighbor(four.z);
+      to[k + 3] = neighbor(four.w);
     }
 #pragma unroll
     for (int k = 0; k < kTopK; ++k) to[k] = to[k] >= 0 ? position(to[k]) : -1;
@@ -296,23 +300,31 @@ struct Edges {
     for (; live != 0; live &= live - 1) {
       const int k = __ffs(static_cast<int>(live)) - 1;
       sum += width(edges, k);
-      if (target < sum) return __ldg(edges + k);
+      if (target < sum) return neighbor(__ldg(edges + k));
     }
     return kNone;
   }
 
  private:
-  __device__ std::uint32_t width(const std::int32_t* edges, int k) const {
-    if constexpr (kLaw == EdgeLaw::uniform) return 1U;
-    const auto* thresholds = reinterpret_cast<const std::uint32_t*>(edges + kTopK);
-    return __ldg(thresholds + k) - (k == 0 ? 0U : __ldg(thresholds + k - 1));
+  static_assert(kNone == -1, "what words without an edge mean");
+  __device__ static std::int32_t neighbor(std::uint32_t word) {
+    if constexpr (kFormat == RowFormat::packed) return detail::packed_slot(word);
+    return static_cast<std::int32_t>(word);
+  }
+  __device__ static std::uint32_t threshold(const std::uint32_t* edges, int k) {
+    if constexpr (kFormat == RowFormat::packed) return detail::packed_threshold(__ldg(edges + k));
+    return __ldg(edges + kTopK + k);
+  }
+  __device__ static std::uint32_t width(const std::uint32_t* edges, int k) {
+    if constexpr (kFormat == RowFormat::slots) return 1U;
+    return threshold(edges, k) - (k == 0 ? 0U : threshold(edges, k - 1));
   }
 };
 
 /// What the thread blocks of one graph and population share.
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
 struct Walk {
-  Edges<kTopK, kLaw> edges;
+  Edges<kTopK, kFormat> edges;
   Restarts restarts;
   std::uint32_t* counts;  ///< or float
   bool counts_integers;
@@ -391,9 +403,10 @@ class Ticket {
 /// nothing to do. `while_waiting` is done once, when Walk::numbers can be asked for; the caller
 /// synchronizes the thread block. That must not count visits before the launch in front is done,
 /// which empties the counts and fills tables by position; all else may come earlier.
-template <int kTopK, EdgeLaw kLaw, class Work>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw, class Work>
 __device__ bool set_up(const LayerView& layer, const GraphTask& task, const WalkRules& rules,
-                       std::uint64_t* coarse, Walk<kTopK, kLaw>& walk, Work&& while_waiting) {
+                       std::uint64_t* coarse, Walk<kTopK, kFormat, kLaw>& walk,
+                       Work&& while_waiting) {
   const std::int64_t b = task.sequence;
   const std::int64_t g = task.graph;
   const int p = task.population;
@@ -461,7 +474,7 @@ __device__ bool set_up(const LayerView& layer, const GraphTask& task, const Walk
 }
 
 /// One thread a walker.
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
 __global__ void __launch_bounds__(kWalkThreads, 4)
     walk_kernel(Launch launch, LayerView shape, WalkRules rules, Parts parts) {
   __shared__ __align__(16) std::uint64_t coarse[kMostCoarseSums];
@@ -471,7 +484,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
   const std::int64_t walkers = rules.population[task.population].walkers;
   const std::int64_t first = std::int64_t{blockIdx.x % parts.blocks_a_graph} * kWalkThreads;
   if (first >= walkers) return;
-  Walk<kTopK, kLaw> walk;
+  Walk<kTopK, kFormat, kLaw> walk;
   const auto walker = static_cast<std::uint64_t>(first) + threadIdx.x;
   uint4 four;
   if (!set_up(layer, task, rules, coarse, walk, [&] { four = walk.numbers(walker, 0); })) return;
@@ -524,7 +537,7 @@ __global__ void __launch_bounds__(kWalkThreads, 4)
 /// not depend on what it did before, so every restart that the numbers foretell starts a run of its
 /// own, up to the next such restart: the longest wait is for the longest run of edges, not for all
 /// steps. Restarts where a walker meets a dead end belong to the run that meets it.
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
 __global__ void __launch_bounds__(kMostRunThreads)
     walk_runs_kernel(Launch launch, LayerView layer, WalkRules rules, Parts parts) {
   extern __shared__ __align__(16) std::uint64_t coarse[];
@@ -536,7 +549,7 @@ __global__ void __launch_bounds__(kMostRunThreads)
   const std::int64_t walkers = rules.population[task.population].walkers;
   const std::int64_t first = std::int64_t{blockIdx.x} * parts.walkers_a_block;
   if (first >= walkers) return;
-  Walk<kTopK, kLaw> walk;
+  Walk<kTopK, kFormat, kLaw> walk;
   const int thread = static_cast<int>(threadIdx.x);
   const int in_block = thread / parts.steps_a_round;
   const int turn = thread - in_block * parts.steps_a_round;
@@ -670,7 +683,7 @@ void launch_prepare(const Launch& launch, const LayerView& shape, const WalkRule
         "prepare_kernel");
 }
 
-template <int kTopK, EdgeLaw kLaw>
+template <int kTopK, RowFormat kFormat, EdgeLaw kLaw>
 void launch_walkers(const Launch& launch, bool one, const LayerView& shape, const WalkRules& rules,
                     std::int64_t graphs, cudaStream_t stream) {
   std::int64_t most = 0;
@@ -707,9 +720,9 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
-  auto* kernel = walk_kernel<kTopK, kLaw>;
+  auto* kernel = walk_kernel<kTopK, kFormat, kLaw>;
   if (few) {
-    kernel = walk_runs_kernel<kTopK, kLaw>;
+    kernel = walk_runs_kernel<kTopK, kFormat, kLaw>;
     config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(graphs));
     config.blockDim = dim3(static_cast<unsigned>((a_block * steps + 31) / 32 * 32));
     config.dynamicSmemBytes = kMostCoarseSums * sizeof(std::uint64_t) +
@@ -722,15 +735,20 @@ void launch_walkers(const Launch& launch, bool one, const LayerView& shape, cons
 template <int kTopK>
 void launch_walkers_by_law(const Launch& launch, bool one, const LayerView& shape,
                            const WalkRules& rules, std::int64_t graphs, cudaStream_t stream) {
-  switch (shape.law) {
-    case EdgeLaw::uniform:
-      launch_walkers<kTopK, EdgeLaw::uniform>(launch, one, shape, rules, graphs, stream);
-      break;
-    case EdgeLaw::weighted:
-      launch_walkers<kTopK, EdgeLaw::weighted>(launch, one, shape, rules, graphs, stream);
-      break;
-    default:
-      launch_walkers<kTopK, EdgeLaw::attention>(launch, one, shape, rules, graphs, stream);
+  const auto launch_as = [&]<RowFormat kFormat, EdgeLaw kLaw>() {
+    launch_walkers<kTopK, kFormat, kLaw>(launch, one, shape, rules, graphs, stream);
+  };
+  const bool is_packed = shape.format == RowFormat::packed;
+  if (shape.law == EdgeLaw::uniform) {
+    launch_as.template operator()<RowFormat::slots, EdgeLaw::uniform>();
+  } else if (shape.law == EdgeLaw::weighted && is_packed) {
+    launch_as.template operator()<RowFormat::packed, EdgeLaw::weighted>();
+  } else if (shape.law == EdgeLaw::weighted) {
+    launch_as.template operator()<RowFormat::wide, EdgeLaw::weighted>();
+  } else if (is_packed) {
+    launch_as.template operator()<RowFormat::packed, EdgeLaw::attention>();
+  } else {
+    launch_as.template operator()<RowFormat::wide, EdgeLaw::attention>();
   }
 }
 

@@ -1,4 +1,5 @@
-// Which slots hold tokens: admission, checks of the caller's slots, release, truncation, reset.
+// Which slots hold tokens: admission, checks of the caller's slots, release, truncation, other
+// rooms, reset.
 #include <algorithm>
 #include <cstdint>
 
@@ -45,11 +46,12 @@ __device__ void clear_marked(const LayerView& layer, std::int64_t b, std::int64_
   __shared__ bool marked[kThreads];
   marked[threadIdx.x] = goes;
   if (__syncthreads_or(static_cast<int>(goes)) == 0) return;
-  std::int32_t* const rows = row_of(layer, b, g, first);
+  std::uint32_t* const rows = row_of(layer, b, g, first);
   const int words = static_cast<int>(min(count, std::int64_t{kThreads})) * layer.row_words;
   for (int w = static_cast<int>(threadIdx.x); w < words; w += kThreads) {
     const int slot = w / layer.row_words;
-    if (marked[slot]) rows[w] = w - slot * layer.row_words < layer.top_k ? -1 : 0;
+    if (!marked[slot]) continue;
+    rows[w] = detail::empty_word(layer.format, layer.top_k, w - slot * layer.row_words);
   }
   if (!goes) return;
   const std::int64_t slot = first + threadIdx.x;
@@ -604,6 +606,23 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) layer.counters->length = length;
 }
 
+// ---- other rooms
+
+/// A thread an edge, `runs` blocks a graph.
+__global__ void __launch_bounds__(kThreads)
+    copy_rows_kernel(LayerView to, std::int64_t to_sequence, LayerView from,
+                     std::int64_t from_sequence, std::int64_t length, std::int64_t runs) {
+  const std::int64_t g = std::int64_t{blockIdx.x} / runs;
+  const std::int64_t edge = std::int64_t{blockIdx.x} % runs * kThreads + threadIdx.x;
+  const std::int64_t slot = edge / to.top_k;
+  const int k = static_cast<int>(edge % to.top_k);
+  if (slot >= min(extent_of(to, g, length), extent_of(from, g, length))) return;
+  const std::uint32_t* const row = row_of(from, from_sequence, g, slot);
+  const std::int32_t neighbor = neighbor_of(from, row, k);
+  set_edge(to, row_of(to, to_sequence, g, slot), k, neighbor < room_of(to, g) ? neighbor : -1,
+           from.format == RowFormat::slots ? 0U : threshold_of(from, row, k));
+}
+
 // ---- reset
 
 /// No block reads the counters that the first one writes.
@@ -730,6 +749,15 @@ void launch_plan_truncate(const LayerView& layer, std::int64_t count, bool order
   }
   last_staying_kernel<<<1, kWideThreads, 0, stream>>>(layer, count, ordered, last);
   check(cudaGetLastError(), "last_staying_kernel");
+}
+
+void launch_copy_rows(const LayerView& to, std::int64_t to_sequence, const LayerView& from,
+                      std::int64_t from_sequence, std::int64_t length, cudaStream_t stream) {
+  const std::int64_t runs = runs_of(std::min({length, to.capacity, from.capacity}) * to.top_k);
+  if (runs == 0) return;
+  copy_rows_kernel<<<static_cast<unsigned>(to.graphs * runs), kThreads, 0, stream>>>(
+      to, to_sequence, from, from_sequence, length, runs);
+  check(cudaGetLastError(), "copy_rows_kernel");
 }
 
 void launch_taken_slots(const LayerView& layer, std::int64_t* taken, cudaStream_t stream) {

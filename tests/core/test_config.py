@@ -84,6 +84,16 @@ def test_wrong_values(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("pack_rows", [True, False])
+def test_the_core_hears_whether_rows_are_packed(pack_rows: bool) -> None:
+    config = spectralkv.GraphConfig(capacity=1000, top_k=16, pack_rows=pack_rows)
+    manager = spectralkv.GraphManager(config, spectralkv.WalkConfig())
+    uniform = dataclasses.replace(config, edge_law="uniform")
+    without = spectralkv.GraphManager(uniform, spectralkv.WalkConfig())
+    more = manager.memory_use().graph_bytes - without.memory_use().graph_bytes
+    assert more == (0 if pack_rows else 4 * 16 * 1000)
+
+
 def test_configurations_are_frozen_and_keyword_only() -> None:
     config = spectralkv.GraphConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -85,16 +85,19 @@ def test_options_override_the_preset() -> None:
         top_k=16,
         restart_prob=0.3,
         populations=populations,
+        pack_rows=False,
         seed=4,
     )
     graph, walk = policy._graph_and_walk(spectralkv.GraphConfig())
     assert (graph.top_k, graph.edge_law, graph.seed, graph.num_sinks) == (16, "attention", 4, 2)
+    assert not graph.pack_rows
     assert (walk.restart_prob, walk.populations) == (0.3, populations)
     untouched = policies.Spectral(**OPTIONS, preset="weighted4")._graph_and_walk(
         spectralkv.GraphConfig()
     )
     assert (untouched[0].top_k, untouched[1].restart_prob) == (4, 0.15)
     assert untouched[0].edge_law == "weighted"
+    assert untouched[0].pack_rows
 
 
 def test_walks_follow_the_seed(device: str) -> None:

@@ -17,6 +17,7 @@
 #include "cuda/device/row_tiles.cuh"
 #include "cuda/kernels.h"
 #include "harness.h"
+#include "rows.cuh"
 
 namespace {
 
@@ -117,7 +118,8 @@ struct Prompt {
     layer.head_dim = shape.dim;
     layer.top_k = shape.top_k;
     layer.law = EdgeLaw::weighted;
-    layer.row_words = 2 * shape.top_k;
+    layer.format = detail::row_format({}, shape.slots);
+    layer.row_words = detail::words_of_row(layer.format, shape.top_k);
     layer.num_sinks = 4;
     layer.capacity = shape.slots;
     return layer;
@@ -160,14 +162,16 @@ struct Prompt {
     check(cudaMemcpy(to.as<void>(), from.data(), from.size() * 4, cudaMemcpyHostToDevice),
           "cudaMemcpy");
   }
-  std::int64_t row_bytes() const { return shape.slots * shape.heads * 2 * shape.top_k * 4; }
+  std::int64_t row_bytes() const {
+    return shape.slots * shape.heads * view_of(shape).row_words * 4;
+  }
   void clear() const {
     check(cudaMemset(rows.as<void>(), 0xff, static_cast<std::size_t>(rows.bytes())), "cudaMemset");
   }
   LayerView layer() const {
     LayerView layer = view_of(shape);
     layer.positions = positions.as<std::int32_t>();
-    layer.rows = rows.as<std::int32_t>();
+    layer.rows = rows.as<std::uint32_t>();
     layer.fault = small.as<cuda::FaultRecord>();
     layer.statistics = reinterpret_cast<cuda::Statistics*>(small.as<char>() + 512);
     return layer;
@@ -188,11 +192,12 @@ struct Prompt {
         .drawn = drawn.as<std::int32_t>(),
         .scratch = scratch.as<std::int32_t>()};
   }
+  /// (heads, slots, 2 K): neighbours, then thresholds.
   std::vector<std::int32_t> download_rows() const {
-    std::vector<std::int32_t> host(static_cast<std::size_t>(row_bytes() / 4));
+    std::vector<std::uint32_t> host(static_cast<std::size_t>(row_bytes() / 4));
     check(cudaMemcpy(host.data(), rows.as<void>(), host.size() * 4, cudaMemcpyDeviceToHost),
           "cudaMemcpy");
-    return host;
+    return bench::unpacked(host, view_of(shape));
   }
   /// Rows that the first pass left over, and that neither settled.
   std::pair<std::int64_t, std::int64_t> left_over() const {

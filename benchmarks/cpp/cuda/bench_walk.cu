@@ -14,6 +14,7 @@
 
 #include "harness.h"
 #include "literal_walk.cuh"
+#include "row_format.h"
 #include "spectralkv/spectralkv.h"
 
 namespace spectralkv::bench {
@@ -470,7 +471,10 @@ struct Law {
   int top_k;
   EdgeLaw law;
 
-  std::int64_t row_bytes() const { return 4 * top_k * (law == EdgeLaw::weighted ? 2 : 1); }
+  /// Words of a row of a graph with so many slots.
+  int row_words(std::int64_t slots) const {
+    return detail::words_of_row(detail::row_format({.edge_law = law}, slots), top_k);
+  }
 };
 constexpr Law kLaws[] = {{"K=8 weighted", 8, EdgeLaw::weighted},
                          {"K=4 weighted", 4, EdgeLaw::weighted},
@@ -512,7 +516,7 @@ void time_one_graph() {
           "graphs=1 W=1024 S=20 N=" + std::to_string(slots) + " " + std::string(law.name);
       const Rows rows = rows_of(graphs, weighted);
       const Buffer out(kWalkers * 4);
-      const auto words = static_cast<std::uint32_t>(weighted ? 2 * law.top_k : law.top_k);
+      const auto words = static_cast<std::uint32_t>(law.row_words(slots));
       const auto chase = [&](int threads_a_block) {
         return measure({.calls = kCalls}, [&](int, cudaStream_t stream) {
           chase_kernel<<<static_cast<unsigned>(kWalkers / threads_a_block),
@@ -582,7 +586,7 @@ void time_one_graph() {
 /// follows a restart; a visit is one. A restart by novelty reads the weights of eight slots, and of
 /// their sums where a thread block does not hold them all.
 double sectors_a_step(const Law& law, const Population& population, std::int64_t slots) {
-  const double row = law.law == EdgeLaw::weighted ? static_cast<double>(law.row_bytes()) / 32 : 1.0;
+  const double row = law.law == EdgeLaw::weighted ? std::max(1.0, law.row_words(slots) / 8.0) : 1.0;
   double sectors = 0.5 * row + 0.75 + (population.count == VisitCount::all ? 1.0 : 0.5);
   if (population.restart == Restart::novelty) sectors += 0.5 * (slots > 8192 ? 2.0 : 1.0);
   return sectors;
@@ -610,7 +614,7 @@ void time_many_graphs() {
     print("gather", "sectors anywhere in " + std::to_string(bytes >> 20U) + " MiB", gather,
           {{"gsectors", sectors_a_us * 1e-3}});
     for (const Law& law : kLaws) {
-      const std::int64_t slots = bytes / (kLayers * kHeads) / law.row_bytes() / 256 * 256;
+      const std::int64_t slots = bytes / (kLayers * kHeads) / (4 * law.row_words(0)) / 256 * 256;
       const Graphs graphs = make_graphs({.graphs = kHeads,
                                          .slots = slots,
                                          .top_k = law.top_k,

@@ -14,6 +14,7 @@
 
 #include "cuda/kernels.h"
 #include "harness.h"
+#include "rows.cuh"
 
 namespace spectralkv::bench {
 
@@ -106,13 +107,14 @@ class Layer {
     view_.group = shape.group;
     view_.head_dim = shape.dim;
     view_.top_k = shape.top_k;
-    view_.row_words = 2 * shape.top_k;
+    view_.format = detail::row_format({}, capacity_);
+    view_.row_words = detail::words_of_row(view_.format, shape.top_k);
     view_.populations = 1;
     view_.num_sinks = 4;
     view_.law = EdgeLaw::weighted;
     view_.capacity = capacity_;
     view_.positions = positions_.as<std::int32_t>();
-    view_.rows = rows_.as<std::int32_t>();
+    view_.rows = rows_.as<std::uint32_t>();
     view_.scores = scores_.as<float>();
     view_.novelty = novelty_.as<std::uint32_t>();
     view_.update_scratch = scratch_.as<void>();
@@ -174,18 +176,18 @@ class Layer {
 
   const LayerView& view() const { return view_; }
 
-  /// The rows that the slot behind all others has, (B, G, 2 K).
+  /// The rows that the slot behind all others has, (B, G, 2 K): neighbours, then thresholds.
   std::vector<std::int32_t> new_rows() const {
     const std::int64_t graphs = shape_.batch * shape_.graphs();
     const std::int64_t words = view_.row_words;
-    std::vector<std::int32_t> rows(static_cast<std::size_t>(graphs * words));
+    std::vector<std::uint32_t> rows(static_cast<std::size_t>(graphs * words));
     for (std::int64_t i = 0; i < graphs; ++i) {
       check(
           cudaMemcpy(rows.data() + i * words, view_.rows + (i * capacity_ + shape_.length) * words,
                      static_cast<std::size_t>(words) * 4, cudaMemcpyDeviceToHost),
           "cudaMemcpy");
     }
-    return rows;
+    return unpacked(rows, view_);
   }
 
   /// Of graph (b, g): weights of the device, and how far from the right ones the worst is.

@@ -255,6 +255,7 @@ _AXES: tuple[Callable[[], Axis], ...] = (
     _one_option("window", "newest tokens kept", "window", 8, 16, 32, 50, 100),
     _one_option("row_stride", "tokens to a row of the graph", "row_stride", 1, 2, 4, 8),
     _one_option("scope", "a graph for each", "scope", "head", "layer"),
+    _one_option("packed", "rows of the graph are packed", "pack_rows", True, False),
     _presets,
     _one_option("seed", "seed of the walks", "seed", 0, 1, 2, 3),
 )

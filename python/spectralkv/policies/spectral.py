@@ -86,6 +86,9 @@ class Spectral(Policy):
     populations : tuple of Population or None
         Where walkers restart, what counts, how fast it is forgotten, the share of walkers and
         budget, and whether scores are found by walking or exactly.
+    pack_rows : bool
+        Rows of 16-bit slots and 16-bit cumulative probabilities where a graph has at most 65,535
+        slots: half the memory. False: 32 bits each.
     scope : {"head", "layer"}
         Whether each KV head has a graph or a layer's heads share one.
     solver : {"walk", "exact"}
@@ -148,6 +151,7 @@ class Spectral(Policy):
     decay: float | None = None
     novelty_width: int | None = None
     populations: tuple[Population, ...] | None = None
+    pack_rows: bool = True
     scope: Literal["head", "layer"] = "head"
     solver: Literal["walk", "exact"] = "walk"
     walk_interval: int = 0
@@ -167,6 +171,7 @@ class Spectral(Policy):
         self._require_int("scan_interval", minimum=1)
         self._require_int("seed", minimum=0)
         self._require(isinstance(self.unrotate, bool), "unrotate", "True or False")
+        self._require(isinstance(self.pack_rows, bool), "pack_rows", "True or False")
         self._require(self.solver in ("walk", "exact"), "solver", "'walk' or 'exact'")
         self._require(0.0 <= self.head_floor <= 1.0, "head_floor", "from 0 to 1")
         if self.head_shares is not None:
@@ -219,7 +224,13 @@ class Spectral(Policy):
             graph = replace(graph, top_k=self.top_k)
         if self.edge_law is not None:
             graph = replace(graph, edge_law=self.edge_law)
-        graph = replace(graph, scope=self.scope, num_sinks=self.sinks, seed=self.seed)
+        graph = replace(
+            graph,
+            pack_rows=self.pack_rows,
+            scope=self.scope,
+            num_sinks=self.sinks,
+            seed=self.seed,
+        )
         options: dict[str, Any] = {
             "restart_prob": self.restart_prob,
             "num_walkers": self.num_walkers,

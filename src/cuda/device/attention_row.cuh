@@ -91,7 +91,7 @@ __device__ inline const T* key_at(const TokensView& keys, std::int64_t b, std::i
 /// Draws a row into `row` (of an emptied slot). All threads of the block take part.
 template <class T>
 __device__ void draw_row(const LayerView& layer, const TokensView& queries, const TokensView& keys,
-                         const RowTask& task, const RowScratch& scratch, std::int32_t* row) {
+                         const RowTask& task, const RowScratch& scratch, std::uint32_t* row) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int team = static_cast<int>(threadIdx.x) / kLanes;
   const int dim = layer.head_dim;
@@ -218,7 +218,7 @@ __device__ void draw_row(const LayerView& layer, const TokensView& queries, cons
     neighbors[count] = slot;
     best[count++] = value;
   }
-  if (mine == 0) write_row(row, layer.top_k, layer.law, neighbors, best, count);
+  if (mine == 0) write_row(layer, row, neighbors, best, count);
 }
 
 }  // namespace spectralkv::cuda

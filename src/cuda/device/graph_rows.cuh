@@ -45,8 +45,8 @@ __device__ inline std::int32_t* positions_of(const LayerView& layer, std::int64_
                                              std::int64_t g) {
   return layer.positions + slots_before(layer, b, g);
 }
-__device__ inline std::int32_t* row_of(const LayerView& layer, std::int64_t b, std::int64_t g,
-                                       std::int64_t slot) {
+__device__ inline std::uint32_t* row_of(const LayerView& layer, std::int64_t b, std::int64_t g,
+                                        std::int64_t slot) {
   return layer.rows + (slots_before(layer, b, g) + slot) * layer.row_words;
 }
 /// Where the values of a population begin, one a slot.
@@ -103,12 +103,33 @@ __device__ inline bool is_live(const std::int32_t* positions, std::int32_t from_
   return position >= 0 && position < from_position;
 }
 
+__device__ inline std::int32_t neighbor_of(const LayerView& layer, const std::uint32_t* row,
+                                           int k) {
+  if (layer.format == RowFormat::packed) return detail::packed_slot(row[k]);
+  return static_cast<std::int32_t>(row[k]);
+}
+/// Not of RowFormat::slots.
+__device__ inline std::uint32_t threshold_of(const LayerView& layer, const std::uint32_t* row,
+                                             int k) {
+  return layer.format == RowFormat::packed ? detail::packed_threshold(row[k])
+                                           : row[layer.top_k + k];
+}
+/// The threshold is left out where rows have none.
+__device__ inline void set_edge(const LayerView& layer, std::uint32_t* row, int k,
+                                std::int32_t neighbor, std::uint32_t threshold) {
+  if (layer.format == RowFormat::packed) {
+    row[k] = detail::pack_edge(neighbor, threshold);
+    return;
+  }
+  row[k] = static_cast<std::uint32_t>(neighbor);
+  if (layer.format == RowFormat::wide) row[layer.top_k + k] = threshold;
+}
+
 /// Empties a slot's row, scores, visits and restart weight; the position is the caller's to write.
 __device__ inline void clear_slot(const LayerView& layer, std::int64_t b, std::int64_t g,
                                   std::int64_t slot) {
-  std::int32_t* row = row_of(layer, b, g, slot);
-  for (int k = 0; k < layer.top_k; ++k) row[k] = -1;
-  for (int k = layer.top_k; k < layer.row_words; ++k) row[k] = 0;
+  std::uint32_t* row = row_of(layer, b, g, slot);
+  for (int k = 0; k < layer.top_k; ++k) set_edge(layer, row, k, -1, 0);
   for (int p = 0; p < layer.populations; ++p) {
     scores_of(layer, b, g, p)[slot] = 0.0F;
     if (layer.visits != nullptr) visits_of(layer, b, g, p)[slot] = 0U;
@@ -125,33 +146,31 @@ __device__ inline std::uint32_t attention_threshold(std::uint64_t widths) {
   return widths < kAllOnes ? static_cast<std::uint32_t>(widths) : kAllOnes;
 }
 
+/// EdgeLaw::weighted: that of edges which have this part of the weight.
+__device__ inline std::uint32_t weighted_threshold(double part) {
+  const double scaled = floor(__dadd_rn(__dmul_rn(part, 0x1p32), 0.5));
+  return scaled < 0x1p32 ? static_cast<std::uint32_t>(scaled) : kAllOnes;
+}
+
 /// `count` neighbours with their probabilities among all tokens, descending.
-__device__ inline void write_row(std::int32_t* row, int top_k, EdgeLaw law,
+__device__ inline void write_row(const LayerView& layer, std::uint32_t* row,
                                  const std::int32_t* neighbors, const float* probabilities,
                                  int count) {
-  for (int k = 0; k < top_k; ++k) row[k] = k < count ? neighbors[k] : -1;
-  if (law == EdgeLaw::uniform) return;
-  auto* thresholds = reinterpret_cast<std::uint32_t*>(row + top_k);
-  if (law == EdgeLaw::attention) {
-    std::uint64_t widths = 0;
-    for (int k = 0; k < top_k; ++k) {
-      if (k < count) widths += attention_width(static_cast<double>(probabilities[k]));
-      thresholds[k] = attention_threshold(widths);
-    }
-    return;
-  }
   double total = 0.0;
   for (int k = 0; k < count; ++k) total += static_cast<double>(probabilities[k]);
   double sum = 0.0;
+  std::uint64_t widths = 0;
   std::uint32_t threshold = 0;
-  for (int k = 0; k < count; ++k) {
-    sum += static_cast<double>(probabilities[k]);
-    const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
-    threshold = scaled < 0x1p32 ? static_cast<std::uint32_t>(scaled) : kAllOnes;
-    if (k + 1 == count) threshold = kAllOnes;
-    thresholds[k] = threshold;
+  for (int k = 0; k < layer.top_k; ++k) {
+    if (layer.law == EdgeLaw::attention && k < count) {
+      widths += attention_width(static_cast<double>(probabilities[k]));
+      threshold = attention_threshold(widths);
+    } else if (layer.law == EdgeLaw::weighted && k < count) {
+      sum += static_cast<double>(probabilities[k]);
+      threshold = k + 1 == count ? kAllOnes : weighted_threshold(sum / total);
+    }
+    set_edge(layer, row, k, k < count ? neighbors[k] : -1, threshold);
   }
-  for (int k = count; k < top_k; ++k) thresholds[k] = threshold;
 }
 
 }  // namespace spectralkv::cuda

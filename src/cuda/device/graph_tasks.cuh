@@ -10,7 +10,8 @@
 namespace spectralkv::cuda {
 
 /// Graphs of `layers`, each with some of its populations. All layers share what is not a pointer,
-/// batch, capacity or pool.
+/// batch, capacity or pool; those whose rows have another format than the launch's shape take no
+/// part.
 struct Launch {
   const LayerView* layers;  ///< null: there is one, which is handed over by value
   std::int64_t sequences;
@@ -49,8 +50,8 @@ __device__ const LayerView& layer_of(const Launch& launch, const LayerView& shap
   return launch.layers[task.layer];
 }
 
-/// The task of a number; false where its sequence takes no part. Faults are the caller's to check,
-/// once it has asked memory for more.
+/// The task of a number; false where its layer or sequence takes no part. Faults are the caller's
+/// to check, once it has asked memory for more.
 template <bool kOne>
 __device__ bool find(const Launch& launch, const LayerView& shape, unsigned index,
                      GraphTask& task) {
@@ -70,7 +71,8 @@ __device__ bool find(const Launch& launch, const LayerView& shape, unsigned inde
   }
   const bool marked = is_marked(launch.marks, task.sequence);
   task.sequence += launch.first_sequence;
-  return marked && task.sequence < layer_of<kOne>(launch, shape, task).batch;
+  const LayerView& layer = layer_of<kOne>(launch, shape, task);
+  return marked && task.sequence < layer.batch && layer.format == shape.format;
 }
 
 }  // namespace spectralkv::cuda

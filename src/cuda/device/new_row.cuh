@@ -142,39 +142,30 @@ __device__ inline SequenceCounters counters_of_lane(const LayerView& layer) {
 
 /// write_row by one warp: `best` has 32 candidates in descending order, 0 behind the last, with
 /// their probabilities among all tokens.
-static __device__ void write_row(const LayerView& layer, std::int32_t* row,
+static __device__ void write_row(const LayerView& layer, std::uint32_t* row,
                                  const std::uint64_t* best) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::uint64_t own = best[lane];
   const int count = __popc(__ballot_sync(0xffffffffU, own != 0));
-  if (lane < layer.top_k) row[lane] = own != 0 ? slot_of(own) : -1;
-  if (layer.law == EdgeLaw::uniform) return;
+  std::uint32_t threshold = 0;
   if (layer.law == EdgeLaw::attention) {
     std::uint64_t widths = own != 0 ? attention_width(static_cast<double>(value_of(own))) : 0U;
     for (int offset = 1; offset < 32; offset *= 2) {
       const std::uint64_t before = __shfl_up_sync(0xffffffffU, widths, offset);
       if (lane >= offset) widths += before;
     }
-    if (lane < layer.top_k) {
-      row[layer.top_k + lane] = static_cast<std::int32_t>(attention_threshold(widths));
-    }
-    return;
-  }
-  double total = 0.0;
-  double sum = 0.0;
+    threshold = attention_threshold(widths);
+  } else if (layer.law == EdgeLaw::weighted && count > 0) {
+    double total = 0.0;
+    double sum = 0.0;
 #pragma unroll 4
-  for (int k = 0; k < count; ++k) {
-    total += static_cast<double>(value_of(best[k]));
-    if (k == lane) sum = total;
+    for (int k = 0; k < count; ++k) {
+      total += static_cast<double>(value_of(best[k]));
+      if (k == lane) sum = total;
+    }
+    threshold = lane + 1 < count ? weighted_threshold(sum / total) : kAllOnes;
   }
-  std::uint32_t threshold = 0;
-  if (lane + 1 < count) {
-    const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
-    threshold = scaled < 0x1p32 ? static_cast<std::uint32_t>(scaled) : kAllOnes;
-  } else if (count > 0) {
-    threshold = kAllOnes;
-  }
-  if (lane < layer.top_k) row[layer.top_k + lane] = static_cast<std::int32_t>(threshold);
+  if (lane < layer.top_k) set_edge(layer, row, lane, own != 0 ? slot_of(own) : -1, threshold);
 }
 
 /// Whether queries of a graph and the keys of its new token are numbers, by all threads of a block.

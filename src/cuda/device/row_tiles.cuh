@@ -298,35 +298,31 @@ __device__ inline Neighbor rank_entries(unsigned long long* entries, int count, 
 
 /// Like write_row, by a warp whose lane k has neighbour k with the sum of its probabilities over
 /// the query heads of the group.
-__device__ inline void write_row_by_warp(const LayerView& layer, std::int32_t* row, int lane,
+__device__ inline void write_row_by_warp(const LayerView& layer, std::uint32_t* row, int lane,
                                          const Neighbor& neighbor) {
-  const int top_k = layer.top_k;
   const bool is_neighbor = neighbor.probability > 0.0F;
   const int count = __popc(__ballot_sync(kAllOnes, is_neighbor));
-  if (lane < top_k) row[lane] = is_neighbor ? neighbor.slot : -1;
-  if (layer.law == EdgeLaw::uniform || count == 0) return;
+  const auto probability = is_neighbor ? static_cast<double>(neighbor.probability) : 0.0;
+  std::uint32_t threshold = 0;
   if (layer.law == EdgeLaw::attention) {
     const double heads = layer.group;
-    std::uint64_t widths =
-        is_neighbor ? attention_width(static_cast<double>(neighbor.probability) / heads) : 0U;
+    std::uint64_t widths = attention_width(probability / heads);
     for (int offset = 1; offset < 32; offset *= 2) {
       const std::uint64_t before = __shfl_up_sync(kAllOnes, widths, offset);
       if (lane >= offset) widths += before;
     }
-    if (lane < top_k) row[top_k + lane] = static_cast<std::int32_t>(attention_threshold(widths));
-    return;
+    threshold = attention_threshold(widths);
+  } else if (layer.law == EdgeLaw::weighted && count > 0) {
+    double sum = probability;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const double before = __shfl_up_sync(kAllOnes, sum, offset);
+      if (lane >= offset) sum += before;
+    }
+    const double total = __shfl_sync(kAllOnes, sum, 31);
+    threshold = lane + 1 < count ? weighted_threshold(sum / total) : kAllOnes;
   }
-  double sum = is_neighbor ? static_cast<double>(neighbor.probability) : 0.0;
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const double before = __shfl_up_sync(kAllOnes, sum, offset);
-    if (lane >= offset) sum += before;
-  }
-  const double total = __shfl_sync(kAllOnes, sum, 31);
-  const double scaled = floor(__dadd_rn(__dmul_rn(sum / total, 0x1p32), 0.5));
-  const bool last = lane + 1 >= count || !(scaled < 0x1p32);
-  if (lane < top_k) {
-    row[top_k + lane] =
-        static_cast<std::int32_t>(last ? kAllOnes : static_cast<std::uint32_t>(scaled));
+  if (lane < layer.top_k) {
+    set_edge(layer, row, lane, is_neighbor ? neighbor.slot : -1, threshold);
   }
 }
 
