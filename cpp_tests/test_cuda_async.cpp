@@ -136,6 +136,27 @@ TEST_F(CudaAsync, WalksRunBesideTheCallersStream) {
   expect_same_state(expected, decoder);
 }
 
+TEST_F(CudaAsync, AWalkNotBesideRunsOnTheCallersStream) {
+  warm_up();
+  Decoder expected;
+  Decoder decoder;
+  const OwnStream stream;
+  for (int i = 0; i < 3; ++i) {
+    expected.manager.walk(kAllLayers, {}, stream.stream());
+    expected.manager.solve(0, {}, stream.stream());
+  }
+  expected.manager.synchronize();
+  launch_spin(kBusyMilliseconds, stream.handle());
+  for (int i = 0; i < 3; ++i) {
+    decoder.manager.walk(kAllLayers, {}, stream.stream(), false);
+    decoder.manager.solve(0, {}, stream.stream(), false);
+  }
+  EXPECT_TRUE(stream.is_busy()) << "a call waited until the stream was idle";
+  stream.synchronize();
+  expect_same_counts(expected, decoder);
+  expect_same_state(expected, decoder);
+}
+
 TEST_F(CudaAsync, NewTokensDoNotWaitForAWalk) {
   warm_up();
   // A walk of a tenth of a second on a corner of the device, beside an update of microseconds.

@@ -130,6 +130,7 @@ struct RenewArgs {
   std::span<const std::uint8_t> sequences;  ///< one entry each, nonzero: takes part; empty: all
   std::span<const int> walking;             ///< populations, by number
   std::span<const int> exact;               ///< others
+  bool beside = true;                       ///< what the caller queues next need not wait for it
 
   /// Philox blocks that are used up, see blocks_of_walk.
   std::uint64_t blocks(const WalkConfig& walk) const;

@@ -267,14 +267,15 @@ struct GraphManager::Impl {
   /// Walks some populations of the marked sequences and solves others exactly.
   void renew(std::string_view operation, std::int64_t layer,
              std::span<const std::uint8_t> sequences, std::span<const int> to_walk,
-             std::span<const int> to_solve, Stream stream) {
+             std::span<const int> to_solve, bool beside, Stream stream) {
     check_walk(operation, layer, sequences);
     const auto [first, count] = layer_range(layer);
     const detail::RenewArgs args{.first = first,
                                  .count = count,
                                  .sequences = sequences,
                                  .walking = to_walk,
-                                 .exact = to_solve};
+                                 .exact = to_solve,
+                                 .beside = beside};
     backend->renew(operation, args, stream);
     if (backend->is_recording(stream)) return;
     std::int64_t graphs = 0;
@@ -433,14 +434,14 @@ void GraphManager::update_novelty(std::int64_t layer, const ConstTensorView& key
   if (!impl_->backend->is_recording(stream)) state.has_novelty = true;
 }
 
-void GraphManager::walk(std::int64_t layer, std::span<const std::uint8_t> sequences,
-                        Stream stream) {
-  impl_->renew("walk", layer, sequences, impl_->walking, impl_->exact, stream);
+void GraphManager::walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream,
+                        bool beside) {
+  impl_->renew("walk", layer, sequences, impl_->walking, impl_->exact, beside, stream);
 }
 
-void GraphManager::solve(std::int64_t layer, std::span<const std::uint8_t> sequences,
-                         Stream stream) {
-  impl_->renew("solve", layer, sequences, {}, impl_->all, stream);
+void GraphManager::solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream,
+                         bool beside) {
+  impl_->renew("solve", layer, sequences, {}, impl_->all, beside, stream);
 }
 
 void GraphManager::update_and_step(std::int64_t layer, const ConstTensorView& query,

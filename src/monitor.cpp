@@ -75,13 +75,13 @@ struct Monitor::Impl {
   }
 
   void renew(std::int64_t layer, const ConstTensorView& keys,
-             const std::vector<std::uint8_t>& sequences, Stream stream) {
+             const std::vector<std::uint8_t>& sequences, Stream stream, bool beside = true) {
     if (sequences.empty()) return;
     if (graph.walk_config().needs_novelty()) graph.update_novelty(layer, keys, stream);
     if (config.solver == Solver::exact) {
-      graph.solve(layer, sequences, stream);
+      graph.solve(layer, sequences, stream, beside);
     } else {
-      graph.walk(layer, sequences, stream);
+      graph.walk(layer, sequences, stream, beside);
     }
   }
 
@@ -177,7 +177,7 @@ void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const Tensor
                                return full[static_cast<std::size_t>(b)] != 0 &&
                                       impl_->has_news(layer, b);
                              }),
-               stream);
+               stream, false);
   impl_->graph.select(layer, eviction, false, out, stream);
 }
 

@@ -80,7 +80,9 @@ SANITIZER_FILTER = ":".join(
 #: launch the kernels of other tests over and over.
 RACECHECK_LEAVES_OUT = ":".join(
     (
+        "BackendsAgree.OnRowsOfManyTokens",
         "DividedLayer.ForgetsASequence",
+        "HeadBudgets.CompactAndReleaseTakeListsOfDifferentLengths",
         "Monitor.DecodesInFixedSlots",
         "PprExact.LeavesStaleEdgesOut",
         "PprWalk.AddsVisitsToDecayedScores",

@@ -56,14 +56,14 @@ struct MemoryUse {
 /// overlap; two managers are independent. On the CPU every call has finished when it returns.
 ///
 /// On CUDA a call is queued and returns. What touches the caller's tensors runs on the caller's
-/// stream; walks and solves touch only the manager's own memory and run on a side stream of low
-/// priority, beside new tokens, between the caller's work before them and the first call that needs
-/// their result. Calls on different streams are ordered by the manager. Some calls wait for the
-/// device: those that take or return memory, save or load a graph, truncate, read statistics, or
-/// must count what a tensor on the device holds (padding marks; kept lists without `kept`; slots
-/// and kept lists with GraphConfig::eager_checks). Without eager checks the device checks slots and
-/// kept lists itself: a faulty one stops all later changes, and the calls that come after the
-/// device found it throw InvalidArgument until reset(kAllLayers).
+/// stream; walks and solves touch only the manager's own memory and run, unless `beside` is false,
+/// on a side stream of low priority, beside new tokens, between the caller's work before them and
+/// the first call that needs their result. Calls on different streams are ordered by the manager.
+/// Some calls wait for the device: those that take or return memory, save or load a graph,
+/// truncate, read statistics, or must count what a tensor on the device holds (padding marks; kept
+/// lists without `kept`; slots and kept lists with GraphConfig::eager_checks). Without eager checks
+/// the device checks slots and kept lists itself: a faulty one stops all later changes, and the
+/// calls that come after the device found it throw InvalidArgument until reset(kAllLayers).
 ///
 /// `update`, `attend`, `update_novelty`, `walk`, `select`, `release`, `next_slots`, `place`,
 /// `scores` and the like may be captured into a CUDA graph, on the captured stream alone;
@@ -106,12 +106,16 @@ class SPECTRALKV_API GraphManager {
   void update_novelty(std::int64_t layer, const ConstTensorView& keys, Stream stream);
 
   /// Renews the scores of all populations: by random walks, and of those with Solver::exact as
-  /// solve does. `sequences` marks which take part (B entries, nonzero: yes); empty: all.
-  void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
+  /// solve does. `sequences` marks which take part (B entries, nonzero: yes); empty: all. `beside`
+  /// is for CUDA: whether new tokens need not wait for it. Not where the next call needs its
+  /// result, so that no second stream is put to work for nothing.
+  void walk(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream,
+            bool beside = true);
 
   /// The same scores without noise, of all populations: one sweep from the newest token to the
   /// oldest, in units of visits. Bitwise deterministic.
-  void solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream);
+  void solve(std::int64_t layer, std::span<const std::uint8_t> sequences, Stream stream,
+             bool beside = true);
 
   /// update, update_novelty where a population needs it, and walk.
   void update_and_step(std::int64_t layer, const ConstTensorView& query,

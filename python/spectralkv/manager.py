@@ -246,26 +246,32 @@ class GraphManager:
         layer: int = ALL_LAYERS,
         sequences: Sequence[bool] = (),
         *,
+        beside: bool = True,
         stream: StreamLike = None,
     ) -> None:
         """Walk the graphs of a layer, or of all; of the marked sequences, or of all.
 
         Populations with ``solver="exact"`` are solved instead, as `solve` does. On CUDA this runs
-        beside what the caller queues next, until a call needs its result.
+        beside what the caller queues next, on a stream of the manager's own, until a call needs its
+        result. With ``beside=False`` it runs on the caller's: for callers that need it at once.
         """
         handle = self._queue.enter(stream)
-        self._core.walk(layer, [int(mark) for mark in sequences], handle)
+        self._core.walk(layer, [int(mark) for mark in sequences], handle, beside)
 
     def solve(
         self,
         layer: int = ALL_LAYERS,
         sequences: Sequence[bool] = (),
         *,
+        beside: bool = True,
         stream: StreamLike = None,
     ) -> None:
-        """Compute the same scores of all populations without noise, in units of visits."""
+        """Compute the same scores of all populations without noise, in units of visits.
+
+        `beside` is as in `walk`.
+        """
         handle = self._queue.enter(stream)
-        self._core.solve(layer, [int(mark) for mark in sequences], handle)
+        self._core.solve(layer, [int(mark) for mark in sequences], handle, beside)
 
     def update_and_step(
         self,

@@ -283,10 +283,10 @@ class Monitor:
             for layer in due:
                 graph.update_novelty(layer, keys[layer], stream=stream)
         if len(due) == graph.graph_config.num_layers and len(set(map(tuple, marks.values()))) == 1:
-            renew(ALL_LAYERS, marks[due[0]], stream=stream)
+            renew(ALL_LAYERS, marks[due[0]], beside=False, stream=stream)
         else:
             for layer in due:
-                renew(layer, marks[layer], stream=stream)
+                renew(layer, marks[layer], beside=False, stream=stream)
 
     def _to_renew(self, layer: int, *, force: bool) -> list[bool]:
         """Sequences that are cut and got tokens since their last walk."""

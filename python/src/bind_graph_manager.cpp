@@ -88,16 +88,16 @@ void init_graph_manager(nb::module_& m) {
           "layer"_a, "keys"_a.noconvert(), "stream"_a = 0, Release())
       .def(
           "walk",
-          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream) {
-            self.walk(layer, sequences, stream_of(stream));
-          },
-          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, Release())
+          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream,
+             bool beside) { self.walk(layer, sequences, stream_of(stream), beside); },
+          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, "beside"_a = true,
+          Release())
       .def(
           "solve",
-          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream) {
-            self.solve(layer, sequences, stream_of(stream));
-          },
-          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, Release())
+          [](Self& self, std::int64_t layer, const Marks& sequences, std::uintptr_t stream,
+             bool beside) { self.solve(layer, sequences, stream_of(stream), beside); },
+          "layer"_a = skv::kAllLayers, "sequences"_a = Marks{}, "stream"_a = 0, "beside"_a = true,
+          Release())
       .def(
           "update_and_step",
           [](Self& self, std::int64_t layer, const Input& query, const Input& keys,

@@ -327,7 +327,7 @@ class CudaBackend final : public Backend {
         }
       }
     };
-    if (is_recording(stream)) {
+    if (is_recording(stream) || !args.beside) {
       change(queue, [&] { renew_layers(live, view(first), queue); });
       return;
     }

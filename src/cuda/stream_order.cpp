@@ -10,17 +10,11 @@
 namespace spectralkv::cuda {
 
 StreamOrder::StreamOrder() {
-  int lowest = 0;
-  int highest = 0;
-  check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
   try {
-    check(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, lowest),
-          "cudaStreamCreateWithPriority");
     check(cudaEventCreateWithFlags(&last_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     check(cudaEventCreateWithFlags(&walk_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
     check(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   } catch (...) {
-    if (side_ != nullptr) static_cast<void>(cudaStreamDestroy(side_));
     if (last_ != nullptr) static_cast<void>(cudaEventDestroy(last_));
     if (walk_ != nullptr) static_cast<void>(cudaEventDestroy(walk_));
     throw;
@@ -31,11 +25,13 @@ StreamOrder::~StreamOrder() {
   const CaptureGuard captures;
   // The memory that queued work uses is freed next.
   if (!idle_) static_cast<void>(cudaEventSynchronize(last_));
-  static_cast<void>(cudaStreamSynchronize(side_));
+  if (side_ != nullptr) {
+    static_cast<void>(cudaStreamSynchronize(side_));
+    static_cast<void>(cudaStreamDestroy(side_));
+  }
   static_cast<void>(cudaEventDestroy(last_));
   static_cast<void>(cudaEventDestroy(walk_));
   static_cast<void>(cudaEventDestroy(ready_));
-  static_cast<void>(cudaStreamDestroy(side_));
   static_cast<void>(cudaGetLastError());
 }
 
@@ -96,10 +92,22 @@ void StreamOrder::leave(cudaStream_t stream) {
   if (joined_) walks_ = false;
 }
 
-cudaStream_t StreamOrder::fork_walk(cudaStream_t stream) {
-  check(cudaEventRecord(ready_, stream), "cudaEventRecord");
-  check(cudaStreamWaitEvent(side_, ready_, 0), "cudaStreamWaitEvent");
+cudaStream_t StreamOrder::side() {
+  if (side_ == nullptr) {
+    int lowest = 0;
+    int highest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+    check(cudaStreamCreateWithPriority(&side_, cudaStreamNonBlocking, lowest),
+          "cudaStreamCreateWithPriority");
+  }
   return side_;
+}
+
+cudaStream_t StreamOrder::fork_walk(cudaStream_t stream) {
+  const cudaStream_t side = this->side();
+  check(cudaEventRecord(ready_, stream), "cudaEventRecord");
+  check(cudaStreamWaitEvent(side, ready_, 0), "cudaStreamWaitEvent");
+  return side;
 }
 
 void StreamOrder::leave_walk() {
@@ -108,9 +116,14 @@ void StreamOrder::leave_walk() {
 }
 
 cudaStream_t StreamOrder::own() {
-  wait_for_last(side_);
-  joined_ = true;  // a walk runs on the side stream itself
-  return side_;
+  // While a blocking stream is captured, the legacy one may not be used.
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const bool is_usable = cudaStreamIsCapturing(cudaStreamLegacy, &status) == cudaSuccess;
+  if (!is_usable) static_cast<void>(cudaGetLastError());
+  const cudaStream_t stream = is_usable ? cudaStreamLegacy : side();
+  wait_for_last(stream);
+  wait_for_walk(stream);
+  return stream;
 }
 
 void StreamOrder::synchronize() {

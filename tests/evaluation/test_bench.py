@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spectralkv.evaluation.bench import (
     BenchRow,
     FlatRun,
     random_model,
+    run_apart,
     run_bench,
     spread_head_shares,
 )
@@ -106,6 +108,25 @@ def test_every_cache_at_every_context() -> None:
             assert row.kv_bytes == (row.budget + 2) * SLOT
             assert row.graph_bytes > 0
     assert result.to_dict()["rows"][0]["over_full"] >= 1.0
+
+
+def test_full_caches_are_measured_in_a_process_of_their_own() -> None:
+    config = replace(SMALL, contexts=(100,), caches=("loop", "fused"), flat=20)
+    alone = config.full_alone
+    assert alone == replace(config, caches=("fused",), flat=0)
+    assert alone.full_alone is None
+    assert replace(config, caches=("loop",)).full_alone is None
+
+    full = run_apart(partial(random_model, "tiny"), alone)
+    (row,) = full.rows
+    assert row.kind == "StaticCache fused"
+    told: set[int] = set()
+    result = run_bench(
+        random_model("tiny"), config, on_progress=lambda *step: told.add(step[2]), full=full
+    )
+    assert result.rows[0] is row
+    assert [one.label for one in result.rows[1:]] == ["Spectral loop 20%", "Spectral loop 50%"]
+    assert told == {3}  # two rows and the long generation
 
 
 @pytest.mark.parametrize("group", ["loop", "policy", "model"])

@@ -107,11 +107,13 @@ def bench(
     Caches are filled with random keys and values. bench.json is written after each of them. A
     measurement is the mean of its steps, one cut in every --interval of them included. Prompts are
     read from random tokens, all of one in a forward pass; the cut is to the middle one of
-    --budgets.
+    --budgets. On CUDA, caches that keep everything are measured in a process of their own.
     """
     from dataclasses import replace
+    from functools import partial
 
-    from spectralkv.evaluation.bench import BenchConfig, random_model, run_bench
+    from spectralkv.evaluation import load_model
+    from spectralkv.evaluation.bench import BenchConfig, random_model, run_apart, run_bench
     from spectralkv.evaluation.bench_caches import GROUPS
     from spectralkv.evaluation.bench_report import markdown as as_markdown
     from spectralkv.evaluation.bench_report import plot_bench, plot_flat
@@ -139,10 +141,15 @@ def bench(
     device = resolve_device(device)
     make_folder(output)
     if model:
-        loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
+        load = partial(load_model, model, gguf_file=gguf_file or None, dtype=dtype, device=device)
     else:
-        with shared.working(f"making random weights of shape {shape}"):
-            loaded = random_model(shape, dtype=dtype, device=device)
+        load = partial(random_model, shape, dtype=dtype, device=device)
+    full = None
+    if device.startswith("cuda") and (alone := config.full_alone) is not None:
+        with shared.working("measuring full caches in a process of their own"):
+            full = run_apart(load, alone)
+    with shared.working(f"loading {model}" if model else f"making random weights of shape {shape}"):
+        loaded = load()
     if head_shares is not None:
         config = replace(config, head_shares=_shares_for(head_shares, loaded.model))
     environment = shared.environment(device, loaded.dtype)
@@ -152,7 +159,7 @@ def bench(
         write_json(written[0], {"environment": environment, **result.to_dict()})
 
     with shared.progress_bar() as progress:
-        result = run_bench(loaded, config, on_progress=progress, on_result=write)
+        result = run_bench(loaded, config, on_progress=progress, on_result=write, full=full)
     where = f"{loaded.dtype} on {device_name(device)}"
     _show(result, where=where)
     if result.rows:
