@@ -13,9 +13,9 @@ namespace spectralkv::cuda {
 /// last work on another stream. One exception: a walk beside, or a solve, which counts as one here,
 /// reads nothing that a new token changes, so new tokens do not wait for it.
 ///
-/// No stream is used without need: on an H200 kernels of replayed CUDA graphs follow each other 0.2
-/// to 0.4 us later once a process has put several streams to work, a tenth of a step where kernels
-/// are small.
+/// No stream is used without need: what a process does on several streams is one of the things that
+/// make the kernels of replayed CUDA graphs follow each other later from then on, as seen on an
+/// H200: a tenth of a step where kernels are small.
 class StreamOrder {
  public:
   /// On the current device.

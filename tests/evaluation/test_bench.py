@@ -110,23 +110,34 @@ def test_every_cache_at_every_context() -> None:
     assert result.to_dict()["rows"][0]["over_full"] >= 1.0
 
 
-def test_full_caches_are_measured_in_a_process_of_their_own() -> None:
-    config = replace(SMALL, contexts=(100,), caches=("loop", "fused"), flat=20)
-    alone = config.full_alone
-    assert alone == replace(config, caches=("fused",), flat=0)
-    assert alone.full_alone is None
-    assert replace(config, caches=("loop",)).full_alone is None
-
-    full = run_apart(partial(random_model, "tiny"), alone)
-    (row,) = full.rows
-    assert row.kind == "StaticCache fused"
-    told: set[int] = set()
-    result = run_bench(
-        random_model("tiny"), config, on_progress=lambda *step: told.add(step[2]), full=full
+def test_each_cache_is_measured_in_a_process_of_its_own() -> None:
+    config = replace(
+        SMALL, contexts=(100, 200), budgets=(0.5,), caches=("loop", "fused"), flat=20, prefill=True
     )
-    assert result.rows[0] is row
-    assert [one.label for one in result.rows[1:]] == ["Spectral loop 20%", "Spectral loop 50%"]
-    assert told == {3}  # two rows and the long generation
+    parts = config.parts
+    assert [(part.contexts, part.caches) for part in parts] == [
+        ((context,), (group,)) for context in (100, 200) for group in ("fused", "loop")
+    ]
+    assert not any(part.flat or part.prefill or part.largest_batch for part in parts)
+
+    told: list[tuple[str, int, int]] = []
+    seen: list[BenchResult] = []
+    known = run_apart(
+        partial(random_model, "tiny"),
+        replace(config, contexts=(100,)),
+        on_progress=lambda *step: told.append(step),
+        on_result=seen.append,
+    )
+    assert [row.label for row in known.rows] == ["StaticCache fused", "Spectral loop 50%"]
+    assert [len(one.rows) for one in seen] == [1, 2]
+    assert told == [("measuring", done, 2) for done in range(3)]
+    result = run_bench(
+        random_model("tiny"), replace(config, contexts=(100,), prefill=False), known=known
+    )
+    assert result.rows == known.rows
+    assert result.flat is not None
+    with pytest.raises(EvaluationError, match="apart must have caches to measure, got none"):
+        run_apart(partial(random_model, "tiny"), replace(config, caches=()))
 
 
 @pytest.mark.parametrize("group", ["loop", "policy", "model"])

@@ -83,6 +83,14 @@ def bench(
     flat: Annotated[
         int, typer.Option(help="Time so many tokens of one generation, 500 at a time; 0: none.")
     ] = 0,
+    apart: Annotated[
+        bool,
+        typer.Option(
+            "--apart",
+            help="Measure each cache at each context in a process of its own: what was captured "
+            "before makes steps on CUDA longer.",
+        ),
+    ] = False,
     head_shares: Annotated[
         Path | None,
         typer.Option(
@@ -107,14 +115,17 @@ def bench(
     Caches are filled with random keys and values. bench.json is written after each of them. A
     measurement is the mean of its steps, one cut in every --interval of them included. Prompts are
     read from random tokens, all of one in a forward pass; the cut is to the middle one of
-    --budgets. On CUDA, caches that keep everything are measured in a process of their own.
+    --budgets.
     """
     from dataclasses import replace
     from functools import partial
 
+    import torch
+
     from spectralkv.evaluation import load_model
     from spectralkv.evaluation.bench import BenchConfig, random_model, run_apart, run_bench
     from spectralkv.evaluation.bench_caches import GROUPS
+    from spectralkv.evaluation.bench_clock import free_memory
     from spectralkv.evaluation.bench_report import markdown as as_markdown
     from spectralkv.evaluation.bench_report import plot_bench, plot_flat
     from spectralkv.evaluation.models import resolve_device
@@ -144,23 +155,28 @@ def bench(
         load = partial(load_model, model, gguf_file=gguf_file or None, dtype=dtype, device=device)
     else:
         load = partial(random_model, shape, dtype=dtype, device=device)
-    full = None
-    if device.startswith("cuda") and (alone := config.full_alone) is not None:
-        with shared.working("measuring full caches in a process of their own"):
-            full = run_apart(load, alone)
-    with shared.working(f"loading {model}" if model else f"making random weights of shape {shape}"):
+    loading = f"loading {model}" if model else f"making random weights of shape {shape}"
+    with shared.working(loading):
         loaded = load()
     if head_shares is not None:
         config = replace(config, head_shares=_shares_for(head_shares, loaded.model))
     environment = shared.environment(device, loaded.dtype)
+    where = f"{loaded.dtype} on {device_name(device)}"
     written = [output / "bench.json"]
 
     def write(result: BenchResult) -> None:
         write_json(written[0], {"environment": environment, **result.to_dict()})
 
+    known = None
+    if apart:
+        del loaded  # its memory is the others'
+        free_memory(torch.device(device))
+        with shared.progress_bar() as progress:
+            known = run_apart(load, config, on_progress=progress, on_result=write)
+        with shared.working(loading):
+            loaded = load()
     with shared.progress_bar() as progress:
-        result = run_bench(loaded, config, on_progress=progress, on_result=write, full=full)
-    where = f"{loaded.dtype} on {device_name(device)}"
+        result = run_bench(loaded, config, on_progress=progress, on_result=write, known=known)
     _show(result, where=where)
     if result.rows:
         written.append(output / "bench.png")

@@ -173,12 +173,22 @@ class BenchConfig:
                 )
 
     @property
-    def full_alone(self) -> BenchConfig | None:
-        """The same for caches that keep everything only; None: there are no others beside them."""
-        groups = tuple(group for group in self.caches if group in FULL_GROUPS)
-        if not groups or len(groups) == len(self.caches):
-            return None
-        return replace(self, caches=groups, prefill=False, flat=0)
+    def parts(self) -> tuple[BenchConfig, ...]:
+        """The same in pieces that are measured apart: a group, a context and a share each."""
+        alone = replace(self, prefill=False, flat=0)
+        kinds, _ = cache_kinds(self.caches, self.budgets, self.shares_of_plain_loops)
+        parts = [
+            replace(
+                alone,
+                contexts=(context,),
+                caches=(kind.group,),
+                budgets=self.budgets if kind.share is None else (kind.share,),
+                eager_budgets=self.eager_budgets if kind.share is None else (kind.share,),
+            )
+            for context in self.contexts
+            for kind in kinds
+        ]
+        return tuple(dict.fromkeys(parts))  # some groups have several caches
 
     @property
     def middle_budget(self) -> float:
@@ -441,7 +451,7 @@ def run_bench(
     *,
     on_progress: Progress | None = None,
     on_result: Callable[[BenchResult], None] | None = None,
-    full: BenchResult | None = None,
+    known: BenchResult | None = None,
 ) -> BenchResult:
     """Measure every kind of cache at every context.
 
@@ -457,8 +467,8 @@ def run_bench(
         Told of each kind that is done.
     on_result : callable, optional
         Gets what there is after each row.
-    full : BenchResult, optional
-        What :func:`run_apart` has measured already.
+    known : BenchResult, optional
+        What :func:`run_apart` has measured already: all rows.
 
     Raises
     ------
@@ -467,24 +477,51 @@ def run_bench(
     """
     _check_device(loaded, config)
     with bench_clock.quick_collection():
-        return _run(loaded, config, on_progress, on_result, full)
+        return _run(loaded, config, on_progress, on_result, known)
 
 
-def run_apart(load: Callable[[], LoadedModel], config: BenchConfig) -> BenchResult:
-    """Measure caches in a process of their own, as they would run without the others.
+def run_apart(
+    load: Callable[[], LoadedModel],
+    config: BenchConfig,
+    *,
+    on_progress: Progress | None = None,
+    on_result: Callable[[BenchResult], None] | None = None,
+) -> BenchResult:
+    """Measure each cache at each context in a process of its own, as it runs without the others.
 
-    What a process did before decides how soon kernels of replayed CUDA graphs follow each other: on
-    an H200 they wait 0.2 to 0.4 us more once several streams were at work.
+    What a process did before decides how soon kernels of replayed CUDA graphs follow each other:
+    once it has captured some, all of them wait longer, those of the model too. Prompts and the long
+    generation are left to :func:`run_bench`.
 
     Parameters
     ----------
     load : callable
-        Loads the model there; it can be pickled.
+        Loads the model, in each process; it can be pickled.
     config : BenchConfig
         What to measure.
+    on_progress, on_result : callable, optional
+        As of :func:`run_bench`.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_load_and_run, load, config).result()
+    parts = config.parts
+    whole: BenchResult | None = None
+    for done, part in enumerate(parts):
+        if on_progress is not None:
+            on_progress("measuring", done, len(parts))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            result = pool.submit(_load_and_run, load, part).result()
+        if whole is None:
+            whole = replace(result, config=config)
+        else:
+            whole = replace(
+                whole, rows=whole.rows + result.rows, largest=whole.largest + result.largest
+            )
+        if on_result is not None:
+            on_result(whole)
+    if whole is None:
+        raise EvaluationError("apart must have caches to measure, got none")
+    if on_progress is not None:
+        on_progress("measuring", len(parts), len(parts))
+    return whole
 
 
 def _load_and_run(load: Callable[[], LoadedModel], config: BenchConfig) -> BenchResult:
@@ -496,25 +533,19 @@ def _run(
     config: BenchConfig,
     on_progress: Progress | None,
     on_result: Callable[[BenchResult], None] | None,
-    full: BenchResult | None,
+    known: BenchResult | None,
 ) -> BenchResult:
     kinds, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
     jobs = list(enumerate((context, kind) for context in config.contexts for kind in kinds))
     # Importing kvpress puts wrappers around attention, so its presses are last at all contexts.
     jobs.sort(key=lambda job: job[1][1].group == "kvpress")
-    known = {} if full is None else {(row.kind, row.context): row for row in full.rows}
-    rows: dict[int, BenchRow] = {
-        place: known[kind.name, context]
-        for place, (context, kind) in jobs
-        if (kind.name, context) in known
-    }
-    jobs = [job for job in jobs if job[0] not in rows]
-    result = BenchResult(
-        model=loaded.name,
-        config=config,
-        largest=() if full is None else full.largest,
-        notes=tuple(notes),
-    )
+    rows: dict[int, BenchRow] = {}
+    result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
+    if known is not None:
+        jobs = []
+        result = replace(result, rows=known.rows, largest=known.largest)
+        if on_result is not None:
+            on_result(result)
     prompts = config.contexts if config.prefill else ()
     total = len(prompts) + len(jobs) + (config.flat > 0)
 
