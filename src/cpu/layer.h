@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -50,6 +51,8 @@ class AlignedBuffer {
   std::int64_t size_ = 0;
   std::unique_ptr<T[], Free> data_;
 };
+
+inline constexpr std::size_t kMaxNeighbors = 32;
 
 /// A row is top_k neighbours (slots, -1 where there are none) and, unless EdgeLaw::uniform, top_k
 /// thresholds: the cumulative probabilities in units of 2^-32, so that a 32-bit random number r
@@ -362,20 +365,26 @@ inline bool is_live_edge(const std::int32_t* positions, std::int64_t from, std::
 template <class Function>
 void for_each_live_edge(ConstRow row, EdgeLaw law, int top_k, const std::int32_t* positions,
                         std::int64_t slot, Function&& function) {
+  std::array<std::int32_t, kMaxNeighbors> neighbors;
+  std::array<std::uint32_t, kMaxNeighbors> widths;
+  std::size_t count = 0;
   std::uint64_t total = 0;
-  if (law == EdgeLaw::attention) {
-    total = std::uint64_t{1} << 32U;
-  } else {
-    for (int k = 0; k < top_k; ++k) {
-      if (is_live_edge(positions, slot, row.neighbor(k))) total += row.width(k);
-    }
-  }
-  if (total == 0) return;
-  const double unit = 1.0 / static_cast<double>(total);
+  std::uint32_t before = 0;
   for (int k = 0; k < top_k; ++k) {
-    const std::uint32_t width = row.width(k);
-    if (width == 0 || !is_live_edge(positions, slot, row.neighbor(k))) continue;
-    function(row.neighbor(k), static_cast<double>(width) * unit);
+    const std::uint32_t upper = row.has_thresholds() ? row.threshold(k) : before + 1;
+    const std::uint32_t width = upper - before;
+    before = upper;
+    const std::int32_t neighbor = row.neighbor(k);
+    if (width == 0 || !is_live_edge(positions, slot, neighbor)) continue;
+    neighbors[count] = neighbor;
+    widths[count++] = width;
+    total += width;
+  }
+  if (count == 0) return;
+  if (law == EdgeLaw::attention) total = std::uint64_t{1} << 32U;
+  const double unit = 1.0 / static_cast<double>(total);
+  for (std::size_t i = 0; i < count; ++i) {
+    function(neighbors[i], static_cast<double>(widths[i]) * unit);
   }
 }
 /// Rewrites the row of `slot` for slots that move, into `to`, which may be the row itself:

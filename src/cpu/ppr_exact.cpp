@@ -28,6 +28,48 @@ std::vector<std::int32_t> newest_first(const std::int32_t* positions, std::int64
   return order;
 }
 
+/// What the sweep over one graph reads, and what it fills.
+struct Sweep {
+  const std::int32_t* positions;
+  const std::uint32_t* rows;
+  EdgeLaw law;
+  int top_k;
+  double follow_prob;
+  const double* restart;
+  double* arriving;  ///< over edges
+};
+
+/// Returns the mass of all slots. The format is the compiler's to know: this is a loop over rows
+/// and little else.
+template <RowFormat kFormat>
+double sweep(const Sweep& graph, const std::vector<std::int32_t>& order) {
+  const std::int64_t words = words_of_row(kFormat, graph.top_k);
+  double total = 0.0;
+  for (const std::int32_t slot : order) {
+    const double mass = graph.restart[slot] + graph.arriving[slot];
+    if (mass == 0.0) continue;
+    total += mass;
+    const double sent = mass * graph.follow_prob;
+    for_each_live_edge(ConstRow(graph.rows + slot * words, kFormat, graph.top_k), graph.law,
+                       graph.top_k, graph.positions, slot,
+                       [&](std::int32_t neighbor, double probability) {
+                         graph.arriving[neighbor] += sent * probability;
+                       });
+  }
+  return total;
+}
+
+double sweep(RowFormat format, const Sweep& graph, const std::vector<std::int32_t>& order) {
+  switch (format) {
+    case RowFormat::slots:
+      return sweep<RowFormat::slots>(graph, order);
+    case RowFormat::wide:
+      return sweep<RowFormat::wide>(graph, order);
+    default:
+      return sweep<RowFormat::packed>(graph, order);
+  }
+}
+
 }  // namespace
 
 void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
@@ -35,9 +77,8 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
   if (populations.empty()) return;
   const WalkConfig& config = context.walk;
   const auto a_graph = static_cast<std::int64_t>(populations.size());
-  const int top_k = context.graph.top_k;
-  const int threads =
-      context.threads_for(layer.batch() * layer.graphs() * a_graph * state.length * top_k * 4);
+  const int threads = context.threads_for(layer.batch() * layer.graphs() * a_graph * state.length *
+                                          context.graph.top_k * 4);
 
   parallel_for(layer.batch() * layer.graphs() * a_graph, threads, [&](std::int64_t task, int) {
     const std::int64_t b = task / (layer.graphs() * a_graph);
@@ -53,18 +94,15 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
       restart[static_cast<std::size_t>(slot)] = probability;
     });
     const std::int32_t* positions = layer.positions(b, g);
-    double total = 0.0;
-    for (const std::int32_t slot : newest_first(positions, layer.extent(g, state.length))) {
-      const auto i = static_cast<std::size_t>(slot);
-      const double mass = restart[i] + arriving[i];
-      if (mass == 0.0) continue;
-      total += mass;
-      const double sent = mass * (1.0 - config.restart_prob);
-      for_each_live_edge(layer.row(b, g, slot), context.graph.edge_law, top_k, positions, slot,
-                         [&](std::int32_t neighbor, double probability) {
-                           arriving[static_cast<std::size_t>(neighbor)] += sent * probability;
-                         });
-    }
+    const Sweep graph{.positions = positions,
+                      .rows = layer.row(b, g, 0).words(),
+                      .law = context.graph.edge_law,
+                      .top_k = context.graph.top_k,
+                      .follow_prob = 1.0 - config.restart_prob,
+                      .restart = restart.data(),
+                      .arriving = arriving.data()};
+    const double total =
+        sweep(layer.format(), graph, newest_first(positions, layer.extent(g, state.length)));
 
     const double decay = decay_of(config, p);
     const bool all = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all;

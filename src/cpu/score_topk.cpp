@@ -48,7 +48,6 @@ float add_softmax(const CpuContext& context, const SoftmaxArgs& args, float* sco
 
 void draw_row(const CpuContext& context, CpuLayer& layer, std::int64_t b, std::int64_t g,
               std::int64_t slot, const float* probabilities, std::int64_t n) {
-  constexpr std::size_t kMaxNeighbors = 32;
   std::array<std::int32_t, kMaxNeighbors> neighbors;
   std::array<float, kMaxNeighbors> best;
   std::array<double, kMaxNeighbors> weights{};
