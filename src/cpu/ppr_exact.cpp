@@ -33,40 +33,53 @@ struct Sweep {
   const std::int32_t* positions;
   const std::uint32_t* rows;
   EdgeLaw law;
-  int top_k;
   double follow_prob;
   const double* restart;
   double* arriving;  ///< over edges
 };
 
-/// Returns the mass of all slots. The format is the compiler's to know: this is a loop over rows
-/// and little else.
-template <RowFormat kFormat>
+/// Returns the mass of all slots. What a row is like is the compiler's to know: this is a loop over
+/// rows and little else.
+template <RowFormat kFormat, int kTopK>
 double sweep(const Sweep& graph, const std::vector<std::int32_t>& order) {
-  const std::int64_t words = words_of_row(kFormat, graph.top_k);
+  constexpr std::int64_t kWords = words_of_row(kFormat, kTopK);
   double total = 0.0;
   for (const std::int32_t slot : order) {
     const double mass = graph.restart[slot] + graph.arriving[slot];
     if (mass == 0.0) continue;
     total += mass;
     const double sent = mass * graph.follow_prob;
-    for_each_live_edge(ConstRow(graph.rows + slot * words, kFormat, graph.top_k), graph.law,
-                       graph.top_k, graph.positions, slot,
-                       [&](std::int32_t neighbor, double probability) {
+    for_each_live_edge(ConstRow(graph.rows + slot * kWords, kFormat, kTopK), graph.law, kTopK,
+                       graph.positions, slot, [&](std::int32_t neighbor, double probability) {
                          graph.arriving[neighbor] += sent * probability;
                        });
   }
   return total;
 }
 
-double sweep(RowFormat format, const Sweep& graph, const std::vector<std::int32_t>& order) {
+template <RowFormat kFormat>
+double sweep(const Sweep& graph, int top_k, const std::vector<std::int32_t>& order) {
+  switch (top_k) {
+    case 4:
+      return sweep<kFormat, 4>(graph, order);
+    case 8:
+      return sweep<kFormat, 8>(graph, order);
+    case 16:
+      return sweep<kFormat, 16>(graph, order);
+    default:
+      return sweep<kFormat, 32>(graph, order);
+  }
+}
+
+double sweep(const Sweep& graph, RowFormat format, int top_k,
+             const std::vector<std::int32_t>& order) {
   switch (format) {
     case RowFormat::slots:
-      return sweep<RowFormat::slots>(graph, order);
+      return sweep<RowFormat::slots>(graph, top_k, order);
     case RowFormat::wide:
-      return sweep<RowFormat::wide>(graph, order);
+      return sweep<RowFormat::wide>(graph, top_k, order);
     default:
-      return sweep<RowFormat::packed>(graph, order);
+      return sweep<RowFormat::packed>(graph, top_k, order);
   }
 }
 
@@ -97,12 +110,11 @@ void solve(const CpuContext& context, CpuLayer& layer, const LayerState& state,
     const Sweep graph{.positions = positions,
                       .rows = layer.row(b, g, 0).words(),
                       .law = context.graph.edge_law,
-                      .top_k = context.graph.top_k,
                       .follow_prob = 1.0 - config.restart_prob,
                       .restart = restart.data(),
                       .arriving = arriving.data()};
-    const double total =
-        sweep(layer.format(), graph, newest_first(positions, layer.extent(g, state.length)));
+    const double total = sweep(graph, layer.format(), context.graph.top_k,
+                               newest_first(positions, layer.extent(g, state.length)));
 
     const double decay = decay_of(config, p);
     const bool all = config.populations[static_cast<std::size_t>(p)].count == VisitCount::all;
