@@ -15,3 +15,7 @@ configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/spectralkvConfig.cmak
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/spectralkvConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/spectralkvConfig.cmake" "${PROJECT_BINARY_DIR}/spectralkvConfigVersion.cmake"
   DESTINATION "${_config_dir}" COMPONENT runtime)
+if(NOT SKBUILD) # a wheel has it among what it says of itself
+  install(FILES "${PROJECT_SOURCE_DIR}/LICENSE"
+    DESTINATION "${CMAKE_INSTALL_DATADIR}/licenses/spectralkv" COMPONENT runtime)
+endif()

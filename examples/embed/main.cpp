@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "decoder.h"
 #include "kv_cache.h"
@@ -18,6 +19,11 @@
 namespace {
 
 namespace skv = spectralkv;
+
+constexpr std::string_view kUsage =
+    "usage: embed [--device cpu|cuda] [--tokens N] [--budget N] [--interval N]\n"
+    "A decoder of random weights that writes N tokens in a cache of a fixed size; --budget 0 keeps "
+    "everything.\n";
 
 struct Options {
   skv::Device device{};
@@ -88,6 +94,12 @@ void write(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const std::vector<std::string_view> arguments(argv + 1, argv + argc);
+  for (const std::string_view argument : arguments) {
+    if (argument != "--help" && argument != "-h") continue;
+    std::cout << kUsage;
+    return 0;
+  }
   std::cout << "spectralkv " << skv::version() << ", CPU kernels: " << skv::cpu_simd()
             << ", CUDA devices: ";
   if (const int devices = skv::cuda_device_count(); devices > 0) {
