@@ -177,7 +177,7 @@ void Monitor::keep(std::int64_t layer, const ConstTensorView& keys, const Tensor
                                return full[static_cast<std::size_t>(b)] != 0 &&
                                       impl_->has_news(layer, b);
                              }),
-               stream, false);
+               stream, /*beside=*/false);
   impl_->graph.select(layer, eviction, false, out, stream);
 }
 

@@ -35,6 +35,13 @@ void write_row(Row row, EdgeLaw law, int top_k, const std::int32_t* neighbors,
   }
 }
 
+void copy_row(ConstRow from, Row to, int top_k, std::int64_t slots) {
+  for (int k = 0; k < top_k; ++k) {
+    const std::int32_t neighbor = from.neighbor(k);
+    to.set(k, neighbor < slots ? neighbor : -1, from.has_thresholds() ? from.threshold(k) : 0);
+  }
+}
+
 void remap_row(ConstRow from, Row to, EdgeLaw law, int top_k, const std::int32_t* positions,
                std::int64_t slot, const std::int32_t* new_slot) {
   // Kept edges are pushed together first. Writing never overtakes reading, but a width needs the

@@ -43,12 +43,7 @@ void CpuLayer::copy_sequence(std::int64_t to, const CpuLayer& other, std::int64_
     const std::int64_t n = std::min(extent(g, length), other.extent(g, length));
     std::copy_n(other.positions(from, g), n, positions(to, g));
     for (std::int64_t slot = 0; slot < n; ++slot) {
-      const ConstRow its = other.row(from, g, slot);
-      const Row own = row(to, g, slot);
-      for (int k = 0; k < top_k_; ++k) {
-        const std::int32_t neighbor = its.neighbor(k);
-        own.set(k, neighbor < room(g) ? neighbor : -1, its.has_thresholds() ? its.threshold(k) : 0);
-      }
+      copy_row(other.row(from, g, slot), row(to, g, slot), top_k_, room(g));
     }
     for (int p = 0; p < populations_; ++p) {
       std::copy_n(other.scores(from, g, p), n, scores(to, g, p));

@@ -103,6 +103,10 @@ class BasicRow {
 using Row = BasicRow<std::uint32_t>;
 using ConstRow = BasicRow<const std::uint32_t>;
 
+/// Copies a row to one of any format, with its edges to slots below `slots`: only stale ones lead
+/// to others.
+void copy_row(ConstRow from, Row to, int top_k, std::int64_t slots);
+
 // ---- views
 
 template <class T, class Pointer>
@@ -218,7 +222,6 @@ class CpuLayer {
   AlignedBuffer<std::uint32_t> novelty_;
 };
 
-/// What the stages read besides the layer.
 /// Cosines and sines of Rotary for any position, from two small tables: an angle is the sum of that
 /// of a multiple of kStep and that of the rest.
 class RotaryTable {
@@ -244,6 +247,7 @@ class RotaryTable {
   std::vector<Turn> rests_;  ///< (kStep, pairs)
 };
 
+/// What the stages read besides the layer.
 struct CpuContext {
   const GraphConfig& graph;
   const WalkConfig& walk;

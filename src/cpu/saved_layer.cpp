@@ -176,15 +176,6 @@ std::int64_t check_positions(const std::int32_t* positions, const Header& header
   return static_cast<std::int64_t>(held.size());
 }
 
-/// Stores a row of a graph with `slots` slots. Where truncate took the last slots, stale edges may
-/// still lead there.
-void save_row(ConstRow row, std::int64_t slots, int top_k, Row saved) {
-  for (int k = 0; k < top_k; ++k) {
-    const std::int32_t neighbor = row.neighbor(k);
-    saved.set(k, neighbor < slots ? neighbor : -1, row.has_thresholds() ? row.threshold(k) : 0);
-  }
-}
-
 /// Checks a row of a graph with `slots` slots, and stores it.
 void load_row(ConstRow saved, const Header& header, std::int64_t slots, Row row) {
   std::uint32_t before = 0;
@@ -225,7 +216,7 @@ std::vector<std::uint8_t> save_layer(const GraphConfig& graph, const WalkConfig&
       std::vector<std::uint32_t> rows(static_cast<std::size_t>(n * row_words(header)));
       for (std::int64_t slot = 0; slot < n; ++slot) {
         const Row saved{rows.data() + slot * row_words(header), layer.format(), graph.top_k};
-        save_row(layer.row(b, g, slot), n, graph.top_k, saved);
+        copy_row(layer.row(b, g, slot), saved, graph.top_k, n);  // truncate may leave stale edges
       }
       for_each_run(layer, header, rows.data(), n, b, g,
                    [&](const auto* values, std::int64_t count) { writer.put(values, count); });

@@ -173,10 +173,14 @@ def bench(
         free_memory(torch.device(device))
         with shared.progress_bar() as progress:
             known = run_apart(load, config, on_progress=progress, on_result=write)
-        with shared.working(loading):
-            loaded = load()
-    with shared.progress_bar() as progress:
-        result = run_bench(loaded, config, on_progress=progress, on_result=write, known=known)
+    if known is not None and not (config.prefill or config.flat):
+        result = known
+    else:
+        if known is not None:
+            with shared.working(loading):
+                loaded = load()
+        with shared.progress_bar() as progress:
+            result = run_bench(loaded, config, on_progress=progress, on_result=write, known=known)
     _show(result, where=where)
     if result.rows:
         written.append(output / "bench.png")

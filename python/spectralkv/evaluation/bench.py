@@ -501,8 +501,14 @@ def run_apart(
         What to measure.
     on_progress, on_result : callable, optional
         As of :func:`run_bench`.
+
+    Raises
+    ------
+    EvaluationError
+        There is no cache to measure; or as :func:`run_bench`.
     """
     parts = config.parts
+    _, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
     whole: BenchResult | None = None
     for done, part in enumerate(parts):
         if on_progress is not None:
@@ -510,7 +516,7 @@ def run_apart(
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             result = pool.submit(_load_and_run, load, part).result()
         if whole is None:
-            whole = replace(result, config=config)
+            whole = replace(result, config=config, notes=tuple(notes))
         else:
             whole = replace(
                 whole, rows=whole.rows + result.rows, largest=whole.largest + result.largest
@@ -544,8 +550,6 @@ def _run(
     if known is not None:
         jobs = []
         result = replace(result, rows=known.rows, largest=known.largest)
-        if on_result is not None:
-            on_result(result)
     prompts = config.contexts if config.prefill else ()
     total = len(prompts) + len(jobs) + (config.flat > 0)
 
