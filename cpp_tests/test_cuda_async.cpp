@@ -267,6 +267,29 @@ TEST_F(CudaAsync, TheDefaultStreamIsAStreamToo) {
   expect_same_state(expected, decoder);
 }
 
+TEST_F(CudaAsync, CallsWithoutAStreamTakeTheOneThatIsNamed) {
+  warm_up();
+  Decoder expected;
+  Decoder decoder;
+  const OwnStream stream;
+  expected.step(stream);
+  decoder.step(stream);
+  spectralkv::GraphManager& manager = decoder.manager;
+  manager.use_stream(stream.stream());
+  const Index rows = expected.manager.statistics().rows_written;
+  expected.manager.reset(1, 0);
+  expected.manager.refresh();
+  launch_spin(kBusyMilliseconds, cudaStreamLegacy);
+  manager.reset(1, 0);
+  EXPECT_EQ(manager.statistics().rows_written, rows);
+  EXPECT_EQ(cudaStreamQuery(cudaStreamLegacy), cudaErrorNotReady)
+      << "a call waited for the default stream";
+  manager.refresh();
+  expect_same_state(expected, decoder);
+  // It may be captured meanwhile.
+  const Graph graph(stream, [&] { EXPECT_EQ(manager.statistics().rows_written, rows); });
+}
+
 TEST_F(CudaAsync, ManagersOnTwoStreamsDoNotDisturbEachOther) {
   Decoder expected_one(1);
   Decoder expected_two(2);

@@ -163,6 +163,9 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
+  /// Of calls that take none, from now on.
+  virtual void use_stream(Stream stream) = 0;
+
   /// Gives a layer memory for sequences whose graphs have `rooms` slots (empty: `capacity` each);
   /// sequence i of the new memory is a copy of sequences[i] of the old. No token lies behind what
   /// both have room for.
@@ -244,7 +247,7 @@ std::unique_ptr<Backend> make_cpu_backend(const GraphConfig& graph, const WalkCo
                                           const std::vector<LayerState>& layers);
 /// Throws BackendUnavailable where there is none.
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
-                                           const std::vector<LayerState>& layers);
+                                           const std::vector<LayerState>& layers, Stream stream);
 
 void decode_attention_on_cpu(const AttentionArgs& args);
 /// Throws BackendUnavailable where there is no such device.

@@ -49,7 +49,7 @@ struct GraphManager::Impl {
   std::vector<int> exact;    ///< the others
   std::vector<int> all;      ///< both
 
-  Impl(const GraphConfig& graph_config, WalkConfig walk_config)
+  Impl(const GraphConfig& graph_config, WalkConfig walk_config, Stream stream)
       : graph(graph_config), walk(std::move(walk_config)) {
     graph.validate();
     walk.validate();
@@ -67,8 +67,9 @@ struct GraphManager::Impl {
     all.resize(walk.populations.size());
     std::iota(all.begin(), all.end(), 0);
     layers.assign(static_cast<std::size_t>(graph.num_layers), state);
-    backend = graph.device.type == DeviceType::cpu ? detail::make_cpu_backend(graph, walk, layers)
-                                                   : detail::make_cuda_backend(graph, walk, layers);
+    backend = graph.device.type == DeviceType::cpu
+                  ? detail::make_cpu_backend(graph, walk, layers)
+                  : detail::make_cuda_backend(graph, walk, layers, stream);
   }
 
   // -- checks
@@ -386,11 +387,13 @@ struct GraphManager::Impl {
   }
 };
 
-GraphManager::GraphManager(const GraphConfig& graph, const WalkConfig& walk)
-    : impl_(std::make_unique<Impl>(graph, walk)) {}
+GraphManager::GraphManager(const GraphConfig& graph, const WalkConfig& walk, Stream stream)
+    : impl_(std::make_unique<Impl>(graph, walk, stream)) {}
 GraphManager::~GraphManager() = default;
 GraphManager::GraphManager(GraphManager&&) noexcept = default;
 GraphManager& GraphManager::operator=(GraphManager&&) noexcept = default;
+
+void GraphManager::use_stream(Stream stream) { impl_->backend->use_stream(stream); }
 
 void GraphManager::update(std::int64_t layer, const ConstTensorView& query,
                           const ConstTensorView& keys, const ConstTensorView& slots,

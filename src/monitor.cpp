@@ -102,8 +102,9 @@ struct Monitor::Impl {
   }
 };
 
-Monitor::Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor)
-    : impl_(new Impl{.graph = GraphManager(graph, walk),
+Monitor::Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor,
+                 Stream stream)
+    : impl_(new Impl{.graph = GraphManager(graph, walk, stream),
                      .config = Impl::checked(monitor, graph.num_layers)}) {}
 Monitor::~Monitor() = default;
 Monitor::Monitor(Monitor&&) noexcept = default;

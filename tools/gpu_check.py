@@ -476,16 +476,6 @@ def plan(
         )
         # fmt: on
 
-    def apart(batch: int, gpu: int) -> Stage:
-        """Decode as above, but with each cache in a process of its own."""
-        # fmt: off
-        return bench(
-            f"apart-{batch}", gpu, "rows", "--batch", str(batch), "--contexts", "4096,65536",
-            "--budgets", "0.2", "--caches", "fused,loop", "--steps", "64", "--row-seconds", "1",
-            "--apart",
-        )
-        # fmt: on
-
     def prompts() -> Stage:
         """Prompts into a full cache and into ours, with more and fewer rows of the graph."""
         # fmt: off
@@ -607,7 +597,6 @@ def plan(
             ],
             side_by_side=gpus > 1,
         ),
-        *parted([apart(1, 0), apart(8, gpus - 1)], side_by_side=gpus > 1),
         [prompts()],
         # Models launch thousands of small kernels: beside the others' they would wait for turns.
         [
@@ -642,8 +631,6 @@ def stage_names() -> list[str]:
         "compare",
         "decode-1",
         "decode-8",
-        "apart-1",
-        "apart-8",
         "prompts",
     ]
 

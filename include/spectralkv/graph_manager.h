@@ -71,12 +71,19 @@ struct MemoryUse {
 /// tells the host's view of them.
 class SPECTRALKV_API GraphManager {
  public:
-  GraphManager(const GraphConfig& graph, const WalkConfig& walk);
+  /// `stream`: as for use_stream.
+  GraphManager(const GraphConfig& graph, const WalkConfig& walk, Stream stream = {});
   ~GraphManager();
   GraphManager(GraphManager&&) noexcept;
   GraphManager& operator=(GraphManager&&) noexcept;
   GraphManager(const GraphManager&) = delete;
   GraphManager& operator=(const GraphManager&) = delete;
+
+  /// From now on the stream of calls that take none, as long as it lives; the legacy default
+  /// stream before. Where a capture keeps it from being used, the manager's side stream steps in.
+  /// Kernels on two streams in turns can make a process slower for good: name the stream of the
+  /// other calls.
+  void use_stream(Stream stream);
 
   // -- growing the graph
 

@@ -48,7 +48,9 @@ struct SPECTRALKV_API MonitorConfig {
 /// alone.
 class SPECTRALKV_API Monitor {
  public:
-  Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor);
+  /// `stream`: as for GraphManager::use_stream.
+  Monitor(const GraphConfig& graph, const WalkConfig& walk, const MonitorConfig& monitor,
+          Stream stream = {});
   ~Monitor();
   Monitor(Monitor&&) noexcept;
   Monitor& operator=(Monitor&&) noexcept;

@@ -39,13 +39,16 @@ class Queue:
         The manager's, as in :class:`spectralkv.GraphConfig`.
     synchronize
         Waits for all work of the manager.
+    first
+        Handle of the stream of calls that come before any tensor.
     """
 
-    def __init__(self, device: str, synchronize: Callable[[], None]) -> None:
+    def __init__(self, device: str, synchronize: Callable[[], None], first: int = 0) -> None:
         kind, _, index = device.partition(":")
         self._on_cuda = kind == "cuda"
         self._index = int(index or 0)
         self._synchronize = synchronize
+        self._first = first
         self._framework = ""  # of the newest tensors on a CUDA device
         self._is_current = True  # whether the call's stream is the framework's current one
 
@@ -201,7 +204,7 @@ class Queue:
             return int(torch.cuda.current_stream(self._index).cuda_stream)
         if self._framework == "cupy":
             return int(sys.modules["cupy"].cuda.get_current_stream(self._index).ptr)
-        return 0
+        return 0 if self._framework else self._first
 
     def _torch_stream(self, handle: int, like: Array) -> Any:
         """Make ``handle`` torch's current stream for a while."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spectralkv import _core
-from spectralkv._arrays import Array, Queue, StreamLike
+from spectralkv._arrays import Array, Queue, StreamLike, handle_of
 from spectralkv._core import ALL_LAYERS, MemoryUse, Statistics
 from spectralkv.config import EvictionConfig, GraphConfig, WalkConfig
 
@@ -35,6 +35,9 @@ class GraphManager:
     ----------
     graph, walk
         Configurations.
+    stream
+        Where the graphs' memory is first written, on CUDA; None: the legacy default stream. A
+        process that works on a stream of its own names it here, and so uses no other one.
 
     Raises
     ------
@@ -46,20 +49,30 @@ class GraphManager:
         A ``RuntimeError``: a call of the CUDA runtime failed.
     """
 
-    def __init__(self, graph: GraphConfig, walk: WalkConfig | None = None) -> None:
+    def __init__(
+        self, graph: GraphConfig, walk: WalkConfig | None = None, *, stream: StreamLike = None
+    ) -> None:
         self._graph_config = graph
         self._walk_config = walk or WalkConfig()
-        self._core = _core.GraphManager(graph._to_core(), self._walk_config._to_core())
-        self._queue = Queue(graph.device, self._core.synchronize)
+        first = 0 if stream is None else handle_of(stream)
+        self._core = _core.GraphManager(graph._to_core(), self._walk_config._to_core(), first)
+        self._queue = Queue(graph.device, self._core.synchronize, first)
 
     @classmethod
-    def _wrap(cls, core: _core.GraphManager, graph: GraphConfig, walk: WalkConfig) -> GraphManager:
+    def _wrap(
+        cls, core: _core.GraphManager, graph: GraphConfig, walk: WalkConfig, first: int
+    ) -> GraphManager:
         self = cls.__new__(cls)
         self._graph_config = graph
         self._walk_config = walk
         self._core = core
-        self._queue = Queue(graph.device, core.synchronize)
+        self._queue = Queue(graph.device, core.synchronize, first)
         return self
+
+    def _here(self) -> _core.GraphManager:
+        """Return the core, whose next call without a stream goes where the caller works."""
+        self._core.use_stream(self._queue.enter(None))
+        return self._core
 
     @property
     def graph_config(self) -> GraphConfig:
@@ -517,19 +530,19 @@ class GraphManager:
 
     def truncate(self, layer: int, count: int) -> None:
         """Forget the newest ``count`` tokens; all of them must still be there."""
-        self._core.truncate(layer, count)
+        self._here().truncate(layer, count)
 
     def select_batch(self, layer: int, sequences: Sequence[int]) -> None:
         """Make sequence i a copy of what ``sequences[i]`` was."""
-        self._core.select_batch(layer, list(sequences))
+        self._here().select_batch(layer, list(sequences))
 
     def reset(self, layer: int = ALL_LAYERS, sequence: int | None = None) -> None:
         """Forget all tokens; random numbers go on."""
-        self._core.reset(layer, sequence)
+        self._here().reset(layer, sequence)
 
     def reserve(self, layer: int, capacity: int) -> None:
         """Give each head of a layer room for ``capacity`` slots, no less than its length."""
-        self._core.reserve(layer, capacity)
+        self._here().reserve(layer, capacity)
 
     def divide(self, layer: int, rooms: Sequence[int]) -> None:
         """Give each head of a layer a room of its own: slots in a pool that the heads share.
@@ -545,7 +558,7 @@ class GraphManager:
         InvalidArgument
             A room is smaller than what its head holds, or heads share a graph.
         """
-        self._core.divide(layer, list(rooms))
+        self._here().divide(layer, list(rooms))
 
     def synchronize(self) -> None:
         """Wait for the device's work of this manager."""
@@ -553,7 +566,7 @@ class GraphManager:
 
     def refresh(self) -> None:
         """Read lengths and counts from the device, after replays of captured calls; waits."""
-        self._core.refresh()
+        self._here().refresh()
 
     # -- inspection
 
@@ -667,7 +680,7 @@ class GraphManager:
         A manager of the same configuration, on any device, that loads it goes on as this one
         would. After replays of captured calls, `refresh` first.
         """
-        return self._core.save_layer(layer)
+        return self._here().save_layer(layer)
 
     def load_layer(self, layer: int, saved: bytes) -> None:
         """Replace a layer, its number of sequences included, by a saved one; waits.
@@ -679,7 +692,7 @@ class GraphManager:
             edge law, top_k, scope, number of heads or populations; or they are longer than the
             layer's capacity.
         """
-        self._core.load_layer(layer, saved)
+        self._here().load_layer(layer, saved)
 
     def restart_distribution(
         self, layer: int, population: int, *, like: Array, stream: StreamLike = None
@@ -696,7 +709,7 @@ class GraphManager:
 
     def statistics(self) -> Statistics:
         """Rows drawn, rows left empty because of NaN or infinity, walks, tokens evicted."""
-        return self._core.statistics()
+        return self._here().statistics()
 
     def memory_use(self) -> MemoryUse:
         """Bytes of the graphs and of scratch buffers."""

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from spectralkv import _core
-from spectralkv._arrays import Array, StreamLike
+from spectralkv._arrays import Array, StreamLike, handle_of
 from spectralkv.config import EvictionConfig, GraphConfig, MonitorConfig, Solver, WalkConfig
 from spectralkv.manager import ALL_LAYERS, GraphManager
 
@@ -38,6 +38,8 @@ class Monitor:
         Configurations.
     solver, walk_interval, top_fraction, row_stride, prompt_rows, head_budgets
         See :class:`spectralkv.MonitorConfig`.
+    stream
+        As of :class:`GraphManager`.
 
     Raises
     ------
@@ -59,6 +61,7 @@ class Monitor:
         row_stride: int = 1,
         prompt_rows: int = 1024,
         head_budgets: Sequence[Sequence[int]] = (),
+        stream: StreamLike = None,
     ) -> None:
         self._config = MonitorConfig(
             eviction=eviction,
@@ -71,8 +74,11 @@ class Monitor:
         )
         # Asked for at each cut of each layer.
         self._evictions = [self._config.eviction_of(layer) for layer in range(graph.num_layers)]
-        self._core = _core.Monitor(graph._to_core(), walk._to_core(), self._config._to_core())
-        self._graph = GraphManager._wrap(self._core.graph, graph, walk)
+        first = 0 if stream is None else handle_of(stream)
+        self._core = _core.Monitor(
+            graph._to_core(), walk._to_core(), self._config._to_core(), first
+        )
+        self._graph = GraphManager._wrap(self._core.graph, graph, walk, first)
         self._queue = self._graph._queue
 
     def __deepcopy__(self, memo: dict[int, object]) -> Monitor:
@@ -87,6 +93,7 @@ class Monitor:
             row_stride=config.row_stride,
             prompt_rows=config.prompt_rows,
             head_budgets=config.head_budgets,
+            stream=graph._queue.enter(None),
         )
         for layer in range(graph.graph_config.num_layers):
             rooms = graph.rooms(layer)
@@ -207,6 +214,7 @@ class Monitor:
 
     def on_finish(self, sequence: int) -> None:
         """Free the slots of a sequence that has ended."""
+        self._graph._here()
         self._core.on_finish(sequence)
 
     def is_full(self, layer: int) -> bool:

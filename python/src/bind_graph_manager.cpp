@@ -45,7 +45,14 @@ void init_graph_manager(nb::module_& m) {
       .def_ro("scratch_bytes", &skv::MemoryUse::scratch_bytes);
 
   nb::class_<Self>(m, "GraphManager", "The attention graphs of a model.")
-      .def(nb::init<const skv::GraphConfig&, const skv::WalkConfig&>(), "graph"_a, "walk"_a)
+      .def(
+          "__init__",
+          [](Self* self, const skv::GraphConfig& graph, const skv::WalkConfig& walk,
+             std::uintptr_t stream) { new (self) Self(graph, walk, stream_of(stream)); },
+          "graph"_a, "walk"_a, "stream"_a = 0)
+      .def(
+          "use_stream",
+          [](Self& self, std::uintptr_t stream) { self.use_stream(stream_of(stream)); }, "stream"_a)
       .def(
           "update",
           [](Self& self, std::int64_t layer, const Input& query, const Input& keys,

@@ -20,8 +20,12 @@ void init_monitor(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
   using Self = skv::Monitor;
   nb::class_<Self>(m, "Monitor", "The controller for an engine's loop.")
-      .def(nb::init<const skv::GraphConfig&, const skv::WalkConfig&, const skv::MonitorConfig&>(),
-           "graph"_a, "walk"_a, "monitor"_a)
+      .def(
+          "__init__",
+          [](Self* self, const skv::GraphConfig& graph, const skv::WalkConfig& walk,
+             const skv::MonitorConfig& monitor,
+             std::uintptr_t stream) { new (self) Self(graph, walk, monitor, stream_of(stream)); },
+          "graph"_a, "walk"_a, "monitor"_a, "stream"_a = 0)
       .def(
           "on_prefill",
           [](Self& self, std::int64_t layer, const Input& queries, const Input& keys,

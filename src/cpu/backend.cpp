@@ -35,6 +35,8 @@ class CpuBackend final : public Backend {
     }
   }
 
+  void use_stream(Stream) override {}
+
   void resize(std::int64_t layer, std::int64_t capacity, std::span<const std::int64_t> rooms,
               std::span<const std::int64_t> sequences) override {
     CpuLayer& old = mine(layer);

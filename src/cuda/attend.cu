@@ -7,6 +7,7 @@
 // heads, and graphs that heads share) the row takes an update of its own, which reads the keys
 // again.
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <cstdint>
 #include <span>
@@ -14,6 +15,7 @@
 
 #include "cuda/clusters.h"
 #include "cuda/cuda_check.h"
+#include "cuda/device/kernel_order.cuh"
 #include "cuda/device/key_dots.cuh"
 #include "cuda/device/new_row.cuh"
 #include "cuda/device/thread_cluster.cuh"
@@ -116,17 +118,10 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   extern __shared__ uint4 attend_memory[];
   __shared__ AttendShared shared;
   const UpdateArgs& update = args.update;
-  const std::int64_t length = layer.counters != nullptr ? layer.counters->length : extent;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int cluster = cluster_size();
-  const auto index = static_cast<unsigned>(cluster_index());
-  const auto places =
-      static_cast<unsigned>(layer.first_slots == nullptr ? layer.heads : layer.batch);
-  const GraphOfRun graph(layer, static_cast<int>(index / places), static_cast<int>(index % places));
-  const int b = graph.b;
-  const int h = graph.g;
   const int query_heads = layer.group;
   const int dim = layer.head_dim;
   const bool draws_row = plan.draws_row;
@@ -146,10 +141,6 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   float* const tile_scores =
       reinterpret_cast<float*>(bytes + layout.scores) + warp * kColumns * AttendLayout::kScorePitch;
 
-  const bool fault = draws_row && rank == 0 && thread == 0 && has_fault(layer);
-  const bool finishes = draws_row && rank == 0 && warp == 1;
-  SequenceCounters counters{};
-  if (finishes) counters = counters_of_lane(layer);
   if (thread == 0) {
     constexpr int kEntry = sizeof(std::uint64_t);
     open_mailbox(shared.row.sums, cluster * query_heads * kEntry);
@@ -162,6 +153,19 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   cluster_arrive();
   if (warp == 1) clear(shared.row.top_k, lane);
   if (draws_row) block.clear_barred(plan.slots);
+
+  wait_for_former_kernels();
+  const std::int64_t length = layer.counters != nullptr ? layer.counters->length : extent;
+  const auto index = static_cast<unsigned>(cluster_index());
+  const auto places =
+      static_cast<unsigned>(layer.first_slots == nullptr ? layer.heads : layer.batch);
+  const GraphOfRun graph(layer, static_cast<int>(index / places), static_cast<int>(index % places));
+  const int b = graph.b;
+  const int h = graph.g;
+  const bool fault = draws_row && rank == 0 && thread == 0 && has_fault(layer);
+  const bool finishes = draws_row && rank == 0 && warp == 1;
+  SequenceCounters counters{};
+  if (finishes) counters = counters_of_lane(layer);
   __syncthreads();
 
   // The length of the layer is still on its way: what needs it comes after the queries.
@@ -325,19 +329,20 @@ std::int64_t shared_bytes(const LayerView& layer, const AttendPlan& plan) {
 /// thread may launch the same kernel for another shape.
 template <class Kernel>
 cudaLaunchConfig_t configured(Kernel kernel, int threads, int cluster,
-                              cudaLaunchAttribute& attribute) {
+                              std::array<cudaLaunchAttribute, 2>& attributes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              most_shared_bytes()),
         "cudaFuncSetAttribute");
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.attrs = &attribute;
+  config.attrs = attributes.data();
+  if (begin_early(attributes[0])) config.numAttrs = 1;
   if (cluster > 1) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "cudaFuncSetAttribute");
-    config.numAttrs = 1;
+    cudaLaunchAttribute& shape = attributes[config.numAttrs++];
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
   return config;
 }
@@ -374,8 +379,8 @@ bool launch_as(const LayerView& layer, const AttendArgs& args, std::int64_t exte
   if (plan.cluster == 0) plan = plan_of<Dots>(layer, extent, rooms, false);
   plan.positions = positions;
   const auto kernel = attend_kernel<Dots, Means>;
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config = configured(kernel, kThreads<Dots>, plan.cluster, attribute);
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  cudaLaunchConfig_t config = configured(kernel, kThreads<Dots>, plan.cluster, attributes);
   config.gridDim = dim3(static_cast<unsigned>(layer.batch * layer.heads * plan.cluster));
   config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes<Dots>(layer, plan));
   config.stream = stream;

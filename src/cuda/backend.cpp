@@ -151,8 +151,9 @@ class HostCopy {
 class CudaBackend final : public Backend {
  public:
   CudaBackend(const GraphConfig& graph, const WalkConfig& walk,
-              const std::vector<LayerState>& states)
+              const std::vector<LayerState>& states, Stream stream)
       : graph_(graph), walk_(walk), states_(states) {
+    order_.use(handle_of(stream));
     const cudaStream_t own = order_.own();
     check(cudaMemsetAsync(shared_.data(), 0, static_cast<std::size_t>(shared_.bytes()), own),
           "cudaMemsetAsync");
@@ -178,6 +179,8 @@ class CudaBackend final : public Backend {
   }
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
+
+  void use_stream(Stream stream) override { order_.use(handle_of(stream)); }
 
   void resize(std::int64_t layer, std::int64_t capacity, std::span<const std::int64_t> rooms,
               std::span<const std::int64_t> sequences) override {
@@ -1151,10 +1154,10 @@ void decode_attention_on_cuda(const AttentionArgs& args, int device, Stream stre
 }
 
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& walk,
-                                           const std::vector<LayerState>& layers) {
+                                           const std::vector<LayerState>& layers, Stream stream) {
   require_device("GraphManager", graph.device);
   const DeviceGuard guard(graph.device.index);
-  return std::make_unique<CudaBackend>(graph, walk, layers);
+  return std::make_unique<CudaBackend>(graph, walk, layers, stream);
 }
 
 }  // namespace spectralkv::detail

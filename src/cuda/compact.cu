@@ -235,6 +235,7 @@ __device__ void move_row(const RowMove& row, std::int32_t length, int cluster, i
 // ---- the graph
 
 /// A row of the graph for the slots to come, where it lies: edges to tokens that go are left out.
+template <RowFormat kFormat>
 __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
                           const std::int32_t* keep, std::int64_t keep_stride,
                           std::int32_t kept_length, const std::int32_t* new_slots,
@@ -263,12 +264,13 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
       };
       std::uint32_t words[4];
       four(row, words);
-      if (layer.format == RowFormat::wide) four(row + top_k, uppers + e);
+      if constexpr (kFormat == RowFormat::wide) four(row + top_k, uppers + e);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool packed = layer.format == RowFormat::packed;
-        targets[e + i] = packed ? detail::packed_slot(words[i]) : static_cast<int>(words[i]);
-        if (packed) uppers[e + i] = detail::packed_threshold(words[i]);
+        targets[e + i] = neighbor_at<kFormat>(words, i);
+        if constexpr (kFormat == RowFormat::packed) {
+          uppers[e + i] = threshold_at<kFormat>(words, top_k, i);
+        }
       }
     }
     std::int32_t moved[kAhead];
@@ -292,26 +294,26 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
     for (int e = 0; e < kAhead; ++e) {
       if (first + e >= top_k) break;
       std::uint32_t width = 1;
-      if (layer.format != RowFormat::slots) {
+      if constexpr (kFormat != RowFormat::slots) {
         width = uppers[e] - before;
         before = uppers[e];
       }
       if (width == 0 || targets[e] < 0) continue;
       sum += width;
-      set_edge(layer, row, count++, targets[e], sum);
+      put_edge<kFormat>(row, top_k, count++, targets[e], sum);
     }
   }
   const std::uint32_t total = sum;
   if (layer.law == EdgeLaw::weighted && total != kAllOnes) {
     for (int k = 0; k < count; ++k) {
-      const std::uint64_t widths = threshold_of(layer, row, k);
+      const std::uint64_t widths = threshold_at<kFormat>(row, top_k, k);
       const std::uint64_t scaled = ((widths << 32U) + total / 2) / total;
-      set_edge(layer, row, k, neighbor_of(layer, row, k),
-               k + 1 == count ? kAllOnes : static_cast<std::uint32_t>(scaled));
+      put_edge<kFormat>(row, top_k, k, neighbor_at<kFormat>(row, k),
+                        k + 1 == count ? kAllOnes : static_cast<std::uint32_t>(scaled));
     }
   }
   if (layer.law == EdgeLaw::weighted && count > 0) sum = kAllOnes;
-  for (int k = count; k < top_k; ++k) set_edge(layer, row, k, -1, sum);
+  for (int k = count; k < top_k; ++k) put_edge<kFormat>(row, top_k, k, -1, sum);
 }
 
 /// A graph, and the cluster that works at it.
@@ -376,10 +378,19 @@ __device__ void move_rows_of_graph(const LayerView& layer, const MoveArgs& args,
   const std::int64_t row_words = layer.row_words;
   RowMove move = graph.move;
   new_slots += graph_index(layer, graph.b, graph.g) * layer.capacity;
-  for (std::int32_t i = graph.begin + graph.thread; i < graph.end; i += graph.threads) {
-    const std::int32_t slot = move.keep[i * move.keep_stride];
-    remap_row(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
-              positions[slot], rows + std::int64_t{slot} * layer.row_words);
+  const auto remap = [&]<RowFormat kFormat>() {
+    for (std::int32_t i = graph.begin + graph.thread; i < graph.end; i += graph.threads) {
+      const std::int32_t slot = move.keep[i * move.keep_stride];
+      remap_row<kFormat>(layer, positions, move.keep, move.keep_stride, args.kept_length, new_slots,
+                         positions[slot], rows + slot * row_words);
+    }
+  };
+  if (layer.format == RowFormat::packed) {
+    remap.template operator()<RowFormat::packed>();
+  } else if (layer.format == RowFormat::wide) {
+    remap.template operator()<RowFormat::wide>();
+  } else {
+    remap.template operator()<RowFormat::slots>();
   }
   cluster_sync(graph.cluster);
 

@@ -19,6 +19,15 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+/// Asks for a kernel to begin while the one in front of it ends, which it must wait for (see
+/// device/kernel_order.cuh); false where the device cannot.
+inline bool begin_early(cudaLaunchAttribute& attribute) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return false;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return true;
+}
+
 /// Whether every row begins at a multiple of `bytes`; elements of `element` bytes.
 inline bool rows_start_at(const TokensView& tokens, std::int64_t bytes, std::int64_t element) {
   const auto is_multiple = [&](std::int64_t stride) { return stride * element % bytes == 0; };

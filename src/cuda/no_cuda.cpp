@@ -24,7 +24,8 @@ int driver_version() noexcept { return 0; }
 namespace spectralkv::detail {
 
 std::unique_ptr<Backend> make_cuda_backend(const GraphConfig& graph, const WalkConfig& /*walk*/,
-                                           const std::vector<LayerState>& /*layers*/) {
+                                           const std::vector<LayerState>& /*layers*/,
+                                           Stream /*stream*/) {
   throw BackendUnavailable("[GraphManager] no backend for " + name_of(graph.device) + ": " +
                            cuda::status());
 }

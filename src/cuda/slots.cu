@@ -5,8 +5,10 @@
 
 #include "cuda/cuda_check.h"
 #include "cuda/device/graph_rows.cuh"
+#include "cuda/device/kernel_order.cuh"
 #include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch_shape.h"
 
 namespace spectralkv::cuda {
 namespace {
@@ -266,6 +268,8 @@ __device__ void copy_row(const TokensView& from, const TokensView& to, std::int6
 /// One block a graph.
 template <class Key, class Value>
 __global__ void __launch_bounds__(kWideThreads) place_kernel(LayerView layer, PlaceArgs args) {
+  let_next_kernel_begin();  // the attention of the token follows
+  wait_for_former_kernels();
   const std::int64_t b = blockIdx.x / layer.graphs;
   const std::int64_t g = blockIdx.x % layer.graphs;
   const std::int64_t slot = lowest_free_slot(layer, b, g);
@@ -690,10 +694,16 @@ void launch_place(const LayerView& layer, const PlaceArgs& args, cudaStream_t st
   if (graphs == 0) return;
   with_size_of(args.keys.dtype, [&]<class Key>(Key) {
     with_size_of(args.values.dtype, [&]<class Value>(Value) {
-      place_kernel<Key, Value><<<graphs, kWideThreads, 0, stream>>>(layer, args);
+      cudaLaunchAttribute early{};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(graphs);
+      config.blockDim = dim3(kWideThreads);
+      config.stream = stream;
+      config.attrs = &early;
+      config.numAttrs = begin_early(early) ? 1 : 0;
+      check(cudaLaunchKernelEx(&config, place_kernel<Key, Value>, layer, args), "place_kernel");
     });
   });
-  check(cudaGetLastError(), "place_kernel");
 }
 
 void launch_check_keep(const LayerView& layer, const TableView<const std::int32_t>& keep,

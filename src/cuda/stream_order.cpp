@@ -118,9 +118,10 @@ void StreamOrder::leave_walk() {
 cudaStream_t StreamOrder::own() {
   // While a blocking stream is captured, the legacy one may not be used.
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const bool is_usable = cudaStreamIsCapturing(cudaStreamLegacy, &status) == cudaSuccess;
-  if (!is_usable) static_cast<void>(cudaGetLastError());
-  const cudaStream_t stream = is_usable ? cudaStreamLegacy : side();
+  const bool is_free =
+      cudaStreamIsCapturing(used_, &status) == cudaSuccess && status == cudaStreamCaptureStatusNone;
+  if (!is_free) static_cast<void>(cudaGetLastError());
+  const cudaStream_t stream = is_free ? used_ : side();
   wait_for_last(stream);
   wait_for_walk(stream);
   return stream;

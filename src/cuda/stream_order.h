@@ -13,9 +13,9 @@ namespace spectralkv::cuda {
 /// last work on another stream. One exception: a walk beside, or a solve, which counts as one here,
 /// reads nothing that a new token changes, so new tokens do not wait for it.
 ///
-/// No stream is used without need: what a process does on several streams is one of the things that
-/// make the kernels of replayed CUDA graphs follow each other later from then on, as seen on an
-/// H200: a tenth of a step where kernels are small.
+/// No stream is used without need: kernels that come by two streams in turns make those of replayed
+/// CUDA graphs follow each other later from then on, as seen on an H200: a tenth of a step where
+/// kernels are small.
 class StreamOrder {
  public:
   /// On the current device.
@@ -39,8 +39,10 @@ class StreamOrder {
   cudaStream_t fork_walk(cudaStream_t stream);
   /// After it.
   void leave_walk();
-  /// The legacy default stream, or the side stream where a capture keeps that from being used,
-  /// ordered behind all earlier work: for calls that come without a stream.
+  /// Names the stream of calls that come without one; the legacy default stream before.
+  void use(cudaStream_t stream) { used_ = stream == nullptr ? cudaStreamLegacy : stream; }
+  /// It, or the side stream where a capture keeps it from being used, ordered behind all earlier
+  /// work.
   cudaStream_t own();
 
   /// Waits for all work of the manager.
@@ -53,6 +55,7 @@ class StreamOrder {
   void wait_for_last(cudaStream_t stream);
   void wait_for_walk(cudaStream_t stream);
 
+  cudaStream_t used_ = cudaStreamLegacy;
   cudaStream_t side_ = nullptr;
   cudaEvent_t last_ = nullptr;  ///< after the latest work but a walk
   cudaEvent_t walk_ = nullptr;  ///< after the latest walk

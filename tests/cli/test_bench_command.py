@@ -44,16 +44,6 @@ def test_bench_writes_numbers_a_table_and_a_picture(
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_measures_caches_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = [*SMALL, "--contexts", "100", "--caches", "fused,loop", "--apart"]
-    assert main(["bench", "--shape", "tiny", *small, "--output", str(tmp_path)]) == 0
-    assert "Spectral loop 20%" in capsys.readouterr().out
-    content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
-    assert [row["kind"] for row in content["rows"]] == ["StaticCache fused", "Spectral loop"]
-    assert content["rows"][0]["over_full"] == 1.0
-    assert content["config"]["caches"] == ["fused", "loop"]
-
-
 def test_bench_times_prompts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "t.md"
     command = ["bench", "--shape", "tiny", *SMALL, "--caches", "none", "--prefill"]

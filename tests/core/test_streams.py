@@ -47,6 +47,14 @@ def test_a_stream_on_the_cpu_changes_nothing() -> None:
     assert graph.get_scores(stream=7).shape == (1,)
     with pytest.raises(spectralkv.InvalidArgument, match="a stream must be"):
         graph.walk(stream="7")
+    config = spectralkv.GraphConfig(capacity=8)
+    spectralkv.GraphManager(config, stream=_Stream(ptr=7)).reserve(0, 9)
+    eviction = spectralkv.EvictionConfig(budget=70)
+    spectralkv.Monitor(config, spectralkv.WalkConfig(), eviction, stream=7).on_finish(0)
+    with pytest.raises(spectralkv.InvalidArgument, match="a stream must be"):
+        spectralkv.GraphManager(config, stream="7")
+    with pytest.raises(spectralkv.InvalidArgument, match="a stream must be"):
+        spectralkv.Monitor(config, spectralkv.WalkConfig(), eviction, stream=-1)
 
 
 def _graph(**options: Any) -> spectralkv.SpectralGraph:
@@ -147,6 +155,9 @@ def test_the_default_stream_is_left_alone() -> None:
     with torch.cuda.stream(stream):
         graph.update_and_step(queries[:, 500], keys, 500)
         graph.get_scores()
+        # Calls that take no stream follow those that do.
+        assert graph.manager.statistics().rows_written == HEADS * 501
+        graph.manager.reset()
         stream.synchronize()
     assert not default.query()
     torch.cuda.synchronize()

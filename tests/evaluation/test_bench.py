@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from spectralkv.evaluation.bench import (
     BenchRow,
     FlatRun,
     random_model,
-    run_apart,
     run_bench,
     spread_head_shares,
 )
@@ -108,36 +106,6 @@ def test_every_cache_at_every_context() -> None:
             assert row.kv_bytes == (row.budget + 2) * SLOT
             assert row.graph_bytes > 0
     assert result.to_dict()["rows"][0]["over_full"] >= 1.0
-
-
-def test_each_cache_is_measured_in_a_process_of_its_own() -> None:
-    config = replace(
-        SMALL, contexts=(100, 200), budgets=(0.5,), caches=("loop", "fused"), flat=20, prefill=True
-    )
-    parts = config.parts
-    assert [(part.contexts, part.caches) for part in parts] == [
-        ((context,), (group,)) for context in (100, 200) for group in ("fused", "loop")
-    ]
-    assert not any(part.flat or part.prefill or part.largest_batch for part in parts)
-
-    told: list[tuple[str, int, int]] = []
-    seen: list[BenchResult] = []
-    known = run_apart(
-        partial(random_model, "tiny"),
-        replace(config, contexts=(100,)),
-        on_progress=lambda *step: told.append(step),
-        on_result=seen.append,
-    )
-    assert [row.label for row in known.rows] == ["StaticCache fused", "Spectral loop 50%"]
-    assert [len(one.rows) for one in seen] == [1, 2]
-    assert told == [("measuring", done, 2) for done in range(3)]
-    result = run_bench(
-        random_model("tiny"), replace(config, contexts=(100,), prefill=False), known=known
-    )
-    assert result.rows == known.rows
-    assert result.flat is not None
-    with pytest.raises(EvaluationError, match="apart must have caches to measure, got none"):
-        run_apart(partial(random_model, "tiny"), replace(config, caches=()))
 
 
 @pytest.mark.parametrize("group", ["loop", "policy", "model"])

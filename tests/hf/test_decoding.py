@@ -17,7 +17,9 @@ from spectralkv.hf import (
     Sampling,
     cache_argument,
     generate,
+    one_stream,
 )
+from spectralkv.hf.streams import capture_stream
 from tiny_models import implementations, make_model, random_ids
 
 SPECTRAL = policies.Spectral(budget=24, interval=8, window=6, sinks=2)
@@ -367,6 +369,34 @@ def test_captured_steps_are_those_of_generate(batch: int) -> None:
     loop = loop_of(model, cache_of(model), "cuda", capture=True)
     loop.run(40)
     assert loop.is_captured
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_on_one_stream_a_loop_is_captured_where_all_else_runs() -> None:
+    model = model_of(device="cuda")
+    ids = random_ids(2, 50, device="cuda")
+    expected = theirs(model, ids, cache_of(model))
+    device, default = torch.device("cuda"), torch.cuda.default_stream()
+    with one_stream("cuda"):
+        stream = torch.cuda.current_stream()
+        assert stream != default
+        assert capture_stream(device) == stream
+        with one_stream(device):
+            assert torch.cuda.current_stream() == stream
+            got = generate(model, ids, cache_of(model), max_new_tokens=60, capture=True)
+        assert torch.cuda.current_stream() == stream
+    assert torch.cuda.current_stream() == default
+    assert capture_stream(device) == stream  # the default one cannot be captured
+    assert torch.equal(got, expected)
+
+
+def test_elsewhere_there_are_no_streams() -> None:
+    model = model_of()
+    ids = random_ids(1, 50)
+    expected = generate(model, ids, cache_of(model), max_new_tokens=10)
+    with one_stream("cpu"):
+        assert torch.equal(generate(model, ids, cache_of(model), max_new_tokens=10), expected)
 
 
 @pytest.mark.gpu

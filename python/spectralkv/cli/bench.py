@@ -83,14 +83,6 @@ def bench(
     flat: Annotated[
         int, typer.Option(help="Time so many tokens of one generation, 500 at a time; 0: none.")
     ] = 0,
-    apart: Annotated[
-        bool,
-        typer.Option(
-            "--apart",
-            help="Measure each cache at each context in a process of its own: what was captured "
-            "before makes steps on CUDA longer.",
-        ),
-    ] = False,
     head_shares: Annotated[
         Path | None,
         typer.Option(
@@ -118,18 +110,15 @@ def bench(
     --budgets.
     """
     from dataclasses import replace
-    from functools import partial
-
-    import torch
 
     from spectralkv.evaluation import load_model
-    from spectralkv.evaluation.bench import BenchConfig, random_model, run_apart, run_bench
+    from spectralkv.evaluation.bench import BenchConfig, random_model, run_bench
     from spectralkv.evaluation.bench_caches import GROUPS
-    from spectralkv.evaluation.bench_clock import free_memory
     from spectralkv.evaluation.bench_report import markdown as as_markdown
     from spectralkv.evaluation.bench_report import plot_bench, plot_flat
     from spectralkv.evaluation.models import resolve_device
     from spectralkv.evaluation.report import device_name, make_folder, write_json, write_text
+    from spectralkv.hf import one_stream
 
     chosen = {"all": GROUPS, "none": ()}.get(caches)
     config = BenchConfig(
@@ -151,13 +140,13 @@ def bench(
     )
     device = resolve_device(device)
     make_folder(output)
-    if model:
-        load = partial(load_model, model, gguf_file=gguf_file or None, dtype=dtype, device=device)
-    else:
-        load = partial(random_model, shape, dtype=dtype, device=device)
     loading = f"loading {model}" if model else f"making random weights of shape {shape}"
-    with shared.working(loading):
-        loaded = load()
+    # What was done on another stream before would slow the captured steps.
+    with one_stream(device), shared.working(loading):
+        if model:
+            loaded = load_model(model, gguf_file=gguf_file or None, dtype=dtype, device=device)
+        else:
+            loaded = random_model(shape, dtype=dtype, device=device)
     if head_shares is not None:
         config = replace(config, head_shares=_shares_for(head_shares, loaded.model))
     environment = shared.environment(device, loaded.dtype)
@@ -167,20 +156,8 @@ def bench(
     def write(result: BenchResult) -> None:
         write_json(written[0], {"environment": environment, **result.to_dict()})
 
-    known = None
-    if apart:
-        del loaded  # its memory is the others'
-        free_memory(torch.device(device))
-        with shared.progress_bar() as progress:
-            known = run_apart(load, config, on_progress=progress, on_result=write)
-    if known is not None and not (config.prefill or config.flat):
-        result = known
-    else:
-        if known is not None:
-            with shared.working(loading):
-                loaded = load()
-        with shared.progress_bar() as progress:
-            result = run_bench(loaded, config, on_progress=progress, on_result=write, known=known)
+    with shared.progress_bar() as progress:
+        result = run_bench(loaded, config, on_progress=progress, on_result=write)
     _show(result, where=where)
     if result.rows:
         written.append(output / "bench.png")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
 from statistics import linear_regression, median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -171,24 +169,6 @@ class BenchConfig:
                     f"a prompt that is cut must have at least budget + interval = {least} tokens, "
                     f"got a context of {context}"
                 )
-
-    @property
-    def parts(self) -> tuple[BenchConfig, ...]:
-        """The same in pieces that are measured apart: a group, a context and a share each."""
-        alone = replace(self, prefill=False, flat=0)
-        kinds, _ = cache_kinds(self.caches, self.budgets, self.shares_of_plain_loops)
-        parts = [
-            replace(
-                alone,
-                contexts=(context,),
-                caches=(kind.group,),
-                budgets=self.budgets if kind.share is None else (kind.share,),
-                eager_budgets=self.eager_budgets if kind.share is None else (kind.share,),
-            )
-            for context in self.contexts
-            for kind in kinds
-        ]
-        return tuple(dict.fromkeys(parts))  # some groups have several caches
 
     @property
     def middle_budget(self) -> float:
@@ -451,7 +431,6 @@ def run_bench(
     *,
     on_progress: Progress | None = None,
     on_result: Callable[[BenchResult], None] | None = None,
-    known: BenchResult | None = None,
 ) -> BenchResult:
     """Measure every kind of cache at every context.
 
@@ -467,71 +446,17 @@ def run_bench(
         Told of each kind that is done.
     on_result : callable, optional
         Gets what there is after each row.
-    known : BenchResult, optional
-        What :func:`run_apart` has measured already: all rows.
 
     Raises
     ------
     EvaluationError
         Something is asked for that needs CUDA, or Spectral cannot compute on the model's device.
     """
+    from spectralkv.hf.streams import one_stream
+
     _check_device(loaded, config)
-    with bench_clock.quick_collection():
-        return _run(loaded, config, on_progress, on_result, known)
-
-
-def run_apart(
-    load: Callable[[], LoadedModel],
-    config: BenchConfig,
-    *,
-    on_progress: Progress | None = None,
-    on_result: Callable[[BenchResult], None] | None = None,
-) -> BenchResult:
-    """Measure each cache at each context in a process of its own, as it runs without the others.
-
-    What a process did before decides how soon kernels of replayed CUDA graphs follow each other:
-    once it has captured some, all of them wait longer, those of the model too. Prompts and the long
-    generation are left to :func:`run_bench`.
-
-    Parameters
-    ----------
-    load : callable
-        Loads the model, in each process; it can be pickled.
-    config : BenchConfig
-        What to measure.
-    on_progress, on_result : callable, optional
-        As of :func:`run_bench`.
-
-    Raises
-    ------
-    EvaluationError
-        There is no cache to measure; or as :func:`run_bench`.
-    """
-    parts = config.parts
-    _, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
-    whole: BenchResult | None = None
-    for done, part in enumerate(parts):
-        if on_progress is not None:
-            on_progress("measuring", done, len(parts))
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            result = pool.submit(_load_and_run, load, part).result()
-        if whole is None:
-            whole = replace(result, config=config, notes=tuple(notes))
-        else:
-            whole = replace(
-                whole, rows=whole.rows + result.rows, largest=whole.largest + result.largest
-            )
-        if on_result is not None:
-            on_result(whole)
-    if whole is None:
-        raise EvaluationError("apart must have caches to measure, got none")
-    if on_progress is not None:
-        on_progress("measuring", len(parts), len(parts))
-    return whole
-
-
-def _load_and_run(load: Callable[[], LoadedModel], config: BenchConfig) -> BenchResult:
-    return run_bench(load(), config)
+    with one_stream(loaded.model.device), bench_clock.quick_collection():
+        return _run(loaded, config, on_progress, on_result)
 
 
 def _run(
@@ -539,7 +464,6 @@ def _run(
     config: BenchConfig,
     on_progress: Progress | None,
     on_result: Callable[[BenchResult], None] | None,
-    known: BenchResult | None,
 ) -> BenchResult:
     kinds, notes = cache_kinds(config.caches, config.budgets, config.shares_of_plain_loops)
     jobs = list(enumerate((context, kind) for context in config.contexts for kind in kinds))
@@ -547,9 +471,6 @@ def _run(
     jobs.sort(key=lambda job: job[1][1].group == "kvpress")
     rows: dict[int, BenchRow] = {}
     result = BenchResult(model=loaded.name, config=config, notes=tuple(notes))
-    if known is not None:
-        jobs = []
-        result = replace(result, rows=known.rows, largest=known.largest)
     prompts = config.contexts if config.prefill else ()
     total = len(prompts) + len(jobs) + (config.flat > 0)
 
@@ -642,9 +563,11 @@ def _row(model: Any, config: BenchConfig, context: int, kind: CacheKind) -> Benc
 def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -> BenchRow:
     import torch
 
+    from spectralkv.hf.streams import one_stream
+
     device = model.device
     setting = _setting(model, config, row.context, kind.share, config.steps * config.repeats)
-    with bench_clock.own_stream(device), torch.no_grad():
+    with one_stream(device), torch.no_grad():
         before = bench_clock.DeviceMemory.now(device) if device.type == "cuda" else None
         with kind.open(setting) as subject:
             peak = bench_clock.PeakMemory(device, before)
@@ -732,6 +655,8 @@ def _largest(
 def _flat(model: Any, config: BenchConfig) -> FlatRun:
     import torch
 
+    from spectralkv.hf.streams import one_stream
+
     device, context = model.device, config.contexts[0]
     window = min(FLAT_WINDOW, config.flat // 2)
     count = config.flat // window
@@ -740,7 +665,7 @@ def _flat(model: Any, config: BenchConfig) -> FlatRun:
     times: list[float] = []
     memory: list[int] = []
     bench_clock.free_memory(device)
-    with bench_clock.own_stream(device), torch.no_grad(), kind.open(setting) as subject:
+    with one_stream(device), torch.no_grad(), kind.open(setting) as subject:
         subject.run(subject.warm_up)
         for _ in range(count):
             times.append(bench_clock.seconds_a_step(subject.run, window, device))

@@ -265,6 +265,8 @@ def _static(setting: Setting) -> Iterator[Subject]:
     import torch
     from transformers import StaticCache
 
+    from spectralkv.hf.streams import capture_stream
+
     model, on_cuda = setting.model, setting.model.device.type == "cuda"
     slots = setting.context + _WARM_UP + setting.steps + (_STEPS_BEFORE_CAPTURE if on_cuda else 0)
     cache = StaticCache(config=model.config, max_cache_len=slots)
@@ -275,7 +277,7 @@ def _static(setting: Setting) -> Iterator[Subject]:
         return
     run(_STEPS_BEFORE_CAPTURE)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=capture_stream(model.device)):
         run(1)
 
     def replay(count: int) -> None:

@@ -105,18 +105,6 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
-    """Make a device the current one, and its stream again at the end: a failed capture keeps it."""
-    import torch
-
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        yield
-
-
 def seconds_a_step(run: Callable[[int], None], steps: int, device: torch.device) -> float:
     """Return how long one of so many steps takes."""
     wait_for(device)

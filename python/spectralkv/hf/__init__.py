@@ -6,6 +6,7 @@ from spectralkv.hf.cache import CacheStats, EvictingCache, SpectralCache
 from spectralkv.hf.decoding import DecodeLoop, Sampling, generate
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
 from spectralkv.hf.naming import cache_argument
+from spectralkv.hf.streams import one_stream
 
 __all__ = [
     "CacheStats",
@@ -17,4 +18,5 @@ __all__ = [
     "SpectralCache",
     "cache_argument",
     "generate",
+    "one_stream",
 ]

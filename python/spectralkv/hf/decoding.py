@@ -8,7 +8,6 @@ sequences are cut follows from counting. So the step is captured once, and so is
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from spectralkv.hf.cache import EvictingCache
 from spectralkv.hf.naming import cache_argument
+from spectralkv.hf.streams import capture_stream
 from spectralkv.policies.base import AttendingTracker
 
 # Steps before the capture: they run what allocates or compiles at its first use.
@@ -351,7 +351,7 @@ class DecodeLoop:
             # A capture that fails would leave its stream the current one.
             with (
                 torch.cuda.stream(torch.cuda.current_stream(device)),
-                torch.cuda.graph(graph, pool=self._pool, stream=_capture_stream(device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=capture_stream(device)),
             ):
                 work()
         except RuntimeError as error:
@@ -375,15 +375,6 @@ class DecodeLoop:
             self._eager_steps = 0
             self._cut_graphs.clear()
             self._pool = None  # a pool that no capture uses cannot be used again
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which loops are captured: torch's own is of the first device that was.
-
-    One for all loops of a device, because a workspace of cuBLAS stays for each stream.
-    """
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Watch:

@@ -383,6 +383,7 @@ class _Monitors:
             row_stride=policy.row_stride,
             prompt_rows=policy.prompt_rows,
             head_budgets=budgets,
+            stream=torch.cuda.current_stream(device) if device.type == "cuda" else None,
         )
 
 

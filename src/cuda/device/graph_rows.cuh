@@ -103,26 +103,49 @@ __device__ inline bool is_live(const std::int32_t* positions, std::int32_t from_
   return position >= 0 && position < from_position;
 }
 
-__device__ inline std::int32_t neighbor_of(const LayerView& layer, const std::uint32_t* row,
-                                           int k) {
-  if (layer.format == RowFormat::packed) return detail::packed_slot(row[k]);
+template <RowFormat kFormat>
+__device__ std::int32_t neighbor_at(const std::uint32_t* row, int k) {
+  if constexpr (kFormat == RowFormat::packed) return detail::packed_slot(row[k]);
   return static_cast<std::int32_t>(row[k]);
 }
 /// Not of RowFormat::slots.
-__device__ inline std::uint32_t threshold_of(const LayerView& layer, const std::uint32_t* row,
-                                             int k) {
-  return layer.format == RowFormat::packed ? detail::packed_threshold(row[k])
-                                           : row[layer.top_k + k];
+template <RowFormat kFormat>
+__device__ std::uint32_t threshold_at(const std::uint32_t* row, int top_k, int k) {
+  if constexpr (kFormat == RowFormat::packed) return detail::packed_threshold(row[k]);
+  return row[top_k + k];
 }
 /// The threshold is left out where rows have none.
+template <RowFormat kFormat>
+__device__ void put_edge(std::uint32_t* row, int top_k, int k, std::int32_t neighbor,
+                         std::uint32_t threshold) {
+  if constexpr (kFormat == RowFormat::packed) {
+    row[k] = detail::pack_edge(neighbor, threshold);
+  } else {
+    row[k] = static_cast<std::uint32_t>(neighbor);
+    if constexpr (kFormat == RowFormat::wide) row[top_k + k] = threshold;
+  }
+}
+
+// The same where the format is not known when compiled.
+__device__ inline std::int32_t neighbor_of(const LayerView& layer, const std::uint32_t* row,
+                                           int k) {
+  return layer.format == RowFormat::packed ? neighbor_at<RowFormat::packed>(row, k)
+                                           : neighbor_at<RowFormat::wide>(row, k);
+}
+__device__ inline std::uint32_t threshold_of(const LayerView& layer, const std::uint32_t* row,
+                                             int k) {
+  return layer.format == RowFormat::packed ? threshold_at<RowFormat::packed>(row, layer.top_k, k)
+                                           : threshold_at<RowFormat::wide>(row, layer.top_k, k);
+}
 __device__ inline void set_edge(const LayerView& layer, std::uint32_t* row, int k,
                                 std::int32_t neighbor, std::uint32_t threshold) {
   if (layer.format == RowFormat::packed) {
-    row[k] = detail::pack_edge(neighbor, threshold);
-    return;
+    put_edge<RowFormat::packed>(row, layer.top_k, k, neighbor, threshold);
+  } else if (layer.format == RowFormat::wide) {
+    put_edge<RowFormat::wide>(row, layer.top_k, k, neighbor, threshold);
+  } else {
+    put_edge<RowFormat::slots>(row, layer.top_k, k, neighbor, threshold);
   }
-  row[k] = static_cast<std::uint32_t>(neighbor);
-  if (layer.format == RowFormat::wide) row[layer.top_k + k] = threshold;
 }
 
 /// Empties a slot's row, scores, visits and restart weight; the position is the caller's to write.
