@@ -290,6 +290,18 @@ TEST_F(CudaAsync, CallsWithoutAStreamTakeTheOneThatIsNamed) {
   const Graph graph(stream, [&] { EXPECT_EQ(manager.statistics().rows_written, rows); });
 }
 
+TEST_F(CudaAsync, AManagerIsMadeWhileItsStreamIsBusy) {
+  warm_up();
+  const OwnStream stream;
+  launch_spin(kBusyMilliseconds, stream.handle());
+  spectralkv::GraphManager manager(Decoder::graph_config(3), Decoder::walk_config(),
+                                   stream.stream());
+  EXPECT_TRUE(stream.is_busy()) << "it waited until the stream was idle";
+  spectralkv::GraphManager expected(Decoder::graph_config(3), Decoder::walk_config());
+  EXPECT_EQ(manager.save_layer(0), expected.save_layer(0));
+  EXPECT_FALSE(stream.is_busy());
+}
+
 TEST_F(CudaAsync, ManagersOnTwoStreamsDoNotDisturbEachOther) {
   Decoder expected_one(1);
   Decoder expected_two(2);

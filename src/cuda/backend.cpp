@@ -162,11 +162,12 @@ class CudaBackend final : public Backend {
     for (std::size_t l = 0; l < states.size(); ++l) {
       layers_.emplace_back(graph_, walk_, shared(), static_cast<std::int64_t>(l), states[l].batch,
                            states[l].capacity, states[l].rooms, own);
-      upload_counters(layers_.back().view(), states[l], own);
+      cuda::launch_begin_layer(layers_.back().view(), own);
     }
     scratch_ = missing_scratch(all_views(), own);
-    upload_views(own);
-    upload_rotary(own);
+    queue_views(own);
+    queue_rotary(own);
+    order_.leave(own);
   }
 
   ~CudaBackend() override {
@@ -658,8 +659,8 @@ class CudaBackend final : public Backend {
       use.scratch_bytes += layer.scratch_bytes();
     }
     for (const Memory* memory :
-         {&shared_, &reported_, &scratch_.results, &scratch_.device_results, &scratch_.views,
-          &scratch_.marks, &scratch_.novelty, &scratch_.solve, &rows_scratch_}) {
+         {&shared_, &reported_, &pinned_views_, &scratch_.results, &scratch_.device_results,
+          &scratch_.views, &scratch_.marks, &scratch_.novelty, &scratch_.solve, &rows_scratch_}) {
       use.scratch_bytes += memory->bytes();
     }
     return use;
@@ -800,16 +801,23 @@ class CudaBackend final : public Backend {
     memory = Memory(bytes, Memory::Kind::device);
   }
 
-  void upload_rotary(cudaStream_t own) {
-    std::vector<double> revolutions = graph_.rotary.inv_freq;
-    if (revolutions.empty() || !walk_.needs_novelty()) return;
-    for (double& revolution : revolutions) revolution /= 2.0 * std::numbers::pi;
-    const std::size_t bytes = revolutions.size() * sizeof(double);
-    revolutions_ = Memory(static_cast<std::int64_t>(bytes), Memory::Kind::device);
-    check(cudaMemcpyAsync(revolutions_.data(), revolutions.data(), bytes, cudaMemcpyHostToDevice,
-                          own),
+  /// Queues a copy from `pinned`, which stays as it is until that is done.
+  static void queue_upload(const Memory& to, const Memory& pinned, std::int64_t bytes,
+                           cudaStream_t own) {
+    check(cudaMemcpyAsync(to.data(), pinned.data(), static_cast<std::size_t>(bytes),
+                          cudaMemcpyHostToDevice, own),
           "cudaMemcpyAsync");
-    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+  }
+
+  void queue_rotary(cudaStream_t own) {
+    const std::vector<double>& frequencies = graph_.rotary.inv_freq;
+    if (frequencies.empty() || !walk_.needs_novelty()) return;
+    const auto bytes = static_cast<std::int64_t>(frequencies.size() * sizeof(double));
+    revolutions_ = Memory(bytes, Memory::Kind::device);
+    pinned_revolutions_ = Memory(bytes, Memory::Kind::mapped);
+    std::transform(frequencies.begin(), frequencies.end(), pinned_revolutions_.as<double>(),
+                   [](double frequency) { return frequency / (2.0 * std::numbers::pi); });
+    queue_upload(revolutions_, pinned_revolutions_, bytes, own);
   }
 
   /// Scratch that fits the shapes of all layers.
@@ -833,7 +841,8 @@ class CudaBackend final : public Backend {
     order_.synchronize();
     take_scratch(more);
     std::swap(layers_[index], next);
-    upload_views(own);
+    queue_views(own);
+    order_.leave(own);
   }
 
   std::vector<LayerView> all_views() const {
@@ -897,13 +906,12 @@ class CudaBackend final : public Backend {
     take(scratch_.views, more.views);
   }
 
-  void upload_views(cudaStream_t own) {
-    std::vector<LayerView> views = all_views();
-    for (const LayerMemory& layer : layers_) views.push_back(layer.walk_view());
-    check(cudaMemcpyAsync(scratch_.views.data(), views.data(), views.size() * sizeof(LayerView),
-                          cudaMemcpyHostToDevice, own),
-          "cudaMemcpyAsync");
-    check(cudaStreamSynchronize(own), "cudaStreamSynchronize");
+  /// No earlier copy is under way.
+  void queue_views(cudaStream_t own) {
+    auto* view = pinned_views_.as<LayerView>();
+    for (const LayerMemory& layer : layers_) *view++ = layer.view();
+    for (const LayerMemory& layer : layers_) *view++ = layer.walk_view();
+    queue_upload(scratch_.views, pinned_views_, pinned_views_.bytes(), own);
   }
 
   /// Waits for what is queued.
@@ -1054,6 +1062,9 @@ class CudaBackend final : public Backend {
   const WalkConfig walk_;
   const std::vector<LayerState>& states_;
   Memory revolutions_;  ///< of a RotaryView
+  Memory pinned_revolutions_;
+  Memory pinned_views_{static_cast<std::int64_t>(2 * states_.size() * sizeof(LayerView)),
+                       Memory::Kind::mapped};
   Memory shared_{2 * kResultTable, Memory::Kind::device};
   Memory reported_{kResultTable, Memory::Kind::mapped};
   Scratch scratch_;

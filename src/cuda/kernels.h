@@ -160,6 +160,8 @@ void launch_count_held(const LayerView& layer, std::int64_t* held, cudaStream_t 
 /// dropped (B) on the device.
 void launch_truncate(const LayerView& layer, std::int64_t length, const std::int64_t* dropped,
                      std::int64_t extent, cudaStream_t stream);
+/// The counters of a layer without tokens, whose memory is zero.
+void launch_begin_layer(const LayerView& layer, cudaStream_t stream);
 /// Clears one sequence; length and order of the layer become as given.
 void launch_reset(const LayerView& layer, std::int64_t sequence, std::int64_t length, bool ordered,
                   std::int64_t extent, cudaStream_t stream);

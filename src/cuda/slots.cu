@@ -627,7 +627,14 @@ __global__ void __launch_bounds__(kThreads)
            from.format == RowFormat::slots ? 0U : threshold_of(from, row, k));
 }
 
-// ---- reset
+// ---- begin, reset
+
+__global__ void __launch_bounds__(kThreads) begin_layer_kernel(LayerView layer) {
+  for (int b = static_cast<int>(threadIdx.x); b < layer.batch; b += kThreads) {
+    layer.sequences[b].walked_at = -1;
+  }
+  if (threadIdx.x == 0) layer.counters->ordered = 1;
+}
 
 /// No block reads the counters that the first one writes.
 __global__ void __launch_bounds__(kThreads)
@@ -794,6 +801,11 @@ void launch_truncate(const LayerView& layer, std::int64_t length, const std::int
   }
   book_truncate_kernel<<<1, kThreads, 0, stream>>>(layer, length, dropped);
   check(cudaGetLastError(), "book_truncate_kernel");
+}
+
+void launch_begin_layer(const LayerView& layer, cudaStream_t stream) {
+  begin_layer_kernel<<<1, kThreads, 0, stream>>>(layer);
+  check(cudaGetLastError(), "begin_layer_kernel");
 }
 
 void launch_reset(const LayerView& layer, std::int64_t sequence, std::int64_t length, bool ordered,
