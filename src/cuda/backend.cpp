@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <numbers>
-#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -302,9 +301,10 @@ class CudaBackend final : public Backend {
     std::int64_t most_batch = 0;
     std::int64_t most_capacity = 0;
     std::int64_t most_extent = 0;
-    std::set<RowFormat> formats;  // one, but where some graphs are too large for packed rows
+    std::vector<RowFormat> formats;  // one, but where some graphs are too large for packed rows
     for (std::int64_t l = first; l < first + args.count; ++l) {
-      formats.insert(view(l).format);
+      const auto is_same = [&](RowFormat format) { return format == view(l).format; };
+      if (std::none_of(formats.begin(), formats.end(), is_same)) formats.push_back(view(l).format);
       graphs += std::int64_t{view(l).batch} * view(l).graphs;
       most_batch = std::max<std::int64_t>(most_batch, view(l).batch);
       most_capacity = std::max(most_capacity, view(l).capacity);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,9 +17,17 @@ from spectralkv.evaluation import (
     create_cache,
     create_policy,
     generate,
+    generation,
 )
-from spectralkv.evaluation.generation import TextPieces, decode, token_pieces
-from tiny_text import make_text, make_tokenizer
+from spectralkv.evaluation.generation import (
+    TextPieces,
+    continue_text,
+    decode,
+    prefill,
+    token_pieces,
+)
+from spectralkv.hf import DecodeLoop, EvictingCache
+from tiny_text import make_loaded, make_text, make_tokenizer
 
 SETTINGS = CacheSettings(interval=16, window=10, sinks=2)
 
@@ -82,6 +91,87 @@ def test_decoding_stops_at_the_end_of_sequence(
     assert stopped == free[: free.index(stop)]
     ignored = run(tiny, "full", Sampling(max_new_tokens=12, stop_at_eos=False)).token_ids
     assert ignored == free
+
+
+def continued(loaded: LoadedModel, name: str, sampling: Sampling, **options: Any) -> Any:
+    """A text of 200 tokens goes on; `told` are the pieces and counts that were given out."""
+    policy = create_policy(PolicySpec(name=name), 64, SETTINGS)
+    cache = create_cache(loaded.model, policy)
+    logits = prefill(loaded.model, loaded.tokenizer.encode(make_text(200)), cache)
+    told: list[Any] = []
+    result = continue_text(
+        loaded.model,
+        loaded.tokenizer,
+        logits,
+        cache,
+        sampling,
+        on_text=told.append,
+        on_progress=lambda *count: told.append(count),
+        **options,
+    )
+    plain = {"decode_seconds": 0.0, "tokens_per_s": None}
+    return replace(result, **plain), told, cache.stats()
+
+
+def test_a_loop_gives_the_same_text(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[bool] = []
+
+    def can_loop(model: Any, cache: EvictingCache) -> bool:  # noqa: ARG001
+        cache.check_steps()
+        loops.append(True)
+        return True
+
+    sampling = Sampling(max_new_tokens=40)
+    free = continued(tiny, "spectral", sampling)
+    # On a CPU nothing is captured, so nothing changes.
+    assert continued(tiny, "spectral", sampling, captured=True) == free
+    monkeypatch.setattr(generation, "_can_loop", can_loop)
+    result, told, stats = continued(tiny, "spectral", sampling, captured=True)
+    assert loops == [True]
+    assert (result.token_ids, result.text, told) == (free[0].token_ids, free[0].text, free[1])
+    assert (result.tokens_seen, result.tokens_kept) == (239, free[0].tokens_kept)
+    assert stats.attention == "policy"
+
+    stop = result.token_ids[21]
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [stop])
+    expected = result.token_ids[: result.token_ids.index(stop)]
+    stopped, told, _ = continued(tiny, "spectral", sampling, captured=True)
+    assert stopped.token_ids == expected
+    assert told[-1] == (len(expected), 40)
+    assert stopped.tokens_seen == 200 + len(expected)
+    ignoring = replace(sampling, stop_at_eos=False)
+    assert continued(tiny, "spectral", ignoring, captured=True)[0].token_ids == free[0].token_ids
+
+    def draw(seed: int, top_p: float = 1.0) -> tuple[int, ...]:
+        drawing = replace(ignoring, temperature=1.5, top_p=top_p, seed=seed)
+        return tuple(continued(tiny, "spectral", drawing, captured=True)[0].token_ids)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1, top_p=1e-6) == free[0].token_ids
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("name", ["spectral", "h2o"])
+def test_on_cuda_a_loop_is_captured_where_the_policy_attends(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = make_loaded()
+    loaded.model.to("cuda")
+    sampling = Sampling(max_new_tokens=40)
+    expected, told, _ = continued(loaded, name, sampling)
+    captured: list[bool] = []
+    real = DecodeLoop.run
+
+    def run(self: DecodeLoop, *arguments: Any) -> None:
+        real(self, *arguments)
+        captured.append(self.is_captured)
+
+    monkeypatch.setattr(DecodeLoop, "run", run)
+    got, told_of_loop, _ = continued(loaded, name, sampling, captured=True)
+    assert captured == ([True] if name == "spectral" else [])
+    assert (got.token_ids, told_of_loop) == (expected.token_ids, told)
 
 
 def test_one_token_has_no_rate(tiny: LoadedModel) -> None:

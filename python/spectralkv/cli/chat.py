@@ -43,6 +43,7 @@ def chat(
     from spectralkv.evaluation.conversation import Conversation
     from spectralkv.evaluation.models import resolve_device
     from spectralkv.evaluation.specs import FULL
+    from spectralkv.hf import one_stream
 
     spec = evaluation.PolicySpec.parse(policy)
     settings = shared.settings_of(interval, window, sinks)
@@ -53,22 +54,23 @@ def chat(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     device = resolve_device(device)
-    loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    cache = evaluation.create_cache(loaded.model, rules)
-    conversation = Conversation(loaded.model, loaded.tokenizer, cache, system=system)
-    screen = shared.console()
-    held = "all tokens" if limit is None else f"{limit:,} tokens"
-    screen.print(f"{loaded.name}, {spec.label} keeps {held} a head; {_HELP}", style="dim")
-    while (line := _next_line(screen)) is not None:
-        if line in ("/quit", "/exit"):
-            break
-        if line == "/reset":
-            conversation.reset()
-            screen.print("forgotten", style="dim")
-        elif line.startswith("/"):
-            screen.print(f"{line}: no such command; {_HELP}", style="dim", markup=False)
-        elif line:
-            _answer(conversation, line, sampling, chunk, screen)
+    with one_stream(device):
+        loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
+        cache = evaluation.create_cache(loaded.model, rules)
+        conversation = Conversation(loaded.model, loaded.tokenizer, cache, system=system)
+        screen = shared.console()
+        held = "all tokens" if limit is None else f"{limit:,} tokens"
+        screen.print(f"{loaded.name}, {spec.label} keeps {held} a head; {_HELP}", style="dim")
+        while (line := _next_line(screen)) is not None:
+            if line in ("/quit", "/exit"):
+                break
+            if line == "/reset":
+                conversation.reset()
+                screen.print("forgotten", style="dim")
+            elif line.startswith("/"):
+                screen.print(f"{line}: no such command; {_HELP}", style="dim", markup=False)
+            elif line:
+                _answer(conversation, line, sampling, chunk, screen)
 
 
 def _next_line(screen: Any) -> str | None:

@@ -46,6 +46,7 @@ def generate(
     from spectralkv.evaluation.models import resolve_device
     from spectralkv.evaluation.report import device_name
     from spectralkv.evaluation.specs import FULL
+    from spectralkv.hf import one_stream
 
     spec = evaluation.PolicySpec.parse(policy)
     wanted = evaluation.Budget.parse(budget)
@@ -58,35 +59,40 @@ def generate(
         raise evaluation.EvaluationError(f"--chunk must be at least 1, got {chunk}")
     text = _prompt(prompt, prompt_file)
     device = resolve_device(device)
-    loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
-    tokens = _encode(loaded.tokenizer, text, chat=chat)
-    limit = None if spec.name == FULL else wanted.resolve(len(tokens))
-    cache = evaluation.create_cache(loaded.model, evaluation.create_policy(spec, limit, settings))
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    start = time.perf_counter()
-    with shared.progress_bar() as progress:  # gone before the text begins
-        logits = prefill(
-            loaded.model,
-            tokens,
-            cache,
-            chunk=chunk,
-            on_progress=lambda done, total: progress("reading the prompt", done, total),
+    with one_stream(device):
+        loaded = shared.load(model, gguf_file=gguf_file, dtype=dtype, device=device)
+        tokens = _encode(loaded.tokenizer, text, chat=chat)
+        limit = None if spec.name == FULL else wanted.resolve(len(tokens))
+        cache = evaluation.create_cache(
+            loaded.model, evaluation.create_policy(spec, limit, settings)
         )
-    seconds = time.perf_counter() - start
-    result = continue_text(
-        loaded.model,
-        loaded.tokenizer,
-        logits,
-        cache,
-        sampling,
-        prefill_seconds=seconds,
-        on_text=write,
-    )
-    write("\n")
+
+        start = time.perf_counter()
+        with shared.progress_bar() as progress:  # gone before the text begins
+            logits = prefill(
+                loaded.model,
+                tokens,
+                cache,
+                chunk=chunk,
+                on_progress=lambda done, total: progress("reading the prompt", done, total),
+            )
+        seconds = time.perf_counter() - start
+        result = continue_text(
+            loaded.model,
+            loaded.tokenizer,
+            logits,
+            cache,
+            sampling,
+            prefill_seconds=seconds,
+            captured=True,
+            on_text=write,
+        )
+        write("\n")
     _show(
         result,
         prompt_tokens=len(tokens),

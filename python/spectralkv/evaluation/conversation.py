@@ -104,6 +104,7 @@ class Conversation:
             self._cache,
             sampling,
             prefill_seconds=time.perf_counter() - start,
+            captured=True,
             on_text=on_text,
         )
         # A token that ended the answer by number was chosen, but not fed.

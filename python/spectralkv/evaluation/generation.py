@@ -181,6 +181,63 @@ def decode(model: Any, logits: Any, cache: EvictingCache, sampling: Sampling) ->
             logits = output.logits[0, -1]
 
 
+class _Taker:
+    """A streamer that hands on each token but those that end a text."""
+
+    def __init__(self, take: Callable[[int], None], stop: frozenset[int]) -> None:
+        self._take = take
+        self._stop = stop
+
+    def put(self, value: Any) -> None:
+        for token in value.tolist():
+            if token not in self._stop:
+                self._take(token)
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _can_loop(model: Any, cache: EvictingCache) -> bool:
+    if model.device.type != "cuda":
+        return False
+    try:
+        cache.check_steps()
+    except ValueError:
+        return False
+    return True
+
+
+def _decode_in_loop(
+    model: Any,
+    logits: Any,
+    cache: EvictingCache,
+    sampling: Sampling,
+    take: Callable[[int], None],
+) -> None:
+    """Do as `decode` does, by a loop that is captured where that is possible."""
+    import torch
+
+    from spectralkv import hf
+
+    stop = eos_token_ids(model) if sampling.stop_at_eos else frozenset()
+    drawing = hf.Sampling(
+        do_sample=sampling.temperature > 0.0,
+        temperature=sampling.temperature or 1.0,
+        top_p=sampling.top_p,
+        generator=torch.Generator(device=logits.device).manual_seed(sampling.seed),
+    )
+    hf.decode(
+        model,
+        cache,
+        logits[None],
+        positions=torch.tensor([cache.get_seq_length()]),
+        max_new_tokens=sampling.max_new_tokens,
+        sampling=drawing,
+        eos_token_id=sorted(stop),
+        streamer=_Taker(take, stop),
+    )
+
+
 def continue_text(
     model: Any,
     tokenizer: Tokenizer,
@@ -189,6 +246,7 @@ def continue_text(
     sampling: Sampling,
     *,
     prefill_seconds: float = 0.0,
+    captured: bool = False,
     on_text: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Generation:
@@ -202,6 +260,10 @@ def continue_text(
         The model's tokenizer.
     prefill_seconds : float
         What the prefill took, for the record.
+    captured : bool
+        On CUDA, where the policy attends: replay a step as one CUDA graph
+        (:class:`spectralkv.hf.DecodeLoop`), which takes a part of the time. Tokens that are drawn
+        are others than without, for the same seed.
     on_text : callable, optional
         Called with each new piece of text; whole characters only.
     on_progress : callable, optional
@@ -216,7 +278,9 @@ def continue_text(
     tokens: list[int] = []
     text: list[str] = []
     first = last = time.perf_counter()
-    for token in decode(model, logits, cache, sampling):
+
+    def take(token: int) -> None:
+        nonlocal first, last
         last = time.perf_counter()
         if not tokens:
             first = last
@@ -226,6 +290,12 @@ def continue_text(
             on_text(text[-1])
         if on_progress is not None:
             on_progress(len(tokens), sampling.max_new_tokens)
+
+    if captured and _can_loop(model, cache):
+        _decode_in_loop(model, logits, cache, sampling, take)
+    else:
+        for token in decode(model, logits, cache, sampling):
+            take(token)
     text.append(pieces.flush())
     if on_text is not None and text[-1]:
         on_text(text[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spectralkv.hf.cache import CacheStats, EvictingCache, SpectralCache
-from spectralkv.hf.decoding import DecodeLoop, Sampling, generate
+from spectralkv.hf.decoding import DecodeLoop, Sampling, decode, generate
 from spectralkv.hf.layer import EvictingLayer, EvictionEvent
 from spectralkv.hf.naming import cache_argument
 from spectralkv.hf.streams import one_stream
@@ -17,6 +17,7 @@ __all__ = [
     "Sampling",
     "SpectralCache",
     "cache_argument",
+    "decode",
     "generate",
     "one_stream",
 ]

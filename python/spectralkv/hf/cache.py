@@ -292,10 +292,7 @@ class EvictingCache(Cache):
         ValueError
             The policy cannot attend, or there is no prompt.
         """
-        if not self._ours:
-            raise ValueError("[decode] expected layers that evict, got a model without")
-        for layer in self._ours:
-            layer.check_steps()
+        self.check_steps()
         for layer in self._ours:
             layer.start_steps(count)
         is_whole = False
@@ -306,6 +303,19 @@ class EvictingCache(Cache):
             self.settle()
             for layer in self._ours:
                 layer.end_steps(is_whole=is_whole)
+
+    def check_steps(self) -> None:
+        """Check that a `DecodeLoop` can decode with this cache.
+
+        Raises
+        ------
+        ValueError
+            The policy cannot attend, or there is no prompt.
+        """
+        if not self._ours:
+            raise ValueError("[decode] expected layers that evict, got a model without")
+        for layer in self._ours:
+            layer.check_steps()
 
     def settle(self) -> None:
         """Wait for the device, and learn what it holds after replays of captured steps."""

@@ -484,12 +484,6 @@ def generate(
     ValueError
         An argument is out of range, or the cache or the model cannot be decoded with.
     """
-    config = model.generation_config
-    ends = config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    pad = config.pad_token_id if pad_token_id is None else pad_token_id
-    if pad is None:
-        pad = eos[0] if eos else 0
     if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
         raise ValueError("[generate] padding must be on the left, got a mask that ends with 0")
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
@@ -501,13 +495,74 @@ def generate(
     with torch.no_grad():
         logits = _prefill(model, input_ids, cache, attention_mask, prefill_chunk_size)
     total = input_ids.shape[1]
+    new = decode(
+        model,
+        cache,
+        logits,
+        positions=torch.full((len(input_ids),), total)
+        if attention_mask is None
+        else attention_mask.sum(-1),
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        streamer=streamer,
+        capture=capture,
+    )
+    return torch.cat((input_ids, new), 1)
+
+
+def decode(
+    model: Any,
+    cache: EvictingCache,
+    logits: torch.Tensor,
+    *,
+    positions: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 20,
+    sampling: Sampling | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    streamer: Streamer | None = None,
+    capture: bool | None = None,
+) -> torch.Tensor:
+    """Decode from a cache that holds the prompt: what :func:`generate` does behind it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    cache : EvictingCache
+        It holds the prompt, and its policy attends.
+    logits, positions, attention_mask, capture
+        See :class:`DecodeLoop`.
+    max_new_tokens, sampling, eos_token_id, pad_token_id
+        See :func:`generate`.
+    streamer : Streamer or None
+        Gets each token, a step or two after it was chosen.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 (B, M): the new tokens. All but the last one of a sequence are in the cache.
+
+    Raises
+    ------
+    ValueError
+        As of :class:`DecodeLoop`.
+    """
+    config = model.generation_config
+    ends = config.eos_token_id if eos_token_id is None else eos_token_id
+    eos = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    if pad is None:
+        pad = eos[0] if eos else 0
     loop = DecodeLoop(
         model,
         cache,
         logits=logits,
-        positions=torch.full((len(input_ids),), total)
-        if attention_mask is None
-        else attention_mask.sum(-1),
+        positions=positions,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos_token_ids=eos,
@@ -532,7 +587,7 @@ def generate(
     kept = _columns_used(new, eos)
     if kept < loop.count:
         cache.crop(kept - loop.count)
-    return torch.cat((input_ids, new[:, :kept]), 1)
+    return new[:, :kept]
 
 
 def _prefill(
