@@ -558,21 +558,25 @@ def origin(text: str) -> str:
     )
 
 
+def all_tables(texts: Iterable[str]) -> dict[str, str]:
+    """Return the tables of a page by the names of their places, from the contents of files."""
+    lines: list[Line] = []
+    origins = ""
+    others: dict[str, str] = {}
+    for text in texts:
+        lines += lines_of(text)
+        origins += origin(text)
+        others |= tables_of(text)
+    return {"goals": origins + table(lines), **others}
+
+
 def main() -> int:
     """Print the tables, or put them into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--into", type=Path, help="page whose tables are replaced")
     arguments = parser.parse_args()
-    lines: list[Line] = []
-    origins = ""
-    others: dict[str, str] = {}
-    for path in arguments.files:
-        text = path.read_text()
-        lines += lines_of(text)
-        origins += origin(text)
-        others |= tables_of(text)
-    tables = {"goals": origins + table(lines), **others}
+    tables = all_tables(path.read_text() for path in arguments.files)
     if arguments.into is None:
         print("\n\n".join(tables.values()))
         return 0
