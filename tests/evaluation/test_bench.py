@@ -108,6 +108,18 @@ def test_every_cache_at_every_context() -> None:
     assert result.to_dict()["rows"][0]["over_full"] >= 1.0
 
 
+def test_compiled_steps_are_timed() -> None:
+    config = replace(
+        SMALL, contexts=(100,), budgets=(0.5,), caches=("static", "fused", "loop"), compiled="eager"
+    )
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    result = run_bench(random_model("tiny"), config)
+    labels = {row.label for row in result.rows}
+    assert labels == {"StaticCache", "StaticCache fused", "Spectral loop 50%"}
+    assert all(row.seconds > 0 and not row.failure for row in result.rows)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 3
+
+
 @pytest.mark.parametrize("group", ["loop", "policy", "model"])
 def test_a_cut_comes_before_the_clock_and_in_each_measurement(group: str) -> None:
     model = random_model("tiny").model

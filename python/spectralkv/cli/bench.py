@@ -70,6 +70,14 @@ def bench(
             "commas. Spectral's default is timed in any case."
         ),
     ] = "256,4096,1048576",
+    compiled: Annotated[
+        str,
+        typer.Option(
+            help="A backend of torch.compile (inductor) for the steps of static caches and of the "
+            "captured loop.",
+            show_default="none",
+        ),
+    ] = "",
     split: Annotated[
         bool,
         typer.Option(
@@ -132,6 +140,7 @@ def bench(
         row_seconds=row_seconds,
         prefill=prefill,
         prompt_rows=_numbers("prompt-rows", prompt_rows, int),
+        compiled=compiled,
         split=split,
         largest_batch=largest_batch,
         flat=flat,

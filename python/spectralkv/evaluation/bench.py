@@ -106,6 +106,9 @@ class BenchConfig:
     prompt_rows : tuple of int
         How many of the newest tokens of a prompt get a row of the graph; the policy's default is
         timed in any case.
+    compiled : str
+        Backend of torch.compile by which the steps of static caches and of the captured loop are
+        compiled; "": they are not.
     split : bool
         Profile some steps of each cache, and a prompt; on CUDA.
     largest_batch : bool
@@ -135,6 +138,7 @@ class BenchConfig:
     caches: tuple[str, ...] = GROUPS
     prefill: bool = False
     prompt_rows: tuple[int, ...] = (256, 4096, 1 << 20)
+    compiled: str = ""
     split: bool = False
     largest_batch: bool = False
     flat: int = 0
@@ -619,6 +623,7 @@ def _setting(
         interval=config.interval,
         steps=timed_steps + profiled,
         chunk=max(_LEAST_CHUNK, config.chunk // config.batch),
+        compiled=config.compiled,
     )
 
 

@@ -48,6 +48,9 @@ class Setting:
         Steps that follow those of `Subject.warm_up`, at most.
     chunk : int
         Tokens of a sequence that an evicting cache is filled with at a time.
+    compiled : str
+        Backend by which steps of static caches and of the captured loop are compiled; "": they are
+        not.
     """
 
     model: Any
@@ -57,6 +60,7 @@ class Setting:
     interval: int
     steps: int
     chunk: int
+    compiled: str = ""
 
     @property
     def budget(self) -> int:
@@ -271,7 +275,7 @@ def _static(setting: Setting) -> Iterator[Subject]:
     slots = setting.context + _WARM_UP + setting.steps + (_STEPS_BEFORE_CAPTURE if on_cuda else 0)
     cache = StaticCache(config=model.config, max_cache_len=slots)
     fill(model, cache, batch=setting.batch, count=setting.context)
-    run = _eager(setting, cache)
+    run = _eager(setting, cache, compiled=setting.compiled)
     if not on_cuda:
         yield Subject(cache=cache, run=run)
         return
@@ -364,6 +368,7 @@ def _loop(setting: Setting) -> Iterator[Subject]:
         logits=torch.zeros(batch, config.vocab_size, dtype=model.dtype, device=model.device),
         positions=torch.full((batch,), setting.context, device=model.device),
         max_new_tokens=1 + warm_up + setting.steps,
+        compiled=setting.compiled or False,
     )
     yield Subject(
         cache=cache,
@@ -480,10 +485,12 @@ def _no_attention(
     return query, None
 
 
-def _eager(setting: Setting, cache: Any, *, names_positions: bool = False) -> Callable[[int], None]:
+def _eager(
+    setting: Setting, cache: Any, *, names_positions: bool = False, compiled: str = ""
+) -> Callable[[int], None]:
     """Return the plain loop: the model is called step by step, and the likeliest token taken.
 
-    Presses want to be told positions.
+    Presses want to be told positions. `compiled`: the backend by which the model is compiled.
     """
     import torch
 
@@ -491,6 +498,7 @@ def _eager(setting: Setting, cache: Any, *, names_positions: bool = False) -> Ca
 
     model = setting.model
     ids = torch.zeros(setting.batch, 1, dtype=torch.long, device=model.device)
+    step = torch.compile(model, dynamic=False, backend=compiled) if compiled else model
     position = torch.full((1,), setting.context, device=model.device)
 
     def run(count: int) -> None:
@@ -498,7 +506,7 @@ def _eager(setting: Setting, cache: Any, *, names_positions: bool = False) -> Ca
         if names_positions:
             options = {"position_ids": position[None], "cache_position": position}
         for _ in range(count):
-            logits = model(input_ids=ids, **cache_argument(cache), use_cache=True, **options).logits
+            logits = step(input_ids=ids, **cache_argument(cache), use_cache=True, **options).logits
             ids.copy_(logits[:, -1:].argmax(-1))
             position.add_(1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,12 +128,16 @@ class DecodeLoop:
         some layers never evict.
     capture : bool or None
         True: capture, or an error that says why not; None: where it is possible.
+    compiled : bool or str
+        Compile the model's step by torch.compile, whole, with its default backend or the one that
+        is named. It takes seconds to minutes at the first step of a model and batch size, and
+        fuses what lies between matrix products. The model is captured as compiled.
 
     Raises
     ------
     ValueError
-        An argument is out of range, `cache` cannot be decoded with, or `capture` is True and
-        impossible.
+        An argument is out of range, `cache` cannot be decoded with, `capture` is True and
+        impossible, or the model is to be compiled and some of its layers never evict.
     """
 
     def __init__(
@@ -148,6 +153,7 @@ class DecodeLoop:
         pad_token_id: int = 0,
         attention_mask: torch.Tensor | None = None,
         capture: bool | None = None,
+        compiled: bool | str = False,
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"[decode] max_new_tokens must be 1 or more, got {max_new_tokens}")
@@ -156,6 +162,7 @@ class DecodeLoop:
         self._sampling = sampling or Sampling()
         self._limit = max_new_tokens
         self._captures = self._may_capture(capture)
+        self._backend = "inductor" if compiled is True else compiled or None
         self._count = 0  # tokens chosen
         batch, device = logits.shape[0], logits.device
         self._pad = pad_token_id
@@ -166,6 +173,11 @@ class DecodeLoop:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self._only_ours = len(cache.evicting_layers) == len(cache.layers)
+        if self._backend is not None and not self._only_ours:
+            others = len(cache.layers) - len(cache.evicting_layers)
+            raise ValueError(
+                f"[decode] compiled expected layers that all evict, got {others} of another kind"
+            )
         # Policies that attend read no mask; transformers makes none where it is given one.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._padding = attention_mask
@@ -226,7 +238,7 @@ class DecodeLoop:
                 f"[decode] steps must be 0 to {self._limit - self._count} (max_new_tokens less "
                 f"what there is), got {steps}"
             )
-        with torch.no_grad(), self._cache.steps(steps):
+        with torch.no_grad(), self._cache.steps(steps), self._serving():
             self._forget_old_graphs()
             for _ in range(steps):
                 self._step()
@@ -251,7 +263,24 @@ class DecodeLoop:
         if any(layers[0].due()):
             self._cut()
 
+    def _serving(self) -> AbstractContextManager[None]:
+        """Return what must hold while compiled steps run."""
+        if self._backend is None:
+            return nullcontext()
+        from spectralkv.hf import compiled_step  # registers an operator
+
+        return compiled_step.serving(self._model, self._cache)
+
     def _forward(self) -> None:
+        if self._backend is not None:
+            from spectralkv.hf import compiled_step
+
+            logits = compiled_step.step(
+                self._model, self._ids, self._positions, self._no_mask, backend=self._backend
+            )
+            self._positions += 1
+            self._take(logits)
+            return
         mask = self._no_mask if self._only_ours else self._mask_of_others()
         logits = self._model(
             input_ids=self._ids,
@@ -447,6 +476,7 @@ def generate(
     streamer: Streamer | None = None,
     prefill_chunk_size: int | None = None,
     capture: bool | None = None,
+    compiled: bool | str = False,
 ) -> torch.Tensor:
     """Generate as `model.generate` does with the same cache, by a :class:`DecodeLoop`.
 
@@ -470,7 +500,7 @@ def generate(
         Gets the prompt and each token, a step or two after it was chosen.
     prefill_chunk_size : int or None
         Tokens of the prompt that are fed together; None: all.
-    capture : bool or None
+    capture, compiled
         See :class:`DecodeLoop`.
 
     Returns
@@ -509,6 +539,7 @@ def generate(
         pad_token_id=pad_token_id,
         streamer=streamer,
         capture=capture,
+        compiled=compiled,
     )
     return torch.cat((input_ids, new), 1)
 
@@ -526,6 +557,7 @@ def decode(
     pad_token_id: int | None = None,
     streamer: Streamer | None = None,
     capture: bool | None = None,
+    compiled: bool | str = False,
 ) -> torch.Tensor:
     """Decode from a cache that holds the prompt: what :func:`generate` does behind it.
 
@@ -535,7 +567,7 @@ def decode(
         A causal language model.
     cache : EvictingCache
         It holds the prompt, and its policy attends.
-    logits, positions, attention_mask, capture
+    logits, positions, attention_mask, capture, compiled
         See :class:`DecodeLoop`.
     max_new_tokens, sampling, eos_token_id, pad_token_id
         See :func:`generate`.
@@ -569,6 +601,7 @@ def decode(
         pad_token_id=pad,
         attention_mask=attention_mask,
         capture=capture,
+        compiled=compiled,
     )
     # What was fed after all sequences had ended is taken back. Where a cut may have made that
     # impossible, or other layers cannot, each step is waited for.

@@ -584,6 +584,42 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._make_room(held + (count if self._policy.budget is None else 1))
         self._fixed = True
 
+    def attend_step(
+        self,
+        query: torch.Tensor,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Take in a token and attend, where a compiled model has no tap.
+
+        Parameters
+        ----------
+        query, key_states, value_states : torch.Tensor
+            (B, Hq, 1, D), (B, Hkv, 1, D) and (B, Hkv, 1, Dv).
+        scaling : float
+            Factor of the dot products.
+        softcap : float or None
+            Bound of their absolute value.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, 1, Hq, Dv).
+
+        Raises
+        ------
+        RuntimeError
+            No steps have been started.
+        """
+        if not self._fixed or not isinstance(self._tracker, AttendingTracker):
+            raise RuntimeError(f"[cache] layer {self.index}: a step outside of a decode loop")
+        self._check_new(key_states, value_states)
+        options = {"scaling": scaling, "softcap": softcap}
+        return self._attend(self._tracker, query, key_states, value_states, options)
+
     def count_step(self) -> None:
         """Count one step, queued or replayed."""
         self._seen += 1
