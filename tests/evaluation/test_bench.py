@@ -118,6 +118,8 @@ def test_compiled_steps_are_timed() -> None:
     assert labels == {"StaticCache", "StaticCache fused", "Spectral loop 50%"}
     assert all(row.seconds > 0 and not row.failure for row in result.rows)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 3
+    with pytest.raises(EvaluationError, match=r"compiled expected a backend of torch\.compile"):
+        run_bench(random_model("tiny"), replace(config, compiled="gcc"))
 
 
 @pytest.mark.parametrize("group", ["loop", "policy", "model"])

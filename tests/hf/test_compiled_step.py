@@ -84,6 +84,12 @@ def test_what_cannot_be_compiled_is_refused() -> None:
     with pytest.raises(ValueError, match="compiled expected layers that all evict, got 2 of"):
         generate(mixed, ids, cache_of(mixed), compiled=True)
     model = model_of()
+    cache = cache_of(model)
+    with pytest.raises(ValueError, match=r"compiled expected a backend of torch.compile \(.*eager"):
+        generate(model, ids, cache, max_new_tokens=5, compiled="gcc")
+    assert cache.get_seq_length() == 40  # the prompt is there, and can be gone on from
+    with torch.no_grad():
+        model(input_ids=ids[:, :1], **cache_argument(cache))
     implementation = model.config._attn_implementation
     model.set_attn_implementation(compiled_step.IMPLEMENTATION)
     try:

@@ -454,11 +454,13 @@ def run_bench(
     Raises
     ------
     EvaluationError
-        Something is asked for that needs CUDA, or Spectral cannot compute on the model's device.
+        Something is asked for that needs CUDA, Spectral cannot compute on the model's device, or
+        torch.compile knows no such backend.
     """
     from spectralkv.hf.streams import one_stream
 
     _check_device(loaded, config)
+    _check_backend(config.compiled)
     with one_stream(loaded.model.device), bench_clock.quick_collection():
         return _run(loaded, config, on_progress, on_result)
 
@@ -527,6 +529,17 @@ def _check_device(loaded: LoadedModel, config: BenchConfig) -> None:
         )
 
 
+def _check_backend(name: str) -> None:
+    if not name:
+        return
+    from spectralkv.hf import compiled_step
+
+    try:
+        compiled_step.check_backend(name)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
+
+
 def _wake(model: Any, batch: int) -> None:
     """Take a step without a cache: what a device loads at its first use is no cache's memory."""
     import torch
@@ -567,11 +580,9 @@ def _row(model: Any, config: BenchConfig, context: int, kind: CacheKind) -> Benc
 def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -> BenchRow:
     import torch
 
-    from spectralkv.hf.streams import one_stream
-
     device = model.device
     setting = _setting(model, config, row.context, kind.share, config.steps * config.repeats)
-    with one_stream(device), torch.no_grad():
+    with torch.no_grad():
         before = bench_clock.DeviceMemory.now(device) if device.type == "cuda" else None
         with kind.open(setting) as subject:
             peak = bench_clock.PeakMemory(device, before)
@@ -660,8 +671,6 @@ def _largest(
 def _flat(model: Any, config: BenchConfig) -> FlatRun:
     import torch
 
-    from spectralkv.hf.streams import one_stream
-
     device, context = model.device, config.contexts[0]
     window = min(FLAT_WINDOW, config.flat // 2)
     count = config.flat // window
@@ -670,7 +679,7 @@ def _flat(model: Any, config: BenchConfig) -> FlatRun:
     times: list[float] = []
     memory: list[int] = []
     bench_clock.free_memory(device)
-    with one_stream(device), torch.no_grad(), kind.open(setting) as subject:
+    with torch.no_grad(), kind.open(setting) as subject:
         subject.run(subject.warm_up)
         for _ in range(count):
             times.append(bench_clock.seconds_a_step(subject.run, window, device))

@@ -130,8 +130,6 @@ def measure_prompts(model: Any, config: BenchConfig, context: int) -> list[Promp
     """
     import torch
 
-    from spectralkv.hf.streams import one_stream
-
     device = model.device
     bench_clock.free_memory(device)
     # Tokens that are all the same would have keys that tie.
@@ -159,7 +157,7 @@ def measure_prompts(model: Any, config: BenchConfig, context: int) -> list[Promp
         bench_clock.free_memory(device)
         return replace(row, prompt_seconds=(), failure="does not fit")
 
-    with one_stream(device), torch.no_grad():
+    with torch.no_grad():
         warm = [tried(read_once, row, policy) for row, policy in caches]
         rows = [replace(row, prompt_seconds=()) for row in warm]
         for _ in range(config.repeats):

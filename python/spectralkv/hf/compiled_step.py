@@ -109,6 +109,22 @@ def _attention(
     return attended, None
 
 
+def check_backend(name: str) -> None:
+    """Check that torch.compile knows a backend.
+
+    Raises
+    ------
+    ValueError
+        It does not.
+    """
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if name not in known:
+        raise ValueError(
+            f"[decode] compiled expected a backend of torch.compile ({', '.join(sorted(known))}), "
+            f"got {name!r}"
+        )
+
+
 @contextmanager
 def serving(model: Any, cache: EvictingCache) -> Iterator[None]:
     """Let compiled steps of a model, in this thread, attend by a cache whose layers all evict."""

@@ -137,7 +137,8 @@ class DecodeLoop:
     ------
     ValueError
         An argument is out of range, `cache` cannot be decoded with, `capture` is True and
-        impossible, or the model is to be compiled and some of its layers never evict.
+        impossible, or the model is to be compiled and some of its layers never evict, or by a
+        backend that torch.compile does not know.
     """
 
     def __init__(
@@ -178,6 +179,10 @@ class DecodeLoop:
             raise ValueError(
                 f"[decode] compiled expected layers that all evict, got {others} of another kind"
             )
+        if self._backend is not None:
+            from spectralkv.hf import compiled_step  # registers an operator
+
+            compiled_step.check_backend(self._backend)
         # Policies that attend read no mask; transformers makes none where it is given one.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._padding = attention_mask
@@ -267,7 +272,7 @@ class DecodeLoop:
         """Return what must hold while compiled steps run."""
         if self._backend is None:
             return nullcontext()
-        from spectralkv.hf import compiled_step  # registers an operator
+        from spectralkv.hf import compiled_step
 
         return compiled_step.serving(self._model, self._cache)
 

@@ -15,7 +15,7 @@ def one_stream(device: torch.device | str) -> Iterator[None]:
 
     A :class:`DecodeLoop` inside is captured on the stream on which all else runs. On the default
     stream, which cannot be captured, each capture puts a second stream to work; once kernels have
-    come by two streams in turns some eight times, those of replayed CUDA graphs follow each other
+    come by two streams in turns some six times, those of replayed CUDA graphs follow each other
     0.2 us later, in the whole process, for good (seen on an H200, CUDA 13.0). A decode step has
     hundreds of them.
 
