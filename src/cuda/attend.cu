@@ -107,6 +107,37 @@ __device__ inline T from_float(float value) {
   }
 }
 
+/// i / divisor of numbers up to 2^18: i + 1/2 lies half a divisor away from where the quotient
+/// changes, much further than the product of floats is off.
+struct SmallDivision {
+  float inverse;
+
+  __device__ explicit SmallDivision(int divisor)
+      : inverse(1.0F / static_cast<float>(divisor)) {}
+  __device__ int operator()(int i) const {
+    return static_cast<int>((static_cast<float>(i) + 0.5F) * inverse);
+  }
+};
+
+/// Asks for the first tile of each warp, of slots [begin, end), to be in the L2 cache: who reads it
+/// sees what is written to it meanwhile.
+template <class T>
+__device__ void prefetch_tiles(const T* keys, std::int64_t key_stride, const T* values,
+                               std::int64_t value_stride, int head_dim, int begin, int end) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(T));  // elements
+  const auto prefetch = [](const T* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+  };
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int slot = begin + static_cast<int>(threadIdx.x) / 32 * kTile + lane / 2;
+  if (slot >= end) return;
+#pragma unroll 1
+  for (int d = lane % 2 * kLine; d < head_dim; d += 2 * kLine) {
+    prefetch(keys + slot * key_stride + d);
+    prefetch(values + slot * value_stride + d);
+  }
+}
+
 /// A cluster of thread blocks a KV head, one head after the other.
 template <class Dots, class Means>
 __global__ void __launch_bounds__(kThreads<Dots>, 1)
@@ -154,14 +185,24 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   if (warp == 1) clear(shared.row.top_k, lane);
   if (draws_row) block.clear_barred(plan.slots);
 
-  wait_for_former_kernels();
-  const std::int64_t length = layer.counters != nullptr ? layer.counters->length : extent;
   const auto index = static_cast<unsigned>(cluster_index());
   const auto places =
       static_cast<unsigned>(layer.first_slots == nullptr ? layer.heads : layer.batch);
   const GraphOfRun graph(layer, static_cast<int>(index / places), static_cast<int>(index % places));
   const int b = graph.b;
   const int h = graph.g;
+  if (update.slots.data != nullptr || layer.counters == nullptr) {
+    // While the token is placed. The length may change yet, but it is one that the layer had.
+    const std::int64_t about = layer.counters != nullptr ? layer.counters->length : extent;
+    const int slots = visible_slots(layer, h, -1, about, extent);
+    const int part = part_of(slots, cluster);
+    prefetch_tiles(key_at<T>(update.keys, b, h, 0), update.keys.token_stride,
+                   key_at<T>(args.values, b, h, 0), args.values.token_stride, dim, rank * part,
+                   min((rank + 1) * part, slots));
+  }
+  cluster_wait();  // which empties the L1 cache, so not between loads
+  wait_for_former_kernels();
+  const std::int64_t length = layer.counters != nullptr ? layer.counters->length : extent;
   const bool fault = draws_row && rank == 0 && thread == 0 && has_fault(layer);
   const bool finishes = draws_row && rank == 0 && warp == 1;
   SequenceCounters counters{};
@@ -169,6 +210,8 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   __syncthreads();
 
   // The length of the layer is still on its way: what needs it comes after the queries.
+  const SmallDivision of_dim(dim);
+  const SmallDivision of_rank(layout.per_rank);
   std::int64_t slot = -1;
   int begin = 0;
   int end = 0;
@@ -230,22 +273,27 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
       block.warp_sums[warp * query_heads + first + column] = sum.packed();
     });
     __syncthreads();
-    if (first == 0) cluster_wait();
     block.post_sums(shared.row, first, task.query_heads);
 
     // The warps' means, relative to the block's highest score, and their sum.
+    const auto maximum_of = [&](int w, int column) {
+      return ExpSum::unpacked(block.warp_sums[w * query_heads + first + column]).maximum;
+    };
     const auto peak_of = [&](int column) {
-      return ExpSum::of(block.warp_sums + first + column, kWarps, query_heads).maximum;
+      float highest = -FLT_MAX;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) highest = fmaxf(highest, maximum_of(w, column));
+      return highest;
     };
     if (thread < task.query_heads) peaks[first + thread] = peak_of(thread);
     tap.store(own_merged, layout.pitch, task.query_heads, [&](int column) {
-      const std::uint64_t own = block.warp_sums[warp * query_heads + first + column];
-      return exp2_of(ExpSum::unpacked(own).maximum - peak_of(column));
+      return exp2_of(maximum_of(warp, column) - peak_of(column));
     });
     __syncthreads();
 #pragma unroll 1
     for (int i = thread; i < task.query_heads * dim; i += kBlockThreads) {
-      const float* const from = merged + i / dim * layout.pitch + i % dim;
+      const int column = of_dim(i);
+      const float* const from = merged + column * layout.pitch + i - column * dim;
       float sum = 0.0F;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += from[w * kColumns * layout.pitch];
@@ -262,7 +310,7 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
 
   // Each block puts a part of the elements together, in the order of the blocks.
   const auto factor_of = [&](int element) {
-    const int q = min(element / dim, query_heads - 1);
+    const int q = min(of_dim(element), query_heads - 1);
     return exp2_of(peaks[q] - block.shifts[q]);
   };
 #pragma unroll 1
@@ -270,8 +318,8 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
     const auto element = [&](int at) {
       return std::uint64_t{__float_as_uint(means[at] * factor_of(at))};
     };
-    const int to = i / layout.per_rank;
-    post(&parts[rank * layout.per_rank + i % layout.per_rank], to,
+    const int to = of_rank(i);
+    post(&parts[rank * layout.per_rank + i - to * layout.per_rank], to,
          element(2 * i + 1) << 32U | element(2 * i), shared.parts);
   }
   const auto write_out = [&] {
@@ -280,16 +328,16 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
     for (int i = thread; i < 2 * layout.pairs_of(rank); i += kBlockThreads) {
       const int element = 2 * rank * layout.per_rank + i;
       if (element >= query_heads * dim) break;
-      const int q = element / dim;
+      const int q = of_dim(element);
       float sum = 0.0F;
-#pragma unroll 1
+#pragma unroll 4
       for (int from = 0; from < cluster; ++from) {
         sum += reinterpret_cast<const float*>(parts + from * layout.per_rank)[i];
       }
       if (block.shifts[q] == INFINITY) sum = NAN;  // it sees nothing
       auto* const out = static_cast<T*>(args.out.data) + b * args.out.sequence_stride +
                         (std::int64_t{h} * query_heads + q) * args.out.head_stride;
-      out[element % dim] = from_float<T>(sum);
+      out[element - q * dim] = from_float<T>(sum);
     }
   };
   if (!draws_row) {

@@ -308,8 +308,8 @@ __device__ void remap_row(const LayerView& layer, const std::int32_t* positions,
     for (int k = 0; k < count; ++k) {
       const std::uint64_t widths = threshold_at<kFormat>(row, top_k, k);
       const std::uint64_t scaled = ((widths << 32U) + total / 2) / total;
-      put_edge<kFormat>(row, top_k, k, neighbor_at<kFormat>(row, k),
-                        k + 1 == count ? kAllOnes : static_cast<std::uint32_t>(scaled));
+      put_threshold<kFormat>(row, top_k, k,
+                             k + 1 == count ? kAllOnes : static_cast<std::uint32_t>(scaled));
     }
   }
   if (layer.law == EdgeLaw::weighted && count > 0) sum = kAllOnes;

@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(Dots::kMostThreads, kLeastBlocks<Dots>)
   cluster_arrive();
   if (warp == 1) clear(shared.top_k, lane);
   block.clear_barred(most_slots);
+  cluster_wait();  // which empties the L1 cache, so not behind loads
   __syncthreads();
 
   // The length of the layer is still on its way: what needs it comes after the queries.
@@ -157,13 +158,12 @@ __global__ void __launch_bounds__(Dots::kMostThreads, kLeastBlocks<Dots>)
         block.scores[q * block.pitch + j] = score;
         sum.add(score);
       }
-      for (int offset = 16; offset > 0; offset /= 2) sum.add(sum.from_lane(offset));
+      sum = ExpSum::of_lanes(sum);
       if (lane == 0) block.warp_sums[warp * query_heads + q] = sum.packed();
     }
     __syncthreads();
   }
 
-  cluster_wait();
   block.post_sums(shared, 0, query_heads);
   bool good = true;
   if (rank == 0) good = check_slots(layer, args, length, extent) && !fault;
@@ -251,9 +251,14 @@ __global__ void __launch_bounds__(kSplitThreads)
       if (lane < Dots::kFirstRowBit) warp_sums[warp][Dots::column(lane, i)] = mine[i].packed();
     }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < task.query_heads) {
-      const ExpSum sum = ExpSum::of(&warp_sums[0][threadIdx.x], kSplitWarps, Dots::kColumns);
-      scratch.sums[std::int64_t{block} * query_heads + first_query + threadIdx.x] = sum.packed();
+#pragma unroll 1
+    for (int column = warp; column < task.query_heads; column += kSplitWarps) {
+      ExpSum of_warp;
+      if (lane < kSplitWarps) of_warp = ExpSum::unpacked(warp_sums[lane][column]);
+      const ExpSum sum = ExpSum::of_lanes(of_warp);
+      if (lane == 0) {
+        scratch.sums[std::int64_t{block} * query_heads + first_query + column] = sum.packed();
+      }
     }
     __syncthreads();
   });
@@ -271,7 +276,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   for (int split = lane; split < scratch.splits; split += 32) {
     sum.add(ExpSum::unpacked(sums[std::int64_t{split} * query_heads]));
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum.add(sum.from_lane(offset));
+  sum = ExpSum::of_lanes(sum);
   if (lane == 0) scratch.shifts[i] = sum.shift();
 }
 

@@ -220,29 +220,33 @@ __global__ void __launch_bounds__(kThreads)
 /// The lowest free slot of a graph, the end of those in use if none below is; by a block of
 /// kWideThreads.
 __device__ std::int64_t lowest_free_slot(const LayerView& layer, std::int64_t b, std::int64_t g) {
-  __shared__ unsigned long long lowest;
+  __shared__ int lowest;
   const std::int32_t* const positions = positions_of(layer, b, g);
-  const std::int64_t length = length_of(layer, g);
-  if (threadIdx.x == 0) lowest = static_cast<unsigned long long>(length);
-  __syncthreads();
-  // All loads of a round are under way at once.
+  const int room = static_cast<int>(room_of(layer, g));
+  const int length = static_cast<int>(length_of(layer, g));
+  if (room == 0) return 0;
+  if (threadIdx.x == 0) lowest = room;
+  // All loads of a round are under way at once, those of the first one before the length is there.
   constexpr int kEach = 16;
-  for (std::int64_t base = 0; base < length; base += kWideThreads * kEach) {
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int first = thread; first - thread < room; first += kWideThreads * kEach) {
     std::int32_t there[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      const std::int64_t slot = base + k * kWideThreads + threadIdx.x;
-      there[k] = slot < length ? positions[slot] : 0;
+      const int slot = first + k * kWideThreads;
+      there[k] = slot < room ? positions[slot] : 0;
     }
-    std::int64_t mine = length;
+    if (first == thread) __syncthreads();
+    int mine = length;
 #pragma unroll
     for (int k = kEach - 1; k >= 0; --k) {
-      if (there[k] < 0) mine = base + k * kWideThreads + threadIdx.x;
+      if (there[k] < 0) mine = min(mine, first + k * kWideThreads);
     }
-    if (mine < length) atomicMin(&lowest, static_cast<unsigned long long>(mine));
-    if (__syncthreads_or(static_cast<int>(mine < length)) != 0) break;
+    if (mine < length) atomicMin(&lowest, mine);
+    const bool all_seen = first - thread + kWideThreads * kEach >= length;
+    if (__syncthreads_or(static_cast<int>(mine < length || all_seen)) != 0) break;
   }
-  return static_cast<std::int64_t>(lowest);
+  return min(lowest, length);
 }
 
 __global__ void __launch_bounds__(kWideThreads)
@@ -255,34 +259,54 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 }
 
-/// Copies one row of `dim` elements by a block.
+/// A row of `dim` elements that a block of kWideThreads is about to copy: each thread has its first
+/// element.
 template <class T>
-__device__ void copy_row(const TokensView& from, const TokensView& to, std::int64_t b,
-                         std::int64_t h, std::int64_t slot, std::int64_t dim) {
-  const T* const source = static_cast<const T*>(from.data) + token_offset(from, b, h, 0);
-  // A view of the caller's that launch_place was given to write.
-  T* const target = static_cast<T*>(const_cast<void*>(to.data)) + token_offset(to, b, h, slot);
-  for (std::int64_t d = threadIdx.x; d < dim; d += kWideThreads) target[d] = source[d];
-}
+struct RowCopy {
+  const T* source;
+  std::int64_t dim;
+  T first{};
+
+  __device__ RowCopy(const TokensView& from, std::int64_t b, std::int64_t h, std::int64_t elements)
+      : source(static_cast<const T*>(from.data) + token_offset(from, b, h, 0)), dim(elements) {
+    if (threadIdx.x < dim) first = source[threadIdx.x];
+  }
+  /// `to`: a view of the caller's that launch_place was given to write.
+  __device__ void write(const TokensView& to, std::int64_t b, std::int64_t h,
+                        std::int64_t slot) const {
+    T* const target = static_cast<T*>(const_cast<void*>(to.data)) + token_offset(to, b, h, slot);
+    if (threadIdx.x < dim) target[threadIdx.x] = first;
+    for (std::int64_t d = threadIdx.x + kWideThreads; d < dim; d += kWideThreads) {
+      target[d] = source[d];
+    }
+  }
+};
 
 /// One block a graph.
 template <class Key, class Value>
-__global__ void __launch_bounds__(kWideThreads) place_kernel(LayerView layer, PlaceArgs args) {
-  let_next_kernel_begin();  // the attention of the token follows
+__global__ void __launch_bounds__(kWideThreads)
+    place_kernel(const __grid_constant__ LayerView layer, const __grid_constant__ PlaceArgs args) {
   wait_for_former_kernels();
+  let_next_kernel_begin();  // the attention of the token follows
   const std::int64_t b = blockIdx.x / layer.graphs;
   const std::int64_t g = blockIdx.x % layer.graphs;
+  const std::int64_t first_head = g * layer.heads_per_graph;
+  const RowCopy<Key> first_key(args.new_keys, b, first_head, args.key_dim);
+  const RowCopy<Value> first_value(args.new_values, b, first_head, args.value_dim);
   const std::int64_t slot = lowest_free_slot(layer, b, g);
   std::int64_t limit = room_of(layer, g);
   if (layer.first_slots == nullptr) limit = min(limit, args.num_slots);
   const bool fits = slot < limit;
   if (!fits && threadIdx.x == 0) report(layer, Fault::layer_full, b, g, slot + 1, limit);
   for (int k = 0; k < layer.heads_per_graph; ++k) {
-    const std::int64_t h = g * layer.heads_per_graph + k;
+    const std::int64_t h = first_head + k;
     if (threadIdx.x == 0) at(args.slots, b, h) = fits ? static_cast<std::int32_t>(slot) : -1;
     if (!fits) continue;
-    copy_row<Key>(args.new_keys, args.keys, b, h, slot, args.key_dim);
-    copy_row<Value>(args.new_values, args.values, b, h, slot, args.value_dim);
+    const RowCopy<Key> key = k == 0 ? first_key : RowCopy<Key>(args.new_keys, b, h, args.key_dim);
+    const RowCopy<Value> value =
+        k == 0 ? first_value : RowCopy<Value>(args.new_values, b, h, args.value_dim);
+    key.write(args.keys, b, h, slot);
+    value.write(args.values, b, h, slot);
   }
 }
 

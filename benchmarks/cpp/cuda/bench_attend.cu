@@ -26,12 +26,46 @@ class Attended {
         layer(shape, seed),
         values_(shape.batch * shape.heads * (shape.length + Layer::kRoom) * shape.dim *
                 size_of(shape.dtype)),
+        new_token_(shape.batch * shape.heads * shape.dim * size_of(shape.dtype)),
+        slots_(std::int64_t{4} * shape.batch * shape.heads),
         out_(shape.batch * shape.heads * shape.group * shape.dim * size_of(shape.dtype)) {
     fill(values_.as<void>(), shape.dtype, values_.bytes() / size_of(shape.dtype), seed + 2, 1.0F);
+    fill(new_token_.as<void>(), shape.dtype, new_token_.bytes() / size_of(shape.dtype), seed + 3,
+         1.0F);
   }
 
   void attend(std::int64_t extent, cudaStream_t stream) const {
     launch_attend(layer.view(), args(), extent, {}, stream);
+  }
+  void place(cudaStream_t stream) const {
+    const TokensView new_token{.data = new_token_.as<void>(),
+                               .dtype = shape_.dtype,
+                               .sequence_stride = std::int64_t{shape_.heads} * shape_.dim,
+                               .head_stride = shape_.dim,
+                               .token_stride = shape_.dim};
+    launch_place(layer.view(),
+                 {.new_keys = new_token,
+                  .new_values = new_token,
+                  .keys = layer.keys(),
+                  .values = args().values,
+                  .slots = {.data = slots_.as<std::int32_t>(),
+                            .sequence_stride = shape_.heads,
+                            .head_stride = 1,
+                            .slot_stride = 1},
+                  .num_slots = shape_.length + Layer::kRoom,
+                  .key_dim = shape_.dim,
+                  .value_dim = shape_.dim},
+                 stream);
+  }
+  /// What a layer does with a token that is decoded: it takes a free slot, and attends.
+  void step(std::int64_t extent, cudaStream_t stream) const {
+    place(stream);
+    AttendArgs all = args();
+    all.update.slots = {.data = slots_.as<const std::int32_t>(),
+                        .sequence_stride = shape_.heads,
+                        .head_stride = 1,
+                        .slot_stride = 1};
+    launch_attend(layer.view(), all, extent, {}, stream);
   }
   void attend_alone(cudaStream_t stream) const {
     launch_decode_attention({.batch = shape_.batch,
@@ -101,7 +135,7 @@ class Attended {
   Layer layer;
 
  private:
-  Buffer values_, out_;
+  Buffer values_, new_token_, slots_, out_;
 };
 
 bool sound = true;
@@ -203,6 +237,8 @@ void time_shape(const Shape& shape, double bandwidth) {
     print_rate(bench, shape.name(), timing, static_cast<double>(read), bandwidth);
   };
   time("attend", bytes, [&](const Attended& one, auto stream) { one.attend(extent, stream); });
+  time("place", 0, [](const Attended& one, auto stream) { one.place(stream); });
+  time("step", bytes, [&](const Attended& one, auto stream) { one.step(extent, stream); });
   time("attention", bytes, [](const Attended& one, auto stream) { one.attend_alone(stream); });
   time("update_alone", bytes / 2, [&](const Attended& one, auto stream) {
     const UpdatePlan plan = plan_update(one.layer.view(), extent, {});

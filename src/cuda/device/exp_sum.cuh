@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "cuda/device/warp.cuh"
 #include "cuda/kernels.h"
 
 namespace spectralkv::cuda {
@@ -43,26 +44,12 @@ struct ExpSum {
   /// What is subtracted from a score to get the logarithm of its probability.
   __device__ float shift() const { return sum > 0.0F ? maximum + log2_of(sum) : INFINITY; }
 
-  /// Of `count` that lie `stride` apart.
-  __device__ static ExpSum of(const std::uint64_t* packed, int count, int stride) {
-    constexpr int kAtOnce = 8;
-    ExpSum all;
-#pragma unroll 1
-    for (int first = 0; first < count; first += kAtOnce) {
-      ExpSum parts[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i < count) parts[i] = unpacked(packed[(first + i) * stride]);
-      }
-      float highest = all.maximum;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) highest = fmaxf(highest, parts[i].maximum);
-      all.sum *= exp2_of(all.maximum - highest);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        all.sum = fmaf(parts[i].sum, exp2_of(parts[i].maximum - highest), all.sum);
-      }
-      all.maximum = highest;
+  /// Of all lanes of a warp, in each of them.
+  __device__ static ExpSum of_lanes(const ExpSum& own) {
+    ExpSum all{.maximum = warp_max(own.maximum), .sum = 0.0F};
+    all.sum = own.sum * exp2_of(own.maximum - all.maximum);
+    for (int offset = 16; offset > 0; offset /= 2) {
+      all.sum += __shfl_xor_sync(0xffffffffU, all.sum, offset);
     }
     return all;
   }

@@ -125,6 +125,15 @@ __device__ void put_edge(std::uint32_t* row, int top_k, int k, std::int32_t neig
     if constexpr (kFormat == RowFormat::wide) row[top_k + k] = threshold;
   }
 }
+/// A new threshold for the edge that is there.
+template <RowFormat kFormat>
+__device__ void put_threshold(std::uint32_t* row, int top_k, int k, std::uint32_t threshold) {
+  if constexpr (kFormat == RowFormat::packed) {
+    put_edge<kFormat>(row, top_k, k, neighbor_at<kFormat>(row, k), threshold);
+  } else if constexpr (kFormat == RowFormat::wide) {
+    row[top_k + k] = threshold;
+  }
+}
 
 // The same where the format is not known when compiled.
 __device__ inline std::int32_t neighbor_of(const LayerView& layer, const std::uint32_t* row,

@@ -295,27 +295,33 @@ struct RowBlock {
 
   /// Tells all blocks this one's sums of query heads [first, first + count), which the warps left.
   __device__ void post_sums(RowShared& shared, int first, int count) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < cluster * count;
-         i += static_cast<int>(blockDim.x)) {
-      const int to = i / count;
-      const int q = first + i - to * count;
-      const ExpSum sum = ExpSum::of(warp_sums + q, warps, query_heads);
-      post(&sums[rank * query_heads + q], to, sum.packed(), shared.sums);
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < count; i += warps) {
+      const int q = first + i;
+      ExpSum of_warp;
+      if (lane < warps) of_warp = ExpSum::unpacked(warp_sums[lane * query_heads + q]);
+      const ExpSum sum = ExpSum::of_lanes(of_warp);
+      if (lane < cluster) post(&sums[rank * query_heads + q], lane, sum.packed(), shared.sums);
     }
   }
 
   /// Waits for the sums of all blocks. The block waits afterwards.
   __device__ void take_shifts(RowShared& shared) const {
     wait_for_mail(shared.sums);
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
-    for (int q = static_cast<int>(threadIdx.x); q < query_heads;
-         q += static_cast<int>(blockDim.x)) {
-      shifts[q] = ExpSum::of(sums + q, cluster, query_heads).shift();
+    for (int q = static_cast<int>(threadIdx.x) / 32; q < query_heads;
+         q += static_cast<int>(blockDim.x) / 32) {
+      ExpSum of_block;
+      if (lane < cluster) of_block = ExpSum::unpacked(sums[lane * query_heads + q]);
+      const float shift = ExpSum::of_lanes(of_block).shift();
+      if (lane == 0) shifts[q] = shift;
     }
   }
 };
+static_assert(kMostCluster <= 32);
 
 /// The new token whose row is drawn.
 struct NewToken {
@@ -340,18 +346,22 @@ __device__ inline void draw_new_row(const LayerView& layer, const UpdateArgs& ar
   const int warp = thread / 32;
   const float weight = 1.0F / static_cast<float>(block.query_heads);
   float highest = 0.0F;
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 4;
 #pragma unroll 1
   for (int first = thread; first < end - begin; first += kAtOnce * threads) {
     float probabilities[kAtOnce] = {};
-    // Where there is no second one: the first again, which no other thread writes meanwhile.
-    const int second = first + threads < end - begin ? first + threads : first;
+    int slots[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      // Where there is no more: the first again, which no other thread writes meanwhile.
+      slots[i] = first + i * threads < end - begin ? first + i * threads : first;
+    }
 #pragma unroll 4
     for (int q = 0; q < block.query_heads; ++q) {
       const float shift = block.shifts[q];
       const float* const plane = block.scores + q * block.pitch;
-      probabilities[0] += exp2_of(plane[first] - shift);
-      probabilities[1] += exp2_of(plane[second] - shift);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) probabilities[i] += exp2_of(plane[slots[i]] - shift);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -388,8 +398,13 @@ __device__ inline void draw_new_row(const LayerView& layer, const UpdateArgs& ar
 #pragma unroll 1
   for (int i = thread; drawn && i < block.cluster * 32; i += threads) {
     const std::uint64_t own = block.lists[i];
-    if (own == 0 || own >> 32U < bound) continue;
-    shared.top_k.list[atomicAdd(&shared.merged, 1)] = own;
+    const bool stays = own != 0 && own >> 32U >= bound;
+    const std::uint32_t staying = __ballot_sync(0xffffffffU, stays);
+    if (staying == 0) continue;
+    int at = 0;
+    if (lane == 0) at = atomicAdd(&shared.merged, __popc(staying));
+    at = __shfl_sync(0xffffffffU, at, 0) + __popc(staying & ((1U << lane) - 1U));
+    if (stays) shared.top_k.list[at] = own;
   }
   __syncthreads();
   rank_list(shared.top_k, shared.merged, layer.top_k);

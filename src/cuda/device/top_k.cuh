@@ -26,7 +26,7 @@ inline constexpr int kMostTopKThreads = 512;
 struct TopKScratch {
   std::uint64_t list[kMostTopKThreads];
   std::uint64_t best[32];
-  std::uint32_t highest[32];
+  alignas(16) std::uint32_t highest[32];
   int found;  ///< 0 before a search
 };
 
@@ -104,7 +104,11 @@ __device__ inline Found block_top_k(const float* values, int count, int first_sl
   const std::uint32_t mine = scratch.highest[lane];
   int better = 0;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) better += scratch.highest[i] > mine ? 1 : 0;
+  for (int i = 0; i < 32; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(scratch.highest + i);
+    better += (four.x > mine ? 1 : 0) + (four.y > mine ? 1 : 0) + (four.z > mine ? 1 : 0) +
+              (four.w > mine ? 1 : 0);
+  }
   const std::uint32_t bits = warp_min(better < top_k ? mine : 0xffffffffU);
   const float bound = __uint_as_float(bits);
 

@@ -18,6 +18,15 @@ __device__ inline std::uint32_t warp_max(std::uint32_t value) {
 #endif
 }
 
+/// Of numbers that are no NaN.
+__device__ inline float warp_max(float value) {
+  // Numbers in the order of the floats whose bits they are made of.
+  constexpr std::uint32_t kSign = 0x80000000U;
+  const std::uint32_t bits = __float_as_uint(value);
+  const std::uint32_t highest = warp_max((bits & kSign) != 0 ? ~bits : bits | kSign);
+  return __uint_as_float((highest & kSign) != 0 ? highest ^ kSign : ~highest);
+}
+
 __device__ inline std::uint32_t warp_min(std::uint32_t value) { return ~warp_max(~value); }
 
 __device__ inline std::uint32_t warp_add(std::uint32_t value) {
