@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
   int end = 0;
   const auto find_slots = [&](auto& task) {
     if (layer.counters != nullptr) slot = slot_at(update, b, h, length);
+    if (draws_row && rank == 0) prefetch_slots(layer, update, length);
     const int visible = visible_slots(layer, h, slot, length, extent);
     const int part = part_of(visible, cluster);
     begin = min(rank * part, visible);

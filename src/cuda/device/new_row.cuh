@@ -57,6 +57,19 @@ __device__ inline std::int64_t slot_limit(const LayerView& layer, std::int64_t g
   return min(room_of(layer, g), extent);
 }
 
+/// Asks for what check_slots looks at, ahead of time; by the first threads of a block.
+__device__ inline void prefetch_slots(const LayerView& layer, const UpdateArgs& args,
+                                      std::int64_t length) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (args.slots.data == nullptr || i >= layer.batch * layer.heads) return;
+  const int b = i / layer.heads;
+  const int h = i - b * layer.heads;
+  const std::int64_t slot = slot_at(args, b, h, length);
+  if (slot < 0 || slot >= length) return;
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(positions_of(layer, b, h / layer.heads_per_graph) +
+                                                slot));
+}
+
 /// Whether the slots of all sequences can be taken; each thread of a block says whether those that
 /// it looked at can. Every graph looks at all of them, so that all decide alike before any writes.
 static __device__ __noinline__ bool check_slots(const LayerView& layer, const UpdateArgs& args,
@@ -71,10 +84,11 @@ static __device__ __noinline__ bool check_slots(const LayerView& layer, const Up
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < layer.batch * layer.heads;
        i += static_cast<int>(blockDim.x)) {
-    const std::int64_t b = i / layer.heads;
-    const std::int64_t h = i % layer.heads;
-    const std::int64_t g = h / layer.heads_per_graph;
+    const int b = i / layer.heads;
+    const int h = i - b * layer.heads;
+    const int g = h / layer.heads_per_graph;
     const std::int64_t slot = slot_at(args, b, h, length);
+    const std::int64_t of_graph = slot_at(args, b, g * layer.heads_per_graph, length);
     const std::int64_t limit = slot_limit(layer, g, extent);
     Fault fault = Fault::none;
     std::int64_t other = 0;
@@ -83,9 +97,9 @@ static __device__ __noinline__ bool check_slots(const LayerView& layer, const Up
       other = limit - 1;
     } else if (slot < length && positions_of(layer, b, g)[slot] >= 0) {
       fault = Fault::slot_taken;
-    } else {
-      other = slot_at(args, b, g * layer.heads_per_graph, length);
-      if (slot != other) fault = Fault::slots_differ;
+    } else if (slot != of_graph) {
+      fault = Fault::slots_differ;
+      other = of_graph;
     }
     if (fault == Fault::none) continue;
     good = false;

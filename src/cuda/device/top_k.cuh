@@ -24,7 +24,7 @@ __device__ inline std::int32_t slot_of(std::uint64_t candidate) {
 inline constexpr int kMostTopKThreads = 512;
 
 struct TopKScratch {
-  std::uint64_t list[kMostTopKThreads];
+  alignas(16) std::uint64_t list[kMostTopKThreads];
   std::uint64_t best[32];
   alignas(16) std::uint32_t highest[32];
   int found;  ///< 0 before a search
@@ -62,8 +62,12 @@ __device__ inline void rank_list(TopKScratch& scratch, int count, int top_k) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     const std::uint64_t own = scratch.list[i];
     int better = 0;
+    // Two at a time; where the number is odd, one that was never listed does not count.
 #pragma unroll 4
-    for (int j = 0; j < count; ++j) better += scratch.list[j] > own ? 1 : 0;
+    for (int j = 0; j < count; j += 2) {
+      const ulonglong2 two = *reinterpret_cast<const ulonglong2*>(scratch.list + j);
+      better += (two.x > own ? 1 : 0) + (j + 1 < count && two.y > own ? 1 : 0);
+    }
     if (own != 0 && better < top_k) scratch.best[better] = own;
   }
 }
