@@ -112,8 +112,7 @@ __device__ inline T from_float(float value) {
 struct SmallDivision {
   float inverse;
 
-  __device__ explicit SmallDivision(int divisor)
-      : inverse(1.0F / static_cast<float>(divisor)) {}
+  __device__ explicit SmallDivision(int divisor) : inverse(1.0F / static_cast<float>(divisor)) {}
   __device__ int operator()(int i) const {
     return static_cast<int>((static_cast<float>(i) + 0.5F) * inverse);
   }
@@ -287,9 +286,8 @@ __global__ void __launch_bounds__(kThreads<Dots>, 1)
       return highest;
     };
     if (thread < task.query_heads) peaks[first + thread] = peak_of(thread);
-    tap.store(own_merged, layout.pitch, task.query_heads, [&](int column) {
-      return exp2_of(maximum_of(warp, column) - peak_of(column));
-    });
+    tap.store(own_merged, layout.pitch, task.query_heads,
+              [&](int column) { return exp2_of(maximum_of(warp, column) - peak_of(column)); });
     __syncthreads();
 #pragma unroll 1
     for (int i = thread; i < task.query_heads * dim; i += kBlockThreads) {

@@ -99,8 +99,7 @@ def test_every_cache_at_every_context() -> None:
         assert over is not None
         assert over >= 1.0 or row.budget is not None
         if row.budget is None:
-            steps = {"DynamicCache": 2 + 2 * 2}.get(row.kind, 2 + 2 * 4)
-            assert row.kv_bytes == (row.context + steps) * SLOT
+            assert row.kv_bytes == (row.context + 2 + 2 * 4) * SLOT
         else:
             assert row.budget == row.context * (row.share or 0.0)
             assert row.kv_bytes == (row.budget + 2) * SLOT
@@ -130,13 +129,11 @@ def test_a_cut_comes_before_the_clock_and_in_each_measurement(group: str) -> Non
         model=model,
         batch=2,
         context=100,
-        policy=SMALL.policy(100, 0.5),
-        interval=8,
+        policy=replace(SMALL.policy(100, 0.5), interval=8),
         steps=24,
         chunk=7,
     )
-    policy = replace(SMALL.policy(100, 0.5), interval=8)
-    with torch.no_grad(), kind.open(replace(setting, policy=policy)) as subject:
+    with torch.no_grad(), kind.open(setting) as subject:
         layer = subject.cache.evicting_layers[0]
         slabs = layer.slabs
         assert layer.lengths == (56, 56)
@@ -203,7 +200,7 @@ def test_bytes_of_a_quantized_cache() -> None:
     row = run_bench(random_model("tiny"), config).rows[0]
     assert row.kind == "QuantizedCache fp8"
     # A byte each, and two scales of a float32 a layer.
-    assert row.kv_bytes == (100 + 2 + 2 * 2) * SLOT // 4 + 2 * 2 * 4
+    assert row.kv_bytes == (100 + 2 + 2 * 4) * SLOT // 4 + 2 * 2 * 4
 
 
 def test_what_is_missing_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,18 @@ def test_defaults_are_those_of_the_papers() -> None:
     lazy = policies.LazyEviction(budget=100)
     assert (lazy.window, lazy.interval, lazy.sinks, lazy.threshold) == (52, 52, 0, 0.0005)
     spectral = policies.Spectral(budget=100)
-    assert (spectral.sinks, spectral.window, spectral.interval) == (4, 50, 32)
+    assert (spectral.sinks, spectral.window, spectral.cut_interval) == (4, 50, 32)
+
+
+@pytest.mark.parametrize(
+    ("budget", "interval"),
+    [(100, 32), (2111, 32), (2112, 33), (6400, 100), (8192, 128), (100_000, 128)],
+)
+def test_the_interval_grows_with_the_budget(budget: int, interval: int) -> None:
+    policy = policies.Spectral(budget=budget)
+    assert policy.cut_interval == interval
+    assert dataclasses.replace(policy, budget=100).cut_interval == 32
+    assert dataclasses.replace(policy, interval=7).cut_interval == 7
 
 
 @pytest.mark.parametrize(

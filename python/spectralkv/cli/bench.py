@@ -50,7 +50,8 @@ def bench(
     ] = "all",
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
     steps: Annotated[
-        int, typer.Option(help="Decode steps of a measurement; of plain loops --interval, if less.")
+        int,
+        typer.Option(help="Decode steps of a measurement, at least: each takes whole --intervals."),
     ] = 128,
     repeats: Annotated[int, typer.Option(help="Measurements of each cache.")] = 5,
     row_seconds: Annotated[
@@ -98,7 +99,7 @@ def bench(
             "the model is of another shape."
         ),
     ] = None,
-    interval: shared.IntervalOption = 32,
+    interval: shared.OwnIntervalOption = None,
     window: Annotated[int, typer.Option(help="Most recent tokens that always stay.")] = 50,
     gguf_file: shared.GgufFileOption = "",
     dtype: shared.DtypeOption = "auto",

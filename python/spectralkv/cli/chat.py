@@ -22,7 +22,7 @@ def chat(
     system: Annotated[str, typer.Option(help="What the model is told before all turns.")] = "",
     budget: Annotated[int, typer.Option(help="Tokens that each KV head keeps.")] = 512,
     policy: shared.PolicyOption = "spectral",
-    interval: shared.IntervalOption = 32,
+    interval: shared.OwnIntervalOption = None,
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,

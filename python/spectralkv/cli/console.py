@@ -48,6 +48,14 @@ BudgetOption = Annotated[
 IntervalOption = Annotated[
     int, typer.Option("--interval", help="Tokens that gather above the budget before an eviction.")
 ]
+OwnIntervalOption = Annotated[
+    int | None,
+    typer.Option(
+        "--interval",
+        help="Tokens that gather above the budget before an eviction.",
+        show_default="the policy's own; spectral: a 64th of the budget, 32 to 128",
+    ),
+]
 WindowOption = Annotated[
     int | None,
     typer.Option(
@@ -189,7 +197,7 @@ def _without_folder(argument: str) -> str:
     return option + equals + (path.name if is_elsewhere else value)
 
 
-def settings_of(interval: int, window: int | None, sinks: int | None) -> CacheSettings:
+def settings_of(interval: int | None, window: int | None, sinks: int | None) -> CacheSettings:
     """Check the three settings.
 
     Raises

@@ -25,7 +25,7 @@ def generate(
     ] = False,
     budget: shared.BudgetOption = "0.2",
     policy: shared.PolicyOption = "spectral",
-    interval: shared.IntervalOption = 32,
+    interval: shared.OwnIntervalOption = None,
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to decode.")] = 128,

@@ -19,7 +19,7 @@ def inspect(
     budget: shared.BudgetOption = "0.2",
     length: shared.LengthOption = 2048,
     chunk: shared.ChunkOption = 32,
-    interval: shared.IntervalOption = 32,
+    interval: shared.OwnIntervalOption = None,
     window: shared.WindowOption = None,
     sinks: shared.SinksOption = None,
     output: Annotated[Path, typer.Option(help="Folder for the heat maps.")] = Path("build/inspect"),

@@ -375,7 +375,7 @@ def _answer(
     start = time.perf_counter()
     audit = None
     if policy.budget is not None:
-        audit = BudgetAudit(label, policy.budget, policy.interval)
+        audit = BudgetAudit(label, policy.budget, policy.cut_interval)
 
     def evicting(event: EvictionEvent) -> None:
         if audit is not None:
@@ -387,7 +387,9 @@ def _answer(
     feeder = _Feeder(loaded.model, cache)
     contexts, valid = _padded([prompt.context for prompt in prompts], loaded.model.device)
     lengths = [len(prompt.context) for prompt in prompts]
-    passes = context_passes(lengths, budget=policy.budget, interval=policy.interval, chunk=chunk)
+    passes = context_passes(
+        lengths, budget=policy.budget, interval=policy.cut_interval, chunk=chunk
+    )
     padding = max(lengths) - min(lengths)
     with torch.inference_mode():
         for begin, end in passes:

@@ -89,13 +89,14 @@ class BenchConfig:
     batch : int
         Sequences.
     steps : int
-        Decode steps of one measurement of a captured loop. Of others it is `interval`, if less;
-        where nothing is cut, fewer if they would take longer than `row_seconds`.
+        Decode steps of one measurement, at least: where tokens are cut it has whole intervals, one
+        of a plain loop. Where nothing is cut there are fewer if they would take longer than
+        `row_seconds`.
     repeats : int
         Measurements, one after the other.
     row_seconds : float
         No further measurement of a cache begins after so many seconds; there is always one.
-    interval, window : int
+    interval, window : int or None, int
         See `spectralkv.policies.Policy`.
     chunk : int
         Tokens, of all sequences together, that an evicting cache is filled with at a time.
@@ -132,7 +133,7 @@ class BenchConfig:
     steps: int = 128
     repeats: int = 5
     row_seconds: float = 1.5
-    interval: int = 32
+    interval: int | None = None
     window: int = 50
     chunk: int = 16384
     caches: tuple[str, ...] = GROUPS
@@ -146,7 +147,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "repeats", "interval", "chunk"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise EvaluationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.row_seconds < 0.0:
             raise EvaluationError(f"row_seconds must be 0 or more, got {self.row_seconds}")
@@ -167,7 +168,8 @@ class BenchConfig:
             for context in self.contexts:
                 self.policy(context, share)
         for context in self.contexts if self.prefill else ():
-            least = round(context * self.middle_budget) + self.interval
+            policy = self.policy(context, self.middle_budget)
+            least = round(context * self.middle_budget) + policy.cut_interval
             if context < least:
                 raise EvaluationError(
                     f"a prompt that is cut must have at least budget + interval = {least} tokens, "
@@ -581,7 +583,7 @@ def _measured(model: Any, config: BenchConfig, kind: CacheKind, row: BenchRow) -
     import torch
 
     device = model.device
-    setting = _setting(model, config, row.context, kind.share, config.steps * config.repeats)
+    setting = _setting(model, config, row.context, kind.share, config.repeats)
     with torch.no_grad():
         before = bench_clock.DeviceMemory.now(device) if device.type == "cuda" else None
         with kind.open(setting) as subject:
@@ -609,11 +611,10 @@ def _times(subject: Subject, config: BenchConfig, device: Any) -> tuple[float, .
     subject.run(subject.warm_up - 1)
     one = bench_clock.seconds_a_step(subject.run, 1, device)
     begin = time.monotonic()
-    steps = config.steps
-    if not subject.is_captured():
-        steps = min(steps, config.interval)
     if subject.period == 1:  # a slow cache need not take all steps
-        steps = min(steps, max(_PROFILED, int(config.row_seconds / one)))
+        steps = min(config.steps, max(_PROFILED, int(config.row_seconds / one)))
+    else:
+        steps = _whole(config.steps if subject.is_captured() else 1, subject.period)
     times: list[float] = []
     while len(times) < config.repeats:
         times.append(bench_clock.seconds_a_step(subject.run, steps, device))
@@ -622,17 +623,23 @@ def _times(subject: Subject, config: BenchConfig, device: Any) -> tuple[float, .
     return tuple(times)
 
 
+def _whole(steps: int, period: int) -> int:
+    """Return the fewest steps, but no fewer than these, that are whole periods."""
+    return -(-steps // period) * period
+
+
 def _setting(
-    model: Any, config: BenchConfig, context: int, share: float | None, timed_steps: int
+    model: Any, config: BenchConfig, context: int, share: float | None, measurements: int
 ) -> Setting:
-    profiled = max(config.interval, _PROFILED) if config.split else 0
+    policy = None if share is None else config.policy(context, share)
+    period = 1 if policy is None else policy.cut_interval
+    profiled = max(period, _PROFILED) if config.split else 0
     return Setting(
         model=model,
         batch=config.batch,
         context=context,
-        policy=None if share is None else config.policy(context, share),
-        interval=config.interval,
-        steps=timed_steps + profiled,
+        policy=policy,
+        steps=measurements * _whole(config.steps, period) + profiled,
         chunk=max(_LEAST_CHUNK, config.chunk // config.batch),
         compiled=config.compiled,
     )
@@ -655,7 +662,7 @@ def _largest(
     # What a step needs besides grows with the batch by its logits, in several copies.
     logits = _COPIES_OF_LOGITS * 4 * model.config.get_text_config(decoder=True).vocab_size
     fixed = row.peak_bytes - torch.cuda.memory_allocated(model.device) - cache
-    once = replace(config, repeats=1, steps=config.interval, split=False)
+    once = replace(config, repeats=1, steps=min(config.steps, 32), split=False)
     tried = row
     for share in _LARGEST_SHARES:
         batch = int((share * free - fixed) / (cache / row.batch + logits))
@@ -674,7 +681,8 @@ def _flat(model: Any, config: BenchConfig) -> FlatRun:
     device, context = model.device, config.contexts[0]
     window = min(FLAT_WINDOW, config.flat // 2)
     count = config.flat // window
-    setting = _setting(model, config, context, config.middle_budget, count * window)
+    setting = _setting(model, config, context, config.middle_budget, 0)
+    setting = replace(setting, steps=count * window)
     (kind,), _ = cache_kinds(("loop",), (config.middle_budget,), ())
     times: list[float] = []
     memory: list[int] = []

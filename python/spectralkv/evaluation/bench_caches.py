@@ -42,8 +42,6 @@ class Setting:
         Sequences, and tokens before the first step.
     policy : spectralkv.policies.Policy or None
         What an evicting cache keeps.
-    interval : int
-        Steps from one cut to the next.
     steps : int
         Steps that follow those of `Subject.warm_up`, at most.
     chunk : int
@@ -57,7 +55,6 @@ class Setting:
     batch: int
     context: int
     policy: Policy | None
-    interval: int
     steps: int
     chunk: int
     compiled: str = ""
@@ -68,6 +65,13 @@ class Setting:
         if self.policy is None or self.policy.budget is None:
             raise ValueError("[bench] expected a policy with a budget, got none")
         return self.policy.budget
+
+    @property
+    def interval(self) -> int:
+        """Steps from one cut to the next."""
+        if self.policy is None:
+            raise ValueError("[bench] expected a policy, got none")
+        return self.policy.cut_interval
 
     @property
     def head_budgets(self) -> HeadBudgets:

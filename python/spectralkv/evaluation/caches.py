@@ -21,8 +21,8 @@ class CacheSettings:
 
     Attributes
     ----------
-    interval : int
-        Tokens that may gather above the budget before an eviction.
+    interval : int or None
+        Tokens that may gather above the budget before an eviction. None leaves each policy its own.
     window : int or None
         Most recent tokens that always stay. None leaves each policy its own: 50 for Spectral, what
         was published for its rivals.
@@ -30,7 +30,7 @@ class CacheSettings:
         First tokens that always stay. None likewise: 4 for Spectral.
     """
 
-    interval: int = 32
+    interval: int | None = 32
     window: int | None = None
     sinks: int | None = None
 

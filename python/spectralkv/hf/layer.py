@@ -447,7 +447,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _book_release(self, kept: tuple[int, ...]) -> None:
         self._lengths, self._newest = kept, min(self._newest, self._policy.protected_window)
         if self._rooms is not None:
-            interval = self._policy.interval
+            interval = self._policy.cut_interval
             self._most = min(self._most + interval, max(self._rooms) - interval)
         self._scatter()
 
@@ -628,7 +628,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def due(self) -> tuple[bool, ...]:
         """Return which sequences are to be cut."""
-        budget, interval = self._policy.budget, self._policy.interval
+        budget, interval = self._policy.budget, self._policy.cut_interval
         return tuple(budget is not None and held >= budget + interval for held in self._lengths)
 
     def cut_by(self, keep: torch.Tensor) -> None:
@@ -986,7 +986,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _make_room(self, needed: int) -> None:
         """Make room for `needed` slots; where there is a budget, for all to come."""
         if self._policy.budget is not None:
-            needed = max(needed, self._policy.budget + self._policy.interval)
+            needed = max(needed, self._policy.budget + self._policy.cut_interval)
             if needed > self._capacity:
                 self._resize(needed, self._size)
         elif needed > self._capacity:
@@ -1041,7 +1041,7 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # An eighth more than needed, but no more than the policy lets come together.
         capacity = needed + max(64, needed // 8)
         if self._policy.budget is not None:
-            capacity = max(needed, min(capacity, self._policy.budget + self._policy.interval))
+            capacity = max(needed, min(capacity, self._policy.budget + self._policy.cut_interval))
         elif self._size == 0:
             capacity = needed
         self._resize(capacity, self._size)
@@ -1099,8 +1099,8 @@ class EvictingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._lay_in_a_row(self._tracker, rooms)
             return
         budget = self._policy.budget
-        if budget is not None and self._capacity > budget + self._policy.interval:
-            self._resize(budget + self._policy.interval, self._size)
+        if budget is not None and self._capacity > budget + self._policy.cut_interval:
+            self._resize(budget + self._policy.cut_interval, self._size)
             self._show()
 
     def _compact(self, keep: torch.Tensor, kept: tuple[int, ...]) -> None:

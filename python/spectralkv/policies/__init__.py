@@ -99,7 +99,7 @@ def create(name: str, **options: Any) -> Policy:
 
     Examples
     --------
-    >>> create("h2o", budget=512).interval
+    >>> create("h2o", budget=512).cut_interval
     32
     """
     policy = _named(name)

@@ -20,8 +20,9 @@ class Policy(ABC):
     ----------
     budget : int or None
         Tokens that each KV head keeps, sinks and window included. None: nothing is ever let go.
-    interval : int
-        A sequence is cut back to `budget` when it holds ``budget + interval`` tokens.
+    interval : int or None
+        A sequence is cut back to `budget` when it holds ``budget + interval`` tokens. None: a 64th
+        of the budget, but at least 32 and at most 128; see :attr:`cut_interval`.
     window : int
         Newest tokens of a sequence that always stay.
     sinks : int
@@ -38,12 +39,13 @@ class Policy(ABC):
     watches: ClassVar[bool] = True
 
     budget: int | None
-    interval: int = 32
+    interval: int | None = None
     window: int = 50
     sinks: int = 4
 
     def __post_init__(self) -> None:
-        self._require_int("interval", minimum=1)
+        if self.interval is not None:
+            self._require_int("interval", minimum=1)
         if self.window is not None:  # H2O derives its own
             self._require_int("window", minimum=0)
         self._require_int("sinks", minimum=0)
@@ -56,6 +58,17 @@ class Policy(ABC):
             "budget",
             f"at least sinks + window + 1 = {self.sinks} + {self.protected_window} + 1 = {least}",
         )
+
+    @property
+    def cut_interval(self) -> int:
+        """Tokens that gather above the budget until a sequence is cut.
+
+        A cut costs as much as it looks at, so what it costs a token stays as it is when the
+        interval grows with the budget.
+        """
+        if self.interval is not None:
+            return self.interval
+        return min(max((self.budget or 0) // 64, 32), 128)
 
     @property
     def protected_window(self) -> int:
@@ -364,7 +377,7 @@ class ScoreTracker(Tracker, Generic[PolicyT]):
         policy = self._policy
         if policy.budget is None or self._last is None:
             return None
-        cut = [length >= policy.budget + policy.interval for length in self._last.lengths]
+        cut = [length >= policy.budget + policy.cut_interval for length in self._last.lengths]
         if not any(cut):
             return None
         lengths, budget = self._last.lengths, policy.budget
@@ -521,7 +534,7 @@ def check_divided_keep(
     RuntimeError
         The policy broke its contract.
     """
-    budget, most = policy.budget, max(rooms) - policy.interval
+    budget, most = policy.budget, max(rooms) - policy.cut_interval
     fits = keep.dtype == torch.int32 and keep.dim() == 3 and keep.shape[:2] == shape
     if budget is None or not fits or keep.shape[2] > most:
         raise RuntimeError(
@@ -569,7 +582,7 @@ def check_keep(
         raise fail(f"int32 ({batch}, {heads}, M)", f"{keep.dtype} {tuple(keep.shape)}")
     budget = policy.budget
     expected = tuple(
-        budget if budget is not None and length >= budget + policy.interval else length
+        budget if budget is not None and length >= budget + policy.cut_interval else length
         for length in lengths
     )
     if keep.shape[-1] != max(expected, default=0):

@@ -76,6 +76,7 @@ class Mix(Policy):
         from spectralkv import policies
 
         shared = {name: getattr(self, name) for name in _SHARED}
+        shared["interval"] = self.cut_interval
         return [
             policies.create(
                 name,

@@ -207,7 +207,7 @@ class Spectral(Policy):
         rooms: list[tuple[int, ...] | None] = [None] * num_layers
         if self.head_budgets:
             rooms = [
-                tuple(kept + self.interval for kept in budgets) for budgets in self.head_budgets
+                tuple(kept + self.cut_interval for kept in budgets) for budgets in self.head_budgets
             ]
         return [
             _SpectralTracker(self, layer, monitors, rooms[layer]) for layer in range(num_layers)
@@ -269,10 +269,10 @@ class Spectral(Policy):
         return self.head_shares == "visits"
 
     def _eviction(self) -> EvictionConfig:
-        never = _MOST_SLOTS - self.interval
+        never = _MOST_SLOTS - self.cut_interval
         return EvictionConfig(
             budget=never if self.budget is None else self.budget,
-            interval=self.interval,
+            interval=self.cut_interval,
             window=self.window,
             sinks=self.sinks,
         )
@@ -540,7 +540,7 @@ class _SpectralTracker(AttendingTracker):
         first = min(range(len(budgets)), key=lambda head: budgets[head] - most[head])
         budgets[first] = min(budgets[first], int(most[first]) - 1)
         monitor.set_head_budgets(layer, budgets)
-        self._rooms = tuple(tokens + policy.interval for tokens in budgets)
+        self._rooms = tuple(tokens + policy.cut_interval for tokens in budgets)
         self._divided_at = max(seen)
 
     def divide(self) -> None:
@@ -675,7 +675,7 @@ class _SpectralTracker(AttendingTracker):
             self._rooms = tuple(state["rooms"].tolist())
             self._divided_at = int(state["divided_at"])
             if self._policy._competes:
-                interval = self._policy.interval
+                interval = self._policy.cut_interval
                 budgets = [room - interval for room in self._rooms]
                 self._monitor.set_head_budgets(self._layer, budgets)
             self.divide()

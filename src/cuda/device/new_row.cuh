@@ -66,8 +66,8 @@ __device__ inline void prefetch_slots(const LayerView& layer, const UpdateArgs& 
   const int h = i - b * layer.heads;
   const std::int64_t slot = slot_at(args, b, h, length);
   if (slot < 0 || slot >= length) return;
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(positions_of(layer, b, h / layer.heads_per_graph) +
-                                                slot));
+  asm volatile(
+      "prefetch.global.L2 [%0];" ::"l"(positions_of(layer, b, h / layer.heads_per_graph) + slot));
 }
 
 /// Whether the slots of all sequences can be taken; each thread of a block says whether those that
