@@ -338,6 +338,14 @@ def test_goals_of_decoding() -> None:
     assert [line["case"] for line in lines] == ["B=1 S=65536 20%", "B=1 S=65536 10%"]
     (row,) = rows_with(lines, "decode step, 8B shape at 20 % of 64k, B 1")
     assert row.endswith("| full: 6,000 us | 4,000 us [3,600, 4,400] | 1.5x | yes |")
+    (row,) = rows_with(lines, "decode step, both compiled, 8B shape at 20 % of 64k, B 1")
+    assert row.endswith("| not measured |")
+    compiled = {"config": {"compiled": "inductor"}, "rows": rows}
+    stages = [*report["stages"], {"stage": "compiled-1", "decode": compiled}]
+    again = goals.lines_of(json.dumps({"stages": stages}))
+    assert rows_with(again, "decode step, 8B") == rows_with(lines, "decode step, 8B")
+    (row,) = rows_with(again, "decode step, both compiled, 8B shape at 20 % of 64k, B 1")
+    assert row.endswith("| 1.5x | yes |")
 
 
 def test_goals_of_prompts() -> None:
@@ -448,6 +456,8 @@ def test_tables_need_their_stages() -> None:
     assert tables.tables_of(json.dumps({"stages": [one, {**one, "stage": "decode-8"}]})).keys() == {
         "decode"
     }
+    both = [{**one, "stage": f"compiled-{batch}"} for batch in (1, 8)]
+    assert tables.tables_of(json.dumps({"stages": [one, *both]})).keys() == {"compiled"}
     for stage in ({"stage": "compare", "report": {"rows": [ROW]}}, {**one, "stage": "prompts"}):
         assert tables.tables_of(json.dumps({"stages": [stage]})) == {}
     assert tables.tables_of(json.dumps(MOVE)) == {}
@@ -461,7 +471,7 @@ def test_the_performance_page_shows_its_reports() -> None:
     if not all(path.exists() for path in paths):
         pytest.skip("results are in the repository alone")
     shown = goals.all_tables(path.read_text() for path in paths)
-    assert list(shown) == ["goals", "tap", "decode", "prompts"]
+    assert list(shown) == ["goals", "tap", "decode", "compiled", "prompts"]
     for mark, text in shown.items():
         assert goals.insert(page, mark, text) == page, mark
 

@@ -443,7 +443,7 @@ def plan(
             raise CheckError("no figures were written")
         return {"report": json.loads(compared.read_text())}
 
-    def bench(name: str, gpu: int, rows: str, *options: str) -> Stage:
+    def bench(name: str, gpu: int, rows: str, *options: str, limit: float = 120) -> Stage:
         """`spectralkv bench` with the shape of an 8B model; `rows`: where its figures are."""
         out = folder / name
 
@@ -464,7 +464,9 @@ def plan(
         ]
         # fmt: on
         env = installed if gpus == 1 else {**installed, "CUDA_VISIBLE_DEVICES": str(gpu)}
-        return Stage(name, command, limit=120, cwd=folder, env=env, needs=("package",), parse=read)
+        return Stage(
+            name, command, limit=limit, cwd=folder, env=env, needs=("package",), parse=read
+        )
 
     def decode(batch: int, contexts: str, gpu: int) -> Stage:
         """Decode steps with caches that keep all and with ours, both captured."""
@@ -473,6 +475,16 @@ def plan(
             f"decode-{batch}", gpu, "rows", "--batch", str(batch), "--contexts", contexts,
             "--budgets", "0.1,0.2,0.5", "--caches", "fused,loop", "--steps", "64",
             "--row-seconds", "1",
+        )
+        # fmt: on
+
+    def compiled(batch: int, gpu: int) -> Stage:
+        """Time the same with steps that torch.compile makes."""
+        # fmt: off
+        return bench(
+            f"compiled-{batch}", gpu, "rows", "--batch", str(batch), "--contexts", "4096,65536",
+            "--budgets", "0.2", "--caches", "fused,loop", "--steps", "64", "--row-seconds", "1",
+            "--compiled", "inductor", limit=200,
         )
         # fmt: on
 
@@ -597,6 +609,7 @@ def plan(
             ],
             side_by_side=gpus > 1,
         ),
+        *parted([compiled(1, 0), compiled(8, gpus - 1)], side_by_side=gpus > 1),
         [prompts()],
         # Models launch thousands of small kernels: beside the others' they would wait for turns.
         [
@@ -631,6 +644,8 @@ def stage_names() -> list[str]:
         "compare",
         "decode-1",
         "decode-8",
+        "compiled-1",
+        "compiled-8",
         "prompts",
     ]
 

@@ -137,9 +137,10 @@ def tables_of(text: str) -> dict[str, str]:
     attended = [row for row in compared if row["bench"] == "attend"]
     if attended:
         tables["tap"] = tap_table(attended)
-    decoded = [stages.get(name, {}).get("decode") for name in ("decode-1", "decode-8")]
-    if all(decoded):
-        tables["decode"] = decode_table(row for part in decoded for row in part["rows"])
+    for kind in ("decode", "compiled"):
+        decoded = [stages.get(f"{kind}-{batch}", {}).get("decode") for batch in (1, 8)]
+        if all(decoded):
+            tables[kind] = decode_table(row for part in decoded for row in part["rows"])
     prompts = stages.get("prompts", {}).get("decode", {}).get("prompts", ())
     if prompts:
         tables["prompts"] = prompts_table(prompts)
