@@ -723,7 +723,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--build-dir", type=Path, default=folder, help="all else that is made")
     parser.add_argument("--commit", default="", help="of the tree, where git does not know")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="for compiling")
-    parser.add_argument("--limit", type=float, default=530, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=840, help="seconds for everything")
     parser.add_argument("--googletest", help="folder of googletest's source")
     parser.add_argument("--architecture", help="as in CMAKE_CUDA_ARCHITECTURES; this GPU's")
     parser.add_argument(
