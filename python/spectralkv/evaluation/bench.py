@@ -67,6 +67,8 @@ FLAT_WINDOW = 500
 # The part of the free memory that the largest batch is tried with first, by what follows from the
 # memory of a measured batch; then less and less of it.
 _LARGEST_SHARES = (0.96, 0.9, 0.8, 0.6)
+# Steps for which it is timed, or one interval.
+_LARGEST_STEPS = 32
 # float32 words of memory a step takes for each logit.
 _COPIES_OF_LOGITS = 3
 # Tokens of each sequence that a cache is filled with at a time, whatever the batch.
@@ -169,7 +171,7 @@ class BenchConfig:
                 self.policy(context, share)
         for context in self.contexts if self.prefill else ():
             policy = self.policy(context, self.middle_budget)
-            least = round(context * self.middle_budget) + policy.cut_interval
+            least = (policy.budget or 0) + policy.cut_interval
             if context < least:
                 raise EvaluationError(
                     f"a prompt that is cut must have at least budget + interval = {least} tokens, "
@@ -662,7 +664,7 @@ def _largest(
     # What a step needs besides grows with the batch by its logits, in several copies.
     logits = _COPIES_OF_LOGITS * 4 * model.config.get_text_config(decoder=True).vocab_size
     fixed = row.peak_bytes - torch.cuda.memory_allocated(model.device) - cache
-    once = replace(config, repeats=1, steps=min(config.steps, 32), split=False)
+    once = replace(config, repeats=1, steps=min(config.steps, _LARGEST_STEPS), split=False)
     tried = row
     for share in _LARGEST_SHARES:
         batch = int((share * free - fixed) / (cache / row.batch + logits))

@@ -63,8 +63,7 @@ class Policy(ABC):
     def cut_interval(self) -> int:
         """Tokens that gather above the budget until a sequence is cut.
 
-        A cut costs as much as it looks at, so what it costs a token stays as it is when the
-        interval grows with the budget.
+        A cut looks at all that is held: larger budgets are cut less often.
         """
         if self.interval is not None:
             return self.interval
